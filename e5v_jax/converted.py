@@ -1,0 +1,207 @@
+"""The converted folder: what ``convert.from_hf`` writes and every other command reads.
+
+    config.json          format version, model config, source, dtype, content hash
+    hf_config.json       the source's config.json, for export
+    tokenizer and preprocessor files, as Hugging Face wrote them
+    params/              Orbax; one leaf per parameter and layer: language_model.layers.17.mlp...
+    unused.safetensors   source tensors an embedding never needs, kept for export (lm_head, ...)
+    adapter/             a PEFT LoRA adapter carried along, if any
+
+Layers are stored one by one, so a model converts in the memory of one layer whatever its depth.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from e5v_jax.config import ModelConfig
+
+FORMAT_VERSION = 1
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
+
+
+class WeightSource(Protocol):
+    """Anything that yields parameters by name, one layer at a time."""
+
+    config: ModelConfig
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter's name (layers unstacked) and shape in our layout."""
+        ...
+
+    def read(self, names: Sequence[str]) -> Iterator[np.ndarray]:
+        """The named arrays in order, in the dtype they are stored in."""
+        ...
+
+
+@dataclass(frozen=True)
+class ConvertedInfo:
+    """Contents of ``config.json``."""
+
+    format_version: int
+    model: dict[str, Any]
+    source: str
+    revision: str | None
+    dtype: str
+    content_hash: str
+    parameters: dict[str, list[int]]  # name -> shape
+
+
+@contextmanager
+def new_folder(dst: Path) -> Iterator[Path]:
+    """A temporary sibling of ``dst`` that becomes ``dst`` when the block ends well, else vanishes.
+
+    Raises:
+        FileExistsError: ``dst`` exists and is not an empty folder.
+    """
+    dst = Path(dst).absolute()
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise FileExistsError(f"{dst}: already exists; choose another folder or delete it")
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    temporary = dst.with_name(f".{dst.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if dst.exists():
+            dst.rmdir()
+        temporary.rename(dst)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _orbax_saving() -> ocp.Context:
+    context = ocp.Context()
+    # Weights do not compress; chunks bound the writer's copies (1 GB: 0.7 s and one copy, not 8 s and two).
+    context.array.saving.use_compression = False
+    context.array.saving.storage_options.chunk_byte_size = 64 * 2**20
+    return context
+
+
+def _nested(flat: dict[str, np.ndarray]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for name, array in flat.items():
+        *parents, leaf = name.split(".")
+        node = tree
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = array
+    return tree
+
+
+def _leaf(tree: Any, name: str) -> np.ndarray:
+    for part in name.split("."):
+        tree = tree[part]
+    return np.asarray(tree)
+
+
+def write_params(folder: Path, groups: Iterable[dict[str, np.ndarray]]) -> tuple[str, dict[str, list[int]]]:
+    """Write groups of named arrays under ``folder/params``; one group is in memory at a time.
+
+    Returns the content hash (sha256 over names, dtypes, shapes and bytes) and all shapes.
+    """
+    digest = hashlib.sha256()
+    shapes: dict[str, list[int]] = {}
+    path = folder / "params"
+    with _orbax_saving():
+        for group in groups:
+            for name, array in group.items():
+                digest.update(f"{name} {array.dtype} {array.shape}".encode())
+                digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+                shapes[name] = list(array.shape)
+            ocp.partial.save(path, _nested(group))
+        ocp.partial.finalize(path)
+    return digest.hexdigest(), shapes
+
+
+def write_info(folder: Path, info: ConvertedInfo) -> None:
+    """Write ``config.json``."""
+    (folder / "config.json").write_text(json.dumps(asdict(info), indent=1) + "\n")
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether ``folder`` is a converted folder (its config.json has a format_version)."""
+    try:
+        return "format_version" in json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return False
+
+
+def read_info(folder: Path) -> ConvertedInfo:
+    """Read ``config.json``.
+
+    Raises:
+        ValueError: not a converted folder, or written by a newer version.
+    """
+    if not is_converted(folder):
+        raise ValueError(
+            f"{folder}: not a converted folder (no format_version in config.json); "
+            f"run: python -m convert.from_hf {folder} NEW_FOLDER"
+        )
+    data = json.loads((folder / "config.json").read_text())
+    if data["format_version"] != FORMAT_VERSION:
+        raise ValueError(
+            f"{folder}/config.json: format_version {data['format_version']}, this version reads "
+            f"{FORMAT_VERSION}; convert the model again"
+        )
+    return ConvertedInfo(**data)
+
+
+class ConvertedFolder:
+    """A converted folder as a :class:`WeightSource`."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read ``config.json``; parameters are read on demand.
+
+        Raises:
+            ValueError: not a converted folder.
+        """
+        self.folder = Path(folder)
+        self.info = read_info(self.folder)
+        self.config = ModelConfig.from_dict(self.info.model)
+        self._dtype = np.dtype(self.info.dtype)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter's name and shape."""
+        return {name: tuple(shape) for name, shape in self.info.parameters.items()}
+
+    def read(self, names: Sequence[str]) -> Iterator[np.ndarray]:
+        """The named arrays in order.
+
+        Raises:
+            ValueError: the folder's ``params`` are missing or damaged.
+        """
+        shapes = self.info.parameters
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        like = _nested({name: np.empty(shapes[name], self._dtype) for name in names})
+        try:
+            with context:
+                tree = ocp.load(self.folder.absolute() / "params", like)
+        except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
+            raise ValueError(
+                f"{self.folder}/params: cannot read {names[0]!r}: {str(error).splitlines()[0]}; "
+                "convert the model again"
+            ) from error
+        for name in names:
+            yield _leaf(tree, name)

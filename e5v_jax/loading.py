@@ -1,0 +1,171 @@
+"""From a WeightSource to a sharded model: shapes first, then one stacked parameter at a time."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding
+
+from e5v_jax.config import ModelConfig
+from e5v_jax.converted import WeightSource
+from e5v_jax.model.layers import LoRAConfig, LoRAParam, Precision
+from e5v_jax.model.llava_next import LlavaNext
+from e5v_jax.sharding import param_sharding
+
+
+def dotted(path: tuple[object, ...]) -> str:
+    """``('language_model', 'norm', 'scale')`` -> ``'language_model.norm.scale'``."""
+    return ".".join(map(str, path))
+
+
+def layer_names(path: str, shape: tuple[int, ...]) -> list[str]:
+    """Stored names of one parameter: one per layer for a stacked one, else itself."""
+    if ".layers." not in path:
+        return [path]
+    head, tail = path.split(".layers.")
+    return [f"{head}.layers.{i}.{tail}" for i in range(shape[0])]
+
+
+def build(
+    cfg: ModelConfig,
+    *,
+    precision: Precision,
+    lora: LoRAConfig | None = None,
+    load_vision: bool = True,
+    seed: int = 0,
+) -> LlavaNext:
+    """The module with random parameters; under ``jax.eval_shape`` it costs nothing."""
+    return LlavaNext(
+        cfg, precision=precision, rngs=nnx.Rngs(seed), lora=lora, load_vision=load_vision
+    )
+
+
+def stored_shapes(cfg: ModelConfig, *, load_vision: bool = True) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every base parameter as stored: one entry per layer."""
+    precision = Precision(param=np.float32, compute=np.float32)
+    shapes = jax.eval_shape(lambda: build(cfg, precision=precision, load_vision=load_vision))
+    return {
+        name: tuple(leaf.shape[1:] if ".layers." in dotted(path) else leaf.shape)
+        for path, leaf in nnx.to_flat_state(nnx.state(shapes))
+        for name in layer_names(dotted(path), leaf.shape)
+    }
+
+
+def check_names(source: WeightSource, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Every expected parameter is in the source with its shape.
+
+    Raises:
+        ValueError: the first missing or misshapen parameter, by name.
+    """
+    found = source.shapes()
+    for name, shape in expected.items():
+        if name not in found:
+            raise ValueError(f"{name}: missing from the checkpoint, expected shape {list(shape)}")
+        if tuple(found[name]) != tuple(shape):
+            raise ValueError(
+                f"{name}: shape {list(found[name])} in the checkpoint, expected {list(shape)}"
+            )
+
+
+def _read_sharded(
+    source: WeightSource, path: str, shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding
+) -> jax.Array:
+    """Read one (stacked) parameter; each device receives only its slice."""
+    names = layer_names(path, shape)
+    stacked = len(names) > 1 or ".layers." in path
+    indices = sharding.addressable_devices_indices_map(shape)
+    distinct = {str(index): index for index in indices.values()}
+    buffers = {
+        key: np.empty([len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)], dtype)
+        for key, index in distinct.items()
+    }
+    for i, array in enumerate(source.read(names)):
+        for key, index in distinct.items():
+            if not stacked:
+                buffers[key][...] = array[index]
+            elif i in range(*index[0].indices(shape[0])):
+                start = index[0].indices(shape[0])[0]
+                buffers[key][i - start] = array[index[1:]]  # the cast to the storage dtype is here
+    shards = [jax.device_put(buffers[str(index)], device) for device, index in indices.items()]
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+
+def load_model(
+    source: WeightSource,
+    *,
+    precision: Precision,
+    mesh: Mesh,
+    lora: LoRAConfig | None = None,
+    lora_values: Mapping[str, np.ndarray] | None = None,
+    load_vision: bool = True,
+    seed: int = 0,
+) -> LlavaNext:
+    """Fill a model from ``source``, each parameter placed by PARAM_RULES.
+
+    ``lora_values`` (dotted path -> fp32 stacked array) sets the LoRA factors; without it they start
+    as peft's do (a random from ``seed``, b zero). With ``load_vision`` off, the tower and projector
+    are neither read nor placed.
+
+    Raises:
+        ValueError: a parameter is missing, superfluous or misshapen, by name.
+    """
+
+    def make() -> LlavaNext:
+        return build(
+            source.config, precision=precision, lora=lora, load_vision=load_vision, seed=seed
+        )
+
+    graphdef, lora_shapes, base_shapes = nnx.split(jax.eval_shape(make), LoRAParam, ...)
+    check_names(source, stored_shapes(source.config, load_vision=load_vision))
+
+    def place(path: tuple[object, ...], leaf: nnx.Variable[jax.Array]) -> nnx.Variable[jax.Array]:
+        name = dotted(path)
+        sharding = param_sharding(name, len(leaf.shape), mesh)
+        return leaf.replace(
+            _read_sharded(source, name, leaf.shape, np.dtype(leaf.dtype), sharding)
+        )
+
+    base = nnx.from_flat_state(
+        [(path, place(path, leaf)) for path, leaf in nnx.to_flat_state(base_shapes)]
+    )
+    if lora is None:
+        return nnx.merge(graphdef, lora_shapes, base)
+    shardings = nnx.from_flat_state(
+        [
+            (path, leaf.replace(param_sharding(dotted(path), len(leaf.shape), mesh)))
+            for path, leaf in nnx.to_flat_state(lora_shapes)
+        ]
+    )
+    if lora_values is None:
+        # jitted, so that the unused base weights of the fresh module are never computed
+        factors = jax.jit(lambda: nnx.split(make(), LoRAParam, ...)[1], out_shardings=shardings)()
+    else:
+        factors = place_lora(lora_shapes, lora_values, mesh)
+    return nnx.merge(graphdef, factors, base)
+
+
+def place_lora(
+    shapes: nnx.State, values: Mapping[str, np.ndarray], mesh: Mesh
+) -> nnx.State:
+    """Put LoRA factors given by dotted path (fp32, stacked over layers) on the mesh.
+
+    Raises:
+        ValueError: a factor is missing, superfluous or misshapen, by name.
+    """
+    flat = {dotted(path): (path, leaf) for path, leaf in nnx.to_flat_state(shapes)}
+    if set(flat) != set(values):
+        name = min(set(flat) ^ set(values))
+        raise ValueError(f"{name}: {'missing from' if name in flat else 'unknown in'} the adapter")
+    placed = []
+    for name, (path, leaf) in flat.items():
+        if tuple(values[name].shape) != tuple(leaf.shape):
+            raise ValueError(
+                f"{name}: shape {list(values[name].shape)} in the adapter, "
+                f"expected {list(leaf.shape)}"
+            )
+        sharding = param_sharding(name, len(leaf.shape), mesh)
+        array = jax.device_put(np.asarray(values[name], np.float32), sharding)
+        placed.append((path, leaf.replace(array)))
+    return nnx.from_flat_state(placed)

@@ -1,0 +1,136 @@
+"""Llama-family decoder as one ``lax.scan`` over stacked layers (transformers' ``LlamaModel``)."""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from e5v_jax.config import TextConfig
+from e5v_jax.model.attention import attention
+from e5v_jax.model.layers import Linear, LoRAConfig, Precision, RMSNorm, apply_rope, rope_angles
+
+Remat = Literal["none", "dots", "full"]
+"""What a backward pass keeps of each layer: everything, matmul outputs, or only its input."""
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with grouped key/value heads and rotary positions."""
+
+    def __init__(
+        self, cfg: TextConfig, *, precision: Precision, lora: LoRAConfig | None, rngs: nnx.Rngs
+    ) -> None:
+        d, h = cfg.hidden_size, cfg.head_dim
+        n, k = cfg.num_attention_heads, cfg.num_key_value_heads
+        self.q_proj = Linear(d, n * h, precision=precision, lora=lora, rngs=rngs)
+        self.k_proj = Linear(d, k * h, precision=precision, lora=lora, rngs=rngs)
+        self.v_proj = Linear(d, k * h, precision=precision, lora=lora, rngs=rngs)
+        self.o_proj = Linear(n * h, d, precision=precision, lora=lora, rngs=rngs)
+        self.head_dim = h
+        self.precision = precision
+
+    def __call__(self, x: jax.Array, angles: jax.Array, keys: list[jax.Array | None]) -> jax.Array:
+        """[B, T, D] -> [B, T, D]; ``keys`` are dropout keys for q, k, v, o."""
+        b, t, _ = x.shape
+        q = self.q_proj(x, dropout_key=keys[0]).reshape(b, t, -1, self.head_dim)  # [B, T, N, H]
+        k = self.k_proj(x, dropout_key=keys[1]).reshape(b, t, -1, self.head_dim)  # [B, T, K, H]
+        v = self.v_proj(x, dropout_key=keys[2]).reshape(b, t, -1, self.head_dim)  # [B, T, K, H]
+        q, k = apply_rope(q, angles), apply_rope(k, angles)
+        out = attention(q, k, v, is_causal=True, precision=self.precision)  # [B, T, N, H]
+        return self.o_proj(out.reshape(b, t, -1), dropout_key=keys[3])
+
+
+class SwiGLU(nnx.Module):
+    """``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(
+        self, cfg: TextConfig, *, precision: Precision, lora: LoRAConfig | None, rngs: nnx.Rngs
+    ) -> None:
+        d, f = cfg.hidden_size, cfg.intermediate_size
+        self.gate_proj = Linear(d, f, precision=precision, lora=lora, rngs=rngs)
+        self.up_proj = Linear(d, f, precision=precision, lora=lora, rngs=rngs)
+        self.down_proj = Linear(f, d, precision=precision, lora=lora, rngs=rngs)
+
+    def __call__(self, x: jax.Array, keys: list[jax.Array | None]) -> jax.Array:
+        """[B, T, D] -> [B, T, D]; ``keys`` are dropout keys for gate, up, down."""
+        gate = self.gate_proj(x, dropout_key=keys[0])  # [B, T, F]
+        up = self.up_proj(x, dropout_key=keys[1])  # [B, T, F]
+        return self.down_proj(jax.nn.silu(gate) * up, dropout_key=keys[2])
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm attention and MLP, each with a residual connection."""
+
+    def __init__(
+        self, cfg: TextConfig, *, precision: Precision, lora: LoRAConfig | None, rngs: nnx.Rngs
+    ) -> None:
+        eps = cfg.rms_norm_eps
+        self.input_layernorm = RMSNorm(cfg.hidden_size, eps=eps, precision=precision)
+        self.self_attn = Attention(cfg, precision=precision, lora=lora, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, eps=eps, precision=precision)
+        self.mlp = SwiGLU(cfg, precision=precision, lora=lora, rngs=rngs)
+
+    def __call__(
+        self, x: jax.Array, angles: jax.Array, dropout_key: jax.Array | None
+    ) -> jax.Array:
+        """[B, T, D] -> [B, T, D]."""
+        keys: list[jax.Array | None] = [None] * 7
+        if dropout_key is not None:
+            keys = list(jax.random.split(dropout_key, 7))
+        x = x + self.self_attn(self.input_layernorm(x), angles, keys[:4])
+        return x + self.mlp(self.post_attention_layernorm(x), keys[4:])
+
+
+class Llama(nnx.Module):
+    """Token embedding, decoder layers and final norm; there is no ``lm_head``."""
+
+    def __init__(
+        self, cfg: TextConfig, *, precision: Precision, lora: LoRAConfig | None, rngs: nnx.Rngs
+    ) -> None:
+        init = jax.nn.initializers.normal(0.02)
+        table = (cfg.vocab_size, cfg.hidden_size)
+        self.embed_tokens = nnx.Param(init(rngs.params(), table, jnp.dtype(precision.param)))
+        self.layers = jax.vmap(
+            lambda key: DecoderLayer(
+                cfg, precision=precision, lora=lora, rngs=nnx.Rngs(params=key)
+            )
+        )(jax.random.split(rngs.params(), cfg.num_hidden_layers))
+        self.norm = RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps, precision=precision)
+        self.cfg = cfg
+        self.precision = precision
+
+    def embed(self, input_ids: jax.Array) -> jax.Array:
+        """Token ids [B, T] -> embeddings [B, T, D] in the compute dtype."""
+        return self.embed_tokens[...][input_ids].astype(self.precision.compute)
+
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        remat: Remat = "none",
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """Run all layers over embeddings [B, T, D] -> hidden states [B, T, D] **before** the norm.
+
+        The caller gathers the pooled token first and norms only that one.
+        """
+        angles = rope_angles(
+            jnp.arange(x.shape[1]), head_dim=self.cfg.head_dim, theta=self.cfg.rope_theta
+        )  # [T, H/2]
+        keys = None
+        if dropout_key is not None:
+            keys = jax.random.split(dropout_key, self.cfg.num_hidden_layers)
+
+        def body(
+            h: jax.Array, layer_and_key: tuple[DecoderLayer, jax.Array | None]
+        ) -> tuple[jax.Array, None]:
+            layer, key = layer_and_key
+            return layer(h, angles, key), None
+
+        if remat == "full":
+            body = jax.checkpoint(body, prevent_cse=False)
+        elif remat == "dots":
+            keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            body = jax.checkpoint(body, prevent_cse=False, policy=keep)
+        x, _ = jax.lax.scan(body, x, (self.layers, keys))
+        return x
