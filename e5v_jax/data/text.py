@@ -1,0 +1,134 @@
+"""From filled prompts to token ids: tokenising, truncating, expanding images, padding, buckets.
+
+NumPy and a fast tokenizer of transformers only; no torch, no jax.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerFast
+
+
+def encode_batch(tokenizer: PreTrainedTokenizerFast, filled: Sequence[str]) -> list[list[int]]:
+    """Token ids of filled prompts (:func:`e5v_jax.prompts.fill`), unpadded and never truncated.
+
+    Each string is tokenised whole, with the BOS that the tokenizer's own post-processor adds (or
+    not), as the reference does.
+
+    Raises:
+        ValueError: the tokenizer puts something else around the prompt. After it, say EOS, that
+            would be the pooled token.
+    """
+    if not filled:
+        return []
+    ids: list[list[int]] = tokenizer(
+        list(filled), padding=False, truncation=False, return_attention_mask=False, verbose=False
+    )["input_ids"]
+    _check_surroundings(tokenizer, filled[0], ids[0])
+    return ids
+
+
+def _check_surroundings(tokenizer: PreTrainedTokenizerFast, text: str, ids: list[int]) -> None:
+    """What the post-processor adds is the same for every text, so one text tells."""
+    bare: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if not bare:
+        raise ValueError(f"the tokenizer finds no token in the prompt {text!r}")
+    if ids[-len(bare) :] != bare:
+        last = tokenizer.convert_ids_to_tokens(ids[-1])
+        raise ValueError(
+            f"the tokenizer adds {last!r} after the prompt, but the embedding is read at the "
+            "template's last token: set add_eos_token to false in tokenizer_config.json"
+        )
+    before = ids[: -len(bare)]
+    if before not in ([], [tokenizer.bos_token_id]):
+        raise ValueError(
+            f"the tokenizer adds {tokenizer.convert_ids_to_tokens(before)} before the prompt, "
+            f"expected nothing or the BOS token {tokenizer.bos_token!r}"
+        )
+
+
+def truncate_texts(
+    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], max_tokens: int = 32
+) -> list[str]:
+    """Cut each text to ``max_tokens`` tokens, special ones not counted, and decode what is left.
+
+    As the authors' training script (ft_llm.py), which does this before it fills the template; every
+    text is decoded, also a short one. Spaces are left alone: transformers 4 also removed those
+    before punctuation, transformers 5 does not.
+
+    Raises:
+        ValueError: ``max_tokens`` is not positive.
+    """
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}, expected at least 1")
+    if not texts:
+        return []
+    # Cut here and not by the tokenizer: its truncation is state shared by all threads.
+    ids: list[list[int]] = tokenizer(
+        list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+    )["input_ids"]
+    return tokenizer.batch_decode(
+        [sequence[:max_tokens] for sequence in ids], clean_up_tokenization_spaces=False
+    )
+
+
+def expand_image_tokens(
+    ids: Sequence[int], image_token_id: int, counts: Sequence[int]
+) -> list[int]:
+    """Repeat the k-th image placeholder ``counts[k]`` times (reference: LlavaNextProcessor).
+
+    Raises:
+        ValueError: as many placeholders as counts are expected, and counts of at least 1.
+    """
+    placeholders = list(ids).count(image_token_id)
+    if placeholders != len(counts):
+        raise ValueError(
+            f"the prompt has {placeholders} image placeholders (token {image_token_id}) for "
+            f"{len(counts)} images"
+        )
+    if any(count < 1 for count in counts):
+        raise ValueError(f"image token counts are {list(counts)}, expected at least 1 each")
+    remaining = iter(counts)
+    expanded: list[int] = []
+    for token in ids:
+        expanded.extend([token] * (next(remaining) if token == image_token_id else 1))
+    return expanded
+
+
+def bucket_length(length: int, buckets: Sequence[int]) -> int:
+    """The smallest of ``buckets`` that holds ``length`` tokens; their order does not matter.
+
+    Raises:
+        ValueError: none does. Nothing is ever cut to fit.
+    """
+    fitting = [bucket for bucket in buckets if bucket >= length]
+    if not fitting:
+        raise ValueError(
+            f"a sequence of {length} tokens fits none of the length buckets {sorted(buckets)}: "
+            "shorten the input or add a longer bucket"
+        )
+    return min(fitting)
+
+
+def pad_right(
+    sequences: Sequence[Sequence[int]], length: int, pad_id: int
+) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    """Stack sequences into one array, padded on the right.
+
+    With a causal decoder the last real token never sees the padding, so no mask is needed.
+
+    Returns:
+        ``input_ids`` int32 [B, length] and ``last_index`` int32 [B], the position of the last real
+        token.
+
+    Raises:
+        ValueError: a sequence is empty or longer than ``length``.
+    """
+    input_ids = np.full((len(sequences), length), pad_id, np.int32)  # [B, L]
+    for row, sequence in enumerate(sequences):
+        if not 0 < len(sequence) <= length:
+            raise ValueError(f"sequence {row} has {len(sequence)} tokens, expected 1 to {length}")
+        input_ids[row, : len(sequence)] = sequence
+    last_index = np.array([len(sequence) - 1 for sequence in sequences], np.int32)  # [B]
+    return input_ids, last_index

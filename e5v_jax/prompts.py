@@ -1,0 +1,201 @@
+"""What is said to the model: chat templates, instructions, and filling them with user text.
+
+Sources: the authors' retrieval.py, eval_sts.py, ft_llm.py and run.sh (repository kongds/E5-V). The
+strings are byte-exact, misspellings included: a changed byte is another embedding.
+"""
+
+import re
+
+from transformers import PreTrainedTokenizerBase
+
+# Chat templates: the instruction goes where `{}` stands.
+LLAMA3 = (
+    "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
+    "<|start_header_id|>assistant<|end_header_id|>\n\n \n"
+)
+MISTRAL = "[INST] {} [/INST]"
+PHI3 = "<|user|>\n{}<|end|>\n<|assistant|>\n"
+CHATML = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+# The authors ran no Vicuna: this is its format in transformers' LLaVA-NeXT documentation (v4.46).
+VICUNA = (
+    "A chat between a curious human and an artificial intelligence assistant. The assistant gives "
+    "helpful, detailed, and polite answers to the human's questions. USER: {} ASSISTANT:"
+)
+TEMPLATES = {
+    "llama3": LLAMA3,
+    "mistral": MISTRAL,
+    "phi3": PHI3,
+    "chatml": CHATML,
+    "vicuna": VICUNA,
+}
+
+# Instructions: `<sent>` is the user's text, `{type}` a kind of garment, `<image>` the image itself.
+TEXT = "<sent>\nSummary above sentence in one word: "
+IMAGE = "<image>\nSummary above image in one word: "
+STS = " <sent>\nSummary above sentence in one word:"
+FASHIONIQ_GALLERY = "<image>\n Describe this {type} in one word based on its style:"
+FASHIONIQ_QUERY = (
+    "<image> change the style of this {type} to <sent>\n"
+    " Desribe this modified {type} in one word based on its style:"
+)
+CIRR_GALLERY = "<image>\n Describe this image in one word:"
+CIRR_QUERY = '<image>Modify this image with "<sent>", desribe modified image in one word:'
+RELEASED = "<sent>\nSummary above sentence in one word:"  # run.sh, without TEXT's last space
+PROMPTS = {
+    "text": TEXT,
+    "image": IMAGE,
+    "sts": STS,
+    "text_image": CIRR_QUERY,  # the authors' one instruction for any image with any text
+    "fashioniq_gallery": FASHIONIQ_GALLERY,
+    "fashioniq_query": FASHIONIQ_QUERY,
+    "cirr_gallery": CIRR_GALLERY,
+    "cirr_query": CIRR_QUERY,
+    "released": RELEASED,  # for fill_released
+}
+
+IMAGE_PLACEHOLDER = "<image>"
+_SLOT = re.compile(r"<sent>|\{type\}")
+_CONTROL = re.compile(r"<\|[^|]+\|>|\[/?INST\]")
+_SURROGATE = r"[\ud800-\udfff]"
+# Tokens that only a model trained on the template has; the template without them is plain text.
+_SIGNATURES = {
+    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
+    "chatml": ("<|im_start|>", "<|im_end|>"),
+    "phi3": ("<|user|>", "<|end|>", "<|assistant|>"),
+    "mistral": ("[INST]", "[/INST]"),
+}
+
+
+class TextError(ValueError):
+    """A text that cannot be embedded; the message says why, the caller adds file and row."""
+
+
+def slots(prompt: str) -> frozenset[str]:
+    """What ``prompt`` asks for: any of "text", "image" and "type"."""
+    names = {"<sent>": "text", IMAGE_PLACEHOLDER: "image", "{type}": "type"}
+    return frozenset(name for slot, name in names.items() if slot in prompt)
+
+
+def fill(prompt: str, *, template: str, text: str | None = None, type: str | None = None) -> str:
+    """The string to tokenise: ``prompt`` inside ``template`` with its slots filled.
+
+    ``prompt`` is a value of :data:`PROMPTS` or one's own, ``template`` a value of
+    :data:`TEMPLATES`. Filling is one pass: ``<sent>``, ``{type}`` or ``{}`` inside ``text`` stay as
+    they are. ``text`` must have passed :func:`check_text`.
+
+    Raises:
+        ValueError: a slot without its value, a value without its slot, or a template that does not
+            have exactly one ``{}``.
+    """
+    head, tail = _split(prompt, template)
+    return head + _substitute(prompt, text, type) + tail
+
+
+def fill_released(prompt: str, *, template: str, text: str) -> str:
+    """:func:`fill` as the authors' training script does it; use with ``PROMPTS["released"]``.
+
+    ft_llm.py replaces ``_`` by a space in the template, before it puts the sentence in, and strips
+    the result. ``<|start_header_id|>`` becomes the plain text ``<|start header id|>`` and the
+    pooled token of the Llama-3 template a literal ``>``.
+
+    Raises:
+        ValueError: as :func:`fill`.
+    """
+    head, tail = (part.replace("_", " ") for part in _split(prompt, template))
+    return (head + _substitute(prompt.replace("_", " "), text, None) + tail).strip()
+
+
+def detect_template(
+    tokenizer: PreTrainedTokenizerBase, model_type: str, *, override: str | None = None
+) -> str:
+    """The name in :data:`TEMPLATES` of the template that a checkpoint was trained on.
+
+    Told from the tokenizer's chat tokens; without any, from ``model_type`` (of the text model, as
+    in ``config.json``) or a Vicuna chat template. ``override`` is checked and returned.
+
+    Raises:
+        ValueError: an unknown ``override``, or it cannot be told; lists the names.
+    """
+    names = ", ".join(TEMPLATES)
+    if override is not None:
+        if override not in TEMPLATES:
+            raise ValueError(f"unknown template {override!r}: expected one of {names}")
+        return override
+    added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+    matches = [name for name, tokens in _SIGNATURES.items() if added.issuperset(tokens)]
+    if not matches and model_type == "mistral":
+        matches = ["mistral"]  # before v0.3, [INST] is not a token of its own
+    if not matches and "ASSISTANT:" in str(tokenizer.chat_template):
+        matches = ["vicuna"]
+    if len(matches) == 1:
+        return matches[0]
+    reason = (
+        f"it has the tokens of {' and '.join(matches)}" if matches else "no chat token is known"
+    )
+    raise ValueError(
+        f"cannot tell the prompt template from the tokenizer ({reason}; model_type "
+        f"{model_type!r}): name one of {names}"
+    )
+
+
+def forbidden_pattern(tokenizer: PreTrainedTokenizerBase, template: str) -> re.Pattern[str]:
+    """The strings no user text may contain, compiled once for :func:`check_text`.
+
+    They are ``<image>``, every special token of ``tokenizer``, the control strings of ``template``
+    (a value of :data:`TEMPLATES`) even where the tokenizer does not know them, and lone surrogates,
+    which no tokenizer can read. Vicuna's ``USER:`` is ordinary text and allowed.
+    """
+    strings = {IMAGE_PLACEHOLDER, *_CONTROL.findall(template)}
+    strings.update(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+    # One branch per first character: a flat list of 1000 tokens is tried at every position of the
+    # text and searched a hundred times slower.
+    branches: dict[str, list[str]] = {}
+    for string in sorted(strings - {""}, key=lambda s: (-len(s), s)):  # longest first
+        branches.setdefault(string[0], []).append(re.escape(string[1:]))
+    patterns = [f"{re.escape(first)}(?:{'|'.join(rest)})" for first, rest in branches.items()]
+    return re.compile("|".join([*patterns, _SURROGATE]))
+
+
+def check_text(text: str, forbidden: re.Pattern[str]) -> None:
+    """Refuse a text that could forge a placeholder, break its template, or is empty.
+
+    A text that passes holds no special token, so the filled string can be tokenised as a whole, as
+    the reference does, with merges across the seams (".\\n" is one Llama-3 token).
+
+    Raises:
+        TextError: one line that names the offending string.
+    """
+    if not text or text.isspace():
+        raise TextError("the text is empty: expected at least one character that is not a space")
+    found = forbidden.search(text)
+    if found is None:
+        return
+    string = found.group()
+    if re.fullmatch(_SURROGATE, string):
+        raise TextError(f"the text contains the lone surrogate {string!a}: expected valid Unicode")
+    raise TextError(
+        f"the text contains {string!r} (at character {found.start()}), which means something else "
+        "to the model: remove or respell it"
+    )
+
+
+def _split(prompt: str, template: str) -> tuple[str, str]:
+    head, slot, tail = template.partition("{}")
+    if not slot or "{}" in tail:
+        raise ValueError(
+            f"template {template!r} has {template.count('{}')} slots {{}}, expected exactly one"
+        )
+    if prompt.endswith(" ") and tail.startswith(" "):
+        tail = tail[1:]  # the authors write "word: [/INST]", with one space
+    return head, tail
+
+
+def _substitute(prompt: str, text: str | None, type: str | None) -> str:
+    wanted = slots(prompt)
+    for name, value in (("text", text), ("type", type)):
+        if name in wanted and value is None:
+            raise ValueError(f"the prompt {prompt!r} needs a {name}, but none was given")
+        if name not in wanted and value is not None:
+            raise ValueError(f"the prompt {prompt!r} has no place for the {name} {value!r}")
+    values = {"<sent>": text or "", "{type}": type or ""}
+    return _SLOT.sub(lambda match: values[match.group()], prompt)

