@@ -1,0 +1,1 @@
+"""Conversion between Hugging Face or GGUF checkpoints and this project's converted folders."""
