@@ -1,4 +1,4 @@
-"""``python -m convert.from_hf SRC DST``: a Hugging Face checkpoint of any layout -> a converted folder."""
+"""``python -m convert.from_hf SRC DST``: any Hugging Face layout -> a converted folder."""
 
 import json
 import re

@@ -61,8 +61,8 @@ class SafetensorsFolder:
         if not files:
             if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
                 raise ValueError(
-                    f"{folder}: only pickled .bin weights, which can run code when loaded; save the "
-                    "model as safetensors first (save_pretrained in transformers)"
+                    f"{folder}: only pickled .bin weights, which can run code when loaded; save "
+                    "the model as safetensors first (save_pretrained in transformers)"
                 )
             raise FileNotFoundError(f"{folder}: no *.safetensors file")
         self._files: dict[str, Path] = {}

@@ -1,4 +1,4 @@
-"""PEFT LoRA adapters: read into stacked factors, write back (layout 4 of reference.md section 1)."""
+"""PEFT LoRA adapters: read into stacked factors, written back from them."""
 
 import json
 import re

@@ -6,7 +6,7 @@ from typing import Any, Self
 
 import transformers
 
-# transformers' LLaVA checkpoints before Hugging Face's own port name the vision tower instead of describing it.
+# Checkpoints of the original LLaVA code name the vision tower instead of describing it.
 KNOWN_VISION_TOWERS: dict[str, dict[str, Any]] = {
     "openai/clip-vit-large-patch14-336": {
         "hidden_size": 1024,
@@ -59,7 +59,7 @@ class VisionConfig:
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Llama-family decoder: RMSNorm, rotary positions, grouped-query attention, SwiGLU, no biases."""
+    """Llama-family decoder: RMSNorm, rotary positions, grouped queries, SwiGLU, no biases."""
 
     vocab_size: int  # rows of the embedding table
     hidden_size: int
@@ -126,7 +126,7 @@ class ModelConfig:
 
     @property
     def num_vision_layers(self) -> int:
-        """Vision blocks that feed the projector; those after ``vision_feature_layer`` are never run."""
+        """Vision blocks that feed the projector; those after the feature layer never run."""
         if self.vision is None:
             return 0
         layers = self.vision.num_hidden_layers
@@ -170,8 +170,8 @@ class ModelConfig:
             return cls(text=TextConfig.from_hf(_hf_config(raw)))
         names = raw.get("architectures") or [model_type]
         raise UnsupportedModelError(
-            f"unsupported architecture {names[0]!r} (model_type {model_type!r}): expected LLaVA-NeXT "
-            "or a Llama or Mistral text model"
+            f"unsupported architecture {names[0]!r} (model_type {model_type!r}): expected "
+            "LLaVA-NeXT or a Llama or Mistral text model"
         )
 
     @classmethod

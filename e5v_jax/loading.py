@@ -1,7 +1,6 @@
 """From a WeightSource to a sharded model: shapes first, then one stacked parameter at a time."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import jax
 import numpy as np
@@ -70,7 +69,11 @@ def check_names(source: WeightSource, expected: Mapping[str, tuple[int, ...]]) -
 
 
 def _read_sharded(
-    source: WeightSource, path: str, shape: tuple[int, ...], dtype: np.dtype, sharding: NamedSharding
+    source: WeightSource,
+    path: str,
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    sharding: NamedSharding,
 ) -> jax.Array:
     """Read one (stacked) parameter; each device receives only its slice."""
     names = layer_names(path, shape)
@@ -123,9 +126,7 @@ def load_model(
     def place(path: tuple[object, ...], leaf: nnx.Variable[jax.Array]) -> nnx.Variable[jax.Array]:
         name = dotted(path)
         sharding = param_sharding(name, len(leaf.shape), mesh)
-        return leaf.replace(
-            _read_sharded(source, name, leaf.shape, np.dtype(leaf.dtype), sharding)
-        )
+        return leaf.replace(_read_sharded(source, name, leaf.shape, np.dtype(leaf.dtype), sharding))
 
     base = nnx.from_flat_state(
         [(path, place(path, leaf)) for path, leaf in nnx.to_flat_state(base_shapes)]
@@ -146,9 +147,7 @@ def load_model(
     return nnx.merge(graphdef, factors, base)
 
 
-def place_lora(
-    shapes: nnx.State, values: Mapping[str, np.ndarray], mesh: Mesh
-) -> nnx.State:
+def place_lora(shapes: nnx.State, values: Mapping[str, np.ndarray], mesh: Mesh) -> nnx.State:
     """Put LoRA factors given by dotted path (fp32, stacked over layers) on the mesh.
 
     Raises:

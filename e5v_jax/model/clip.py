@@ -1,4 +1,7 @@
-"""CLIP vision tower up to the block whose output feeds the projector (transformers' ``CLIPVisionModel``)."""
+"""CLIP vision tower up to the block whose output feeds the projector.
+
+Reference: transformers' ``CLIPVisionModel``.
+"""
 
 from collections.abc import Callable
 
@@ -100,7 +103,7 @@ class ClipVision(nnx.Module):
         self.precision = precision
 
     def __call__(self, tiles: jax.Array) -> jax.Array:
-        """uint8 tiles [T, S, S, 3] -> features [T, P, D] in the compute dtype, row-major patches."""
+        """uint8 tiles [T, S, S, 3] -> features [T, P, D], patches row by row, compute dtype."""
         t, p = tiles.shape[0], self.cfg.patch_size
         side = self.cfg.image_size // p
         pixels = tiles.astype(jnp.float32) / 255.0

@@ -32,7 +32,7 @@ class LoRAConfig:
 
 @dataclass(frozen=True)
 class Precision:
-    """Dtypes of one model: ``param`` for storage of the base weights, ``compute`` for arithmetic."""
+    """Dtypes of one model: ``param`` to store base weights, ``compute`` for arithmetic."""
 
     param: DTypeLike
     compute: DTypeLike

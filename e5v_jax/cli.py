@@ -1,0 +1,90 @@
+"""What all commands share: typed flags, one line per error, exit codes."""
+
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Annotated, Generic, NoReturn, TypeVar
+
+import tyro
+
+Args = TypeVar("Args")
+# Errors whose message is written for the user; any other class is named in front of its message.
+_EXPECTED = (ValueError, OSError, ImportError)
+
+
+class UsageError(ValueError):
+    """The command line itself is wrong, in a way that only the command can tell: exit code 2."""
+
+
+@dataclass(frozen=True)
+class _Command(Generic[Args]):
+    args: Annotated[Args, tyro.conf.arg(name="")]
+    traceback: tyro.conf.FlagCreatePairsOff[bool] = False
+    """On an error, show where in the code it came from."""
+
+
+def run(
+    main: Callable[[Args], None],
+    args_type: type[Args],
+    *,
+    default: Args | None = None,
+    argv: Sequence[str] | None = None,
+) -> NoReturn:
+    """Parse the command line into ``args_type``, call ``main`` with it and exit.
+
+    ``args_type`` is a dataclass: its docstring is the help text, the docstring of each field the
+    help of its flag. ``--traceback`` is added.
+
+    Args:
+        main: the command.
+        args_type: its arguments.
+        default: values of the flags that are not given; None takes the defaults of ``args_type``.
+        argv: the words of the command line; None takes ``sys.argv[1:]``.
+
+    Raises:
+        SystemExit: always; see :func:`exit_on_error` for the codes.
+    """
+    spec = sys.modules["__main__"].__spec__
+    command: _Command[Args] = tyro.cli(
+        _Command[args_type],  # type: ignore[valid-type]  # a type known only at run time
+        prog=f"python -m {spec.name.removesuffix('.__main__')}" if spec else None,
+        description=args_type.__doc__,
+        default=tyro.MISSING_NONPROP if default is None else _Command(default),
+        args=argv,
+    )
+    with exit_on_error(show_traceback=command.traceback):
+        main(command.args)
+    sys.exit(0)
+
+
+@contextmanager
+def exit_on_error(*, show_traceback: bool) -> Iterator[None]:
+    """Turn an error of the block into one line on stderr and an exit code.
+
+    Raises:
+        SystemExit: 1 after an error, 2 after a :class:`UsageError`, 130 after an interrupt.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)  # 128 + SIGINT, as shells have it
+    except Exception as error:
+        if show_traceback:
+            traceback.print_exc()
+        else:
+            print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+def one_line(error: Exception) -> str:
+    """The message of ``error`` on one line."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, _EXPECTED) and lines:
+        return " ".join(lines)
+    # Only the first line: an error of XLA may go on for pages.
+    return ": ".join([type(error).__name__, *lines[:1]]) + " (--traceback shows where)"

@@ -1,0 +1,193 @@
+"""The public class: load a model, embed anything, compare."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, Self
+
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from rich.progress import Progress
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from convert.hf_source import open_source, resolve
+from convert.peft import Adapter, is_peft, read_adapter
+from e5v_jax.config import ModelConfig
+from e5v_jax.converted import ConvertedFolder, WeightSource, is_converted
+from e5v_jax.encode.encoder import Encoder
+from e5v_jax.encode.inputs import Input, choose_prompt, prepare
+from e5v_jax.loading import load_model
+from e5v_jax.model.layers import Precision
+from e5v_jax.model.llava_next import LlavaNext
+from e5v_jax.prompts import TEMPLATES, detect_template, forbidden_pattern
+from e5v_jax.sharding import make_mesh
+from e5v_jax.train.checkpoint import find_run, read_run_adapter
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+
+class E5V:
+    """Embeddings of texts, images and text+image from one model.
+
+    >>> model = E5V.from_pretrained("e5-v-converted")
+    >>> vectors = model.encode(["a dog", Path("dog.jpg"), {"text": "sleeping", "image": "dog.jpg"}])
+    >>> model.similarity(vectors, vectors)
+    """
+
+    def __init__(
+        self,
+        model: LlavaNext,
+        config: ModelConfig,
+        tokenizer: PreTrainedTokenizerFast,
+        *,
+        mesh: Mesh,
+        template: str | None = None,
+    ) -> None:
+        """Wrap a loaded model; ``template`` names the chat template, None asks the tokenizer."""
+        self.config = config
+        self.tokenizer = tokenizer
+        self.template = detect_template(tokenizer, config.text.model_type, override=template)
+        self._forbidden = forbidden_pattern(tokenizer, TEMPLATES[self.template])
+        self._encoder = Encoder(model, mesh, pad_id=0)  # any id: padding is never seen
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: Dtype = "bfloat16",
+        mesh: Mesh | None = None,
+        adapter: str | Path | None = None,
+        template: str | None = None,
+        revision: str | None = None,
+    ) -> Self:
+        """Load a converted folder, a Hugging Face folder or GGUF file, or a hub id.
+
+        Args:
+            path: what to load.
+            dtype: of weights and arithmetic; norms, softmax and rotary angles are fp32 always.
+            mesh: devices to place the model on; None uses all of them for data parallelism.
+            adapter: a PEFT LoRA folder or a run folder of ``python -m e5v_jax.train``; None applies
+                the adapter that the converted folder carries, if any.
+            template: chat template name, see ``e5v_jax.prompts.TEMPLATES``; None chooses.
+            revision: branch, tag or commit of a hub id.
+
+        Raises:
+            FileNotFoundError, ValueError: one line that names the file, key or option.
+        """
+        folder = resolve(str(path), revision)
+        source: WeightSource
+        if folder.is_dir() and is_converted(folder):
+            source = ConvertedFolder(folder)
+            if adapter is None and (folder / "adapter").is_dir():
+                adapter = folder / "adapter"
+        else:
+            source = open_source(folder)
+        lora = None if adapter is None else load_adapter(Path(adapter), source.config)
+        if mesh is None:
+            mesh = make_mesh(data=-1, fsdp=1)
+        precision = Precision(param=jnp.dtype(dtype), compute=jnp.dtype(dtype))
+        model = load_model(
+            source,
+            precision=precision,
+            mesh=mesh,
+            lora=None if lora is None else lora.lora,
+            lora_values=None if lora is None else lora.values,
+        )
+        return cls(model, source.config, load_tokenizer(folder), mesh=mesh, template=template)
+
+    def encode(
+        self,
+        inputs: Input | Sequence[Input],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int = 32,
+        normalize_embeddings: bool = True,
+        truncate_dim: int | None = None,
+        show_progress_bar: bool | None = None,
+    ) -> np.ndarray:
+        """Embed inputs; order kept. Argument names follow sentence-transformers.
+
+        Args:
+            inputs: str (a text), PIL image, Path or bytes (an image), a mapping with ``text``
+                and/or ``image``, or a sequence of these.
+            prompt_name: a name in ``e5v_jax.prompts.PROMPTS``; None chooses by input kind.
+            prompt: an instruction of your own with ``<sent>`` and/or ``<image>``.
+            batch_size: most items per device batch.
+            normalize_embeddings: L2-normalise, after truncation.
+            truncate_dim: keep only the first dimensions.
+            show_progress_bar: None shows it on a terminal when there is more than one batch.
+
+        Returns:
+            float32 [N, D]; [D] for a single input that is not a sequence.
+
+        Raises:
+            ValueError: a bad input, "input 3: ...", or a bad prompt.
+        """
+        single = isinstance(inputs, str | bytes) or not isinstance(inputs, Sequence)
+        items: Sequence[Input] = [inputs] if single else inputs  # type: ignore[list-item, assignment]
+        if truncate_dim is not None and not 0 < truncate_dim <= self.config.text.hidden_size:
+            raise ValueError(
+                f"truncate_dim {truncate_dim}: expected 1 to {self.config.text.hidden_size}"
+            )
+        prepared = prepare(
+            items,
+            cfg=self.config,
+            tokenizer=self.tokenizer,
+            choice=choose_prompt(TEMPLATES[self.template], prompt_name, prompt),
+            forbidden=self._forbidden,
+        )
+        if show_progress_bar is None:
+            show_progress_bar = sys.stderr.isatty() and len(items) > batch_size
+        with Progress(disable=not show_progress_bar, transient=True) as progress:
+            task = progress.add_task("encoding", total=len(items))
+            vectors = self._encoder.encode(
+                prepared,
+                batch_size=batch_size,
+                on_batch=lambda done: progress.advance(task, done),
+            )
+        vectors = vectors.reshape(len(items), self.config.text.hidden_size)[:, :truncate_dim]
+        if normalize_embeddings:
+            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        return vectors[0] if single else vectors
+
+    @staticmethod
+    def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Cosine similarities, fp32 [N, M], of vectors [N, D] and [M, D]."""
+        a, b = (np.atleast_2d(np.asarray(x, np.float32)) for x in (a, b))
+        a, b = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (a, b))
+        return a @ b.T
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a converted or Hugging Face folder, or of a GGUF file.
+
+    Raises:
+        FileNotFoundError: the folder has no tokenizer files.
+    """
+    if folder.is_file():
+        from convert.gguf import build_tokenizer  # only for GGUF files: gguf is slow to import
+
+        return build_tokenizer(folder)
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        raise FileNotFoundError(f"{folder}: no tokenizer.json or tokenizer.model")
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def load_adapter(folder: Path, config: ModelConfig) -> Adapter:
+    """LoRA factors of a PEFT folder, a run folder (newest checkpoint) or RUN/checkpoints/STEP.
+
+    Raises:
+        FileNotFoundError: neither.
+        ValueError: the adapter does not fit the model.
+    """
+    run = find_run(folder)
+    if run is not None:
+        return read_run_adapter(*run, config)
+    if is_peft(folder):
+        return read_adapter(folder, config.text)
+    raise FileNotFoundError(
+        f"{folder}: neither a PEFT adapter (adapter_config.json) nor a run folder (run.json) or "
+        "one of its checkpoints"
+    )

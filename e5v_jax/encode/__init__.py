@@ -1,0 +1,1 @@
+"""Embedding texts, images and both: inputs, the jitted encoder and the command."""

@@ -1,0 +1,161 @@
+"""What a user may pass to ``encode``, turned into token ids and tiles."""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from transformers import PreTrainedTokenizerFast
+
+from e5v_jax.config import ModelConfig
+from e5v_jax.data.images import NEWLINE, ImageError, image_token_index, load_image, tile_image
+from e5v_jax.data.text import encode_batch, expand_image_tokens
+from e5v_jax.prompts import PROMPTS, TextError, check_text, fill, slots
+
+ImageSource = Image.Image | Path | bytes
+Input = str | ImageSource | Mapping[str, Any]
+"""A str is a text; a PIL image, a Path or bytes an image; a mapping has text, image or both."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One item, ready for the device."""
+
+    ids: list[int]  # image placeholders expanded
+    image_index: np.ndarray | None = None  # int32 [len(ids)]: -1 text, k tile feature, T*P newline
+    tiles: np.ndarray | None = None  # uint8 [T, S, S, 3]
+    patches: int = 0  # P, features of one tile
+
+
+@dataclass(frozen=True)
+class PromptChoice:
+    """Which instruction each item gets: by kind, or one for all."""
+
+    template: str  # text with one {}
+    instruction: str | None = None  # None: PROMPTS by kind
+
+    def for_item(self, has_text: bool, has_image: bool) -> str:
+        """The instruction of one item."""
+        if self.instruction is not None:
+            return self.instruction
+        if has_text and has_image:
+            return PROMPTS["text_image"]
+        return PROMPTS["image" if has_image else "text"]
+
+
+def choose_prompt(template: str, prompt_name: str | None, prompt: str | None) -> PromptChoice:
+    """The prompt of a call: by name, by text with ``<sent>``/``<image>`` slots, or by item kind.
+
+    Raises:
+        ValueError: both given, an unknown name, or a text without any slot.
+    """
+    if prompt_name is not None and prompt is not None:
+        raise ValueError("give prompt_name or prompt, not both")
+    if prompt_name is not None:
+        if prompt_name not in PROMPTS:
+            raise ValueError(f"prompt_name {prompt_name!r}: expected one of {sorted(PROMPTS)}")
+        prompt = PROMPTS[prompt_name]
+    if prompt is not None and not slots(prompt) & {"text", "image"}:
+        raise ValueError(f"prompt {prompt!r} has no slot: put <sent> for the text, <image> or both")
+    return PromptChoice(template=template, instruction=prompt)
+
+
+def split_input(item: Input) -> tuple[str | None, ImageSource | str | None]:
+    """(text, image source) of one input.
+
+    Raises:
+        ValueError: neither, an unknown key or an unsupported type.
+    """
+    if isinstance(item, str):
+        return item, None
+    if isinstance(item, Image.Image | Path | bytes):
+        return None, item
+    if isinstance(item, Mapping):
+        unknown = set(item) - {"text", "image"}
+        if unknown:
+            raise ValueError(f"unknown key {min(unknown)!r}: expected 'text', 'image' or both")
+        text, image = item.get("text"), item.get("image")
+        if text is None and image is None:
+            raise ValueError("neither 'text' nor 'image' is given")
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"'text' is a {type(text).__name__}, expected a str")
+        return text, image
+    raise ValueError(
+        f"unsupported input of type {type(item).__name__}: expected str, PIL image, Path, bytes or "
+        "a mapping with 'text' and/or 'image'"
+    )
+
+
+def _prepare_ids(
+    item: Input, choice: PromptChoice, forbidden: re.Pattern[str], cfg: ModelConfig
+) -> tuple[str, Image.Image | None]:
+    text, source = split_input(item)
+    if source is not None and cfg.vision is None:
+        raise ValueError("this is a text-only model: it cannot embed images")
+    if text is not None:
+        check_text(text, forbidden)
+    instruction = choice.for_item(text is not None, source is not None)
+    if (source is not None) != ("image" in slots(instruction)):
+        have, want = ("an image", "none") if source is not None else ("no image", "one")
+        raise ValueError(f"the input has {have}, the prompt {instruction!r} takes {want}")
+    filled = fill(instruction, template=choice.template, text=text)
+    return filled, None if source is None else load_image(source)
+
+
+def prepare(
+    inputs: Sequence[Input],
+    *,
+    cfg: ModelConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    choice: PromptChoice,
+    forbidden: re.Pattern[str],
+) -> list[Prepared]:
+    """Fill prompts, tokenise, tile images; order kept.
+
+    Raises:
+        ValueError: a bad input; the message starts with its position, "input 3: ...".
+    """
+    filled: list[str] = []
+    images: list[Image.Image | None] = []
+    for position, item in enumerate(inputs):
+        try:
+            string, image = _prepare_ids(item, choice, forbidden, cfg)
+        except (TextError, ImageError, ValueError) as error:
+            raise ValueError(f"input {position}: {error}") from error
+        filled.append(string)
+        images.append(image)
+    prepared = []
+    all_ids = encode_batch(tokenizer, filled)
+    for position, (ids, image) in enumerate(zip(all_ids, images, strict=True)):
+        try:
+            item_ = Prepared(ids) if image is None else _with_image(ids, image, cfg)
+        except ValueError as error:
+            raise ValueError(f"input {position}: {error}") from error
+        if len(item_.ids) > cfg.text.max_position_embeddings:
+            raise ValueError(
+                f"input {position}: {len(item_.ids)} tokens, the model takes at most "
+                f"{cfg.text.max_position_embeddings}: shorten the text"
+            )
+        prepared.append(item_)
+    return prepared
+
+
+def _with_image(ids: list[int], image: Image.Image, cfg: ModelConfig) -> Prepared:
+    assert cfg.vision is not None and cfg.image_token_id is not None
+    pinpoints, size = cfg.image_grid_pinpoints, cfg.vision.image_size
+    tiled = tile_image(image, image_size=size, grid_pinpoints=pinpoints)
+    rows = image_token_index(
+        tiled.original_size,
+        grid_pinpoints=pinpoints,
+        image_size=size,
+        patch_size=cfg.vision.patch_size,
+    )
+    start = ids.index(cfg.image_token_id)
+    expanded = expand_image_tokens(ids, cfg.image_token_id, [len(rows)])
+    newline = len(tiled.tiles) * cfg.vision.num_patches  # the row after the last tile feature
+    image_index = np.full(len(expanded), -1, np.int32)
+    image_index[start : start + len(rows)] = np.where(rows == NEWLINE, newline, rows)
+    return Prepared(expanded, image_index, tiled.tiles, cfg.vision.num_patches)

@@ -1,0 +1,1 @@
+"""Contrastive training on text pairs: loss, step, checkpoints and the loop."""

@@ -1,0 +1,86 @@
+"""What a training run is: a frozen dataclass, filled by a file in ``configs/`` and by flags."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from e5v_jax.model.layers import LoRAConfig
+from e5v_jax.model.llama import Remat
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Training triplets (sent0, sent1, hard_neg) or plain pairs (sent0, sent1)."""
+
+    path: tuple[Path, ...] = ()
+    """csv, jsonl or parquet files with columns sent0, sent1 and, if any, hard_neg."""
+    tfds: Literal["snli", "multi_nli"] | None = None
+    """A tensorflow-datasets NLI corpus turned into triplets, instead of files."""
+    tfds_dir: Path | None = None
+    """Where the tensorflow-datasets corpus was prepared; None is its own default."""
+    max_tokens: int = 32
+    """Each sentence is cut to this many tokens before the template is applied."""
+    prompt: Literal["text", "released"] = "text"
+    """The instruction; `released` reproduces the authors' script (reference.md section 2)."""
+    template: str | None = None
+    """Chat template name; None chooses by the tokenizer."""
+    length_groups: int = 4
+    """A batch's sentences are sorted by length and run in this many groups, each padded alone."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warmup and linear decay to zero (transformers' linear schedule)."""
+
+    learning_rate: float = 4e-4
+    warmup_steps: int = 100
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Device mesh; one size may be -1 and takes the devices that are left."""
+
+    data: int = 1
+    fsdp: int = -1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One training run. The defaults are the paper's recipe (section 4.1 and the released code)."""
+
+    model: Path
+    """Converted folder of the base model (python -m convert.from_hf)."""
+    output: Path
+    """Run folder to write: checkpoints, metrics.jsonl, TensorBoard events, the final adapter."""
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    lora: LoRAConfig | None = field(
+        default_factory=lambda: LoRAConfig(rank=64, alpha=16.0, dropout=0.05)
+    )
+    """Low-rank adaptation of every decoder linear map; None trains all decoder weights."""
+    batch_size: int = 768
+    """Triplets per optimizer step, over all devices; all are negatives of each other."""
+    num_epochs: int = 2
+    max_steps: int | None = None
+    """Stop here instead of after num_epochs; the schedule then ends here too."""
+    temperature: float = 0.05
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Compute dtype of the decoder; losses, norms and optimizer are fp32 always."""
+    remat: Remat = "full"
+    """What the backward pass keeps per layer: none (all), dots (matmul outputs), full (inputs)."""
+    checkpoint_every: int = 100
+    """Steps between checkpoints; the last step is always saved."""
+    keep_checkpoints: int = 3
+    """Newest checkpoints kept."""
+    log_every: int = 10
+    """Steps between lines in metrics.jsonl and TensorBoard."""
+    seed: int = 42
+    resume: bool = False
+    """Continue the run in `output` from its newest checkpoint."""
