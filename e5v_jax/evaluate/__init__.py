@@ -1,0 +1,1 @@
+"""Benchmarks of the paper, scored and shown beside its figures."""

@@ -1,0 +1,295 @@
+"""Semantic textual similarity: STS12 to STS16, STS-B and SICK-R in SentEval's folder layout.
+
+Protocol: the authors' eval_sts.py on SimCSE's copy of SentEval. A task's score is Spearman's rank
+correlation of cosine and human similarity over all its subsets together ("all"), times 100.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from e5v_jax.evaluate.report import Row
+
+Encode = Callable[[list[str]], np.ndarray]
+"""Texts to vectors [N, D], normalised or not."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task as the paper has it."""
+
+    label: str
+    pairs: int
+    """Pairs with a human score."""
+    paper: float | None = None
+    """Spearman x 100 of E5-V (paper, section 4)."""
+
+
+TASKS = {
+    "sts12": Task("STS12", 3108, 80.03),
+    "sts13": Task("STS13", 1500, 89.94),
+    "sts14": Task("STS14", 3750, 85.67),
+    "sts15": Task("STS15", 3000, 89.09),
+    "sts16": Task("STS16", 1186, 85.89),
+    "stsb": Task("STS-B", 1379, 87.88),
+    "sickr": Task("SICK-R", 4927, 83.51),
+    "stsb-dev": Task("STS-B dev", 1500),  # to watch training by; the paper reports none
+}
+PAPER_TASKS = tuple(name for name, task in TASKS.items() if task.paper is not None)
+PAPER_AVERAGE = 86.00
+PAPER_AVERAGE_PROMPT_ONLY = 75.8  # the same model before its fine-tuning
+
+# As in senteval/sts.py. STS13 has no SMT: its sentences are not free, so the data lacks them.
+_SUBSETS = {
+    "sts12": ("MSRpar", "MSRvid", "SMTeuroparl", "surprise.OnWN", "surprise.SMTnews"),
+    "sts13": ("FNWN", "headlines", "OnWN"),
+    "sts14": ("deft-forum", "deft-news", "headlines", "images", "OnWN", "tweet-news"),
+    "sts15": ("answers-forums", "answers-students", "belief", "headlines", "images"),
+    "sts16": ("answer-answer", "headlines", "plagiarism", "postediting", "question-question"),
+}
+_SICK_COLUMNS = ["pair_ID", "sentence_A", "sentence_B", "relatedness_score"]
+
+
+class StsPairs(NamedTuple):
+    """The pairs of a task, in the order of its files; sentences as they stand there."""
+
+    sentences1: list[str]
+    sentences2: list[str]
+    gold: np.ndarray
+    """float64 [N], human similarity, 0 to 5."""
+
+
+class StsScore(NamedTuple):
+    """What a model reached on a task."""
+
+    spearman: float
+    """Times 100."""
+    pairs: int
+
+
+def load_task(data_dir: str | Path, name: str, *, stride: int = 1) -> StsPairs:
+    """Read the pairs of one task; those without a human score are left out.
+
+    Args:
+        data_dir: folder that contains ``STS/`` and ``SICK/``.
+        name: a key of :data:`TASKS`.
+        stride: take every ``stride``-th pair, from the first on.
+
+    Raises:
+        FileNotFoundError: a file of the task is missing.
+        ValueError: an unknown task, or a damaged file; names file and row.
+    """
+    if name not in TASKS:
+        raise ValueError(f"unknown STS task {name!r}: expected one of {', '.join(TASKS)}")
+    root = Path(data_dir)
+    if name in _SUBSETS:
+        rows = list(_read_subsets(root / "STS" / f"{name.upper()}-en-test", _SUBSETS[name]))
+    elif name == "sickr":
+        rows = list(_read_sick(root / "SICK" / "SICK_test_annotated.txt"))
+    else:
+        split = "dev" if name == "stsb-dev" else "test"
+        rows = list(_read_stsb(root / "STS" / "STSBenchmark" / f"sts-{split}.csv"))
+    rows = rows[::stride]
+    if len(rows) < 2:
+        raise ValueError(f"{root}: {name} has {len(rows)} scored pairs, expected at least 2")
+    first, second, gold = zip(*rows, strict=True)
+    return StsPairs(list(first), list(second), np.array(gold, np.float64))
+
+
+def clean_sentence(sentence: str) -> str:
+    """A sentence as the authors give it to the model (eval_sts.py, after SentEval's split).
+
+    Single spaces; a full stop at the end if there is none of ``.?"'``; ``"`` becomes ``'``; a final
+    question mark becomes a full stop.
+    """
+    sentence = " ".join(sentence.split())
+    if sentence and sentence[-1] not in ".?\"'":
+        sentence += "."
+    sentence = sentence.replace('"', "'")
+    return sentence[:-1] + "." if sentence.endswith("?") else sentence
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's rank correlation of two [N] arrays; equal values share their average rank.
+
+    Raises:
+        ValueError: undefined, as one array is constant.
+    """
+    ranks = [_average_ranks(x), _average_ranks(y)]  # [N], [N]
+    for values, rank in zip((x, y), ranks, strict=True):
+        if np.ptp(rank) == 0:
+            raise ValueError(
+                f"rank correlation is undefined: all {len(values)} values are {values[0]:g}"
+            )
+    return float(np.corrcoef(ranks)[0, 1])
+
+
+def evaluate_sts(
+    encode: Encode, data_dir: str | Path, tasks: Sequence[str], *, stride: int = 1
+) -> dict[str, StsScore]:
+    """Load and score tasks: :func:`load_task`, then :func:`score_tasks`, with what they raise."""
+    return score_tasks(encode, {name: load_task(data_dir, name, stride=stride) for name in tasks})
+
+
+def score_tasks(encode: Encode, tasks: Mapping[str, StsPairs]) -> dict[str, StsScore]:
+    """Score loaded tasks. ``encode`` is called once, with each distinct sentence of them all once.
+
+    Raises:
+        ValueError: ``encode`` returned another shape than [N, D], a vector that is zero or not
+            finite, or the same cosine for all pairs of a task.
+    """
+    index: dict[str, int] = {}  # sentence -> row of vectors
+    sides = {
+        name: [
+            np.array([index.setdefault(clean_sentence(s), len(index)) for s in sentences])
+            for sentences in (pairs.sentences1, pairs.sentences2)
+        ]
+        for name, pairs in tasks.items()
+    }
+    sentences = list(index)
+    vectors = np.asarray(encode(sentences))  # [N, D]
+    if vectors.ndim != 2 or len(vectors) != len(sentences):
+        raise ValueError(
+            f"embeddings have shape {vectors.shape}, expected ({len(sentences)}, dimensions)"
+        )
+    squares = _dot(vectors, vectors)  # [N]
+    bad = np.flatnonzero(~np.isfinite(squares) | (squares == 0))
+    if bad.size:
+        raise ValueError(
+            f"the embeddings of {bad.size} of {len(sentences)} sentences are zero or not finite, "
+            f"first that of {sentences[bad[0]]!r}: is the model whole, does its dtype suffice?"
+        )
+    scores = {}
+    for name, (rows1, rows2) in sides.items():
+        # One root of the product, not two roots: a sentence paired with itself gets exactly 1, so
+        # that such pairs tie.
+        norms = np.sqrt(squares[rows1] * squares[rows2])
+        cosine = _dot(vectors[rows1], vectors[rows2]) / norms  # [pairs]
+        try:
+            scores[name] = StsScore(100 * spearman(cosine, tasks[name].gold), len(cosine))
+        except ValueError as error:
+            raise ValueError(f"{TASKS[name].label}: {error}") from error
+    return scores
+
+
+def report_rows(scores: Mapping[str, StsScore]) -> list[Row]:
+    """Rows for the report, and the average once it is over the paper's seven tasks.
+
+    The paper's figure stands beside a score only where that is over the same number of pairs.
+    """
+    rows = []
+    for name, score in scores.items():
+        task = TASKS[name]
+        whole = score.pairs == task.pairs
+        items = f"{score.pairs}" if whole else f"{score.pairs} of {task.pairs}"
+        paper = task.paper if whole else None
+        rows.append(Row(name, task.label, "Spearman", items, score.spearman, paper))
+    seven = [row for row in rows if row.paper is not None]
+    if len(seven) == len(PAPER_TASKS):
+        average = sum(row.value for row in seven) / len(seven)
+        items = f"{len(seven)} tasks"
+        rows.append(
+            Row(
+                "sts-average",
+                "STS average",
+                "Spearman",
+                items,
+                average,
+                PAPER_AVERAGE,
+                PAPER_AVERAGE_PROMPT_ONLY,
+            )
+        )
+    return rows
+
+
+def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Row by row, [N, D] x [N, D] -> float64 [N]."""
+    return np.einsum("nd,nd->n", a, b, dtype=np.float64)
+
+
+def _average_ranks(x: np.ndarray) -> np.ndarray:
+    """Ranks from 1, float64 [N]; equal values share the mean of theirs."""
+    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    last = np.cumsum(counts)
+    return (last - (counts - 1) / 2)[inverse]
+
+
+def _read_subsets(folder: Path, subsets: Sequence[str]) -> Iterator[tuple[str, str, float]]:
+    for subset in subsets:
+        pairs_path = folder / f"STS.input.{subset}.txt"
+        gold_path = folder / f"STS.gs.{subset}.txt"
+        pairs, gold = _read_lines(pairs_path), _read_lines(gold_path)
+        if len(pairs) != len(gold):
+            raise ValueError(
+                f"{gold_path}: {len(gold)} rows, expected {len(pairs)} as in {pairs_path.name}"
+            )
+        for number, (pair, score) in enumerate(zip(pairs, gold, strict=True), start=1):
+            if not score.strip():
+                continue  # pairs that the organisers left unscored
+            fields = _split(pair, pairs_path, number, expected=2, exact=True)
+            first, second = (_sentence(field, pairs_path, number) for field in fields)
+            yield first, second, _gold(score, gold_path, number)
+
+
+def _read_stsb(path: Path) -> Iterator[tuple[str, str, float]]:
+    for number, line in enumerate(_read_lines(path), start=1):
+        # genre, file, year, id, score, sentence, sentence, and in some rows sources
+        fields = _split(line, path, number, expected=7)
+        first, second = (_sentence(field, path, number) for field in fields[5:7])
+        yield first, second, _gold(fields[4], path, number)
+
+
+def _read_sick(path: Path) -> Iterator[tuple[str, str, float]]:
+    header, *lines = _read_lines(path) or [""]
+    if header.split("\t")[:4] != _SICK_COLUMNS:
+        raise ValueError(
+            f"{path}, row 1: found {header[:80]!r}, expected the columns {', '.join(_SICK_COLUMNS)}"
+        )
+    for number, line in enumerate(lines, start=2):
+        fields = _split(line, path, number, expected=4)
+        first, second = (_sentence(field, path, number) for field in fields[1:3])
+        yield first, second, _gold(fields[3], path, number)
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        text = path.read_bytes().decode()
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{path}: not found; the data folder must contain STS/ and SICK/ as SentEval has them"
+        ) from None
+    except UnicodeDecodeError as error:
+        row = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, row {row}: expected UTF-8, {error.reason}") from None
+    # Not splitlines(): it also splits at characters that may stand in a sentence, such as U+0085.
+    lines = text.removesuffix("\n").split("\n") if text else []
+    return [line.removesuffix("\r") for line in lines]
+
+
+def _split(line: str, path: Path, number: int, *, expected: int, exact: bool = False) -> list[str]:
+    fields = line.split("\t")
+    if len(fields) < expected or (exact and len(fields) > expected):
+        least = "" if exact else "at least "
+        raise ValueError(
+            f"{path}, row {number}: {len(fields)} tab-separated fields, expected {least}{expected}"
+        )
+    return fields
+
+
+def _sentence(text: str, path: Path, number: int) -> str:
+    if not text.strip():
+        raise ValueError(f"{path}, row {number}: empty sentence")
+    return text
+
+
+def _gold(text: str, path: Path, number: int) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = np.nan
+    if not 0 <= value <= 5:  # false for nan, too
+        raise ValueError(f"{path}, row {number}: score {text!r}, expected a number from 0 to 5")
+    return value
