@@ -1,0 +1,1 @@
+"""Host-side data: images, text and training pairs."""
