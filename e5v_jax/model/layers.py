@@ -84,17 +84,19 @@ class Linear(nnx.Module):
     def __call__(self, x: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
         """Map [..., in] to [..., out] in the compute dtype; a ``dropout_key`` turns dropout on."""
         dtype, precision = self.precision.compute, self.precision.matmul
-        x = x.astype(dtype)
-        y = jnp.matmul(x, self.kernel[...].astype(dtype), precision=precision)  # [..., out]
+        leading = x.shape[:-1]
+        # 2-D operands: XLA's CPU backend runs a training step of them a quarter faster than 3-D
+        x = x.reshape(-1, x.shape[-1]).astype(dtype)  # [N, in]
+        y = jnp.matmul(x, self.kernel[...].astype(dtype), precision=precision)  # [N, out]
         if self.use_bias:
             y = y + self.bias[...].astype(dtype)
         if self.lora is not None:
             if dropout_key is not None and self.lora.dropout > 0:
                 x = dropout(x, self.lora.dropout, dropout_key)
-            low = jnp.matmul(x, self.lora_a[...].astype(dtype), precision=precision)  # [..., r]
+            low = jnp.matmul(x, self.lora_a[...].astype(dtype), precision=precision)  # [N, r]
             delta = jnp.matmul(low, self.lora_b[...].astype(dtype), precision=precision)
             y = y + jnp.asarray(self.lora.scale, dtype) * delta
-        return y
+        return y.reshape(*leading, y.shape[-1])  # [..., out]
 
 
 class RMSNorm(nnx.Module):

@@ -28,7 +28,13 @@ from e5v_jax.train.checkpoint import (
 )
 from e5v_jax.train.config import DataConfig, TrainConfig
 from e5v_jax.train.metrics import MetricsLog
-from e5v_jax.train.step import PairBatch, make_optimizer, make_train_step, split_trainable
+from e5v_jax.train.step import (
+    PairBatch,
+    init_optimizer,
+    make_optimizer,
+    make_train_step,
+    split_trainable,
+)
 
 
 class HostBatch(NamedTuple):
@@ -116,7 +122,7 @@ def train(cfg: TrainConfig) -> None:
     graphdef, trainable, frozen = split_trainable(model, lora=cfg.lora is not None)
     del model
     optimizer = make_optimizer(cfg.optimizer, total_steps)
-    opt_state = jax.jit(optimizer.init)(trainable)
+    opt_state = init_optimizer(optimizer, trainable, mesh)
     step_fn = make_train_step(
         graphdef,
         optimizer,

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from e5v_jax.model.layers import LoRAParam
 from e5v_jax.model.llama import Remat
@@ -61,6 +62,25 @@ def split_trainable(
 ) -> tuple[nnx.GraphDef[LlavaNext], nnx.State, nnx.State]:
     """(graphdef, trainable, frozen): the LoRA factors, or with ``lora`` off every parameter."""
     return nnx.split(model, LoRAParam if lora else nnx.Param, ...)
+
+
+def init_optimizer(
+    optimizer: optax.GradientTransformation, trainable: nnx.State, mesh: Mesh
+) -> optax.OptState:
+    """Optimizer state placed like the parameters it belongs to; counters are replicated.
+
+    Explicit, so that the first step already sees the placement that the step itself returns.
+    """
+    replicated = NamedSharding(mesh, PartitionSpec())
+    shardings = optax.tree_map_params(
+        optimizer,
+        lambda _, parameter: parameter.sharding,
+        jax.eval_shape(optimizer.init, trainable),
+        trainable,
+        transform_non_params=lambda _: replicated,
+    )
+    state: optax.OptState = jax.jit(optimizer.init, out_shardings=shardings)(trainable)
+    return state
 
 
 def embed_pairs(
