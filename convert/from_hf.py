@@ -14,7 +14,7 @@ import safetensors.numpy
 import tyro
 from rich.progress import track
 
-from convert.gguf import build_tokenizer
+from convert.gguf_tokenizer import build_tokenizer
 from convert.hf_source import HfSource, open_source, resolve
 from convert.peft import Adapter, merge_into, read_adapter
 from e5v_jax import cli

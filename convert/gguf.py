@@ -1,25 +1,21 @@
 """Read a Llama-architecture GGUF file as if it were a Hugging Face text-only folder.
 
-Three views of one file: its ``config.json`` (:func:`read_config`), its tensors under Hugging Face
-names (:class:`GGUFTensors`) and its tokenizer (:func:`build_tokenizer`). torch is never imported.
+Two views of one file: its ``config.json`` (:func:`read_config`) and its tensors under Hugging Face
+names (:class:`GGUFTensors`); ``gguf_tokenizer`` is the third. torch is never imported.
 
 Sources: the GGUF key and tensor names are llama.cpp's (``gguf.constants``); which key means what in
 Hugging Face terms follows transformers' ``modeling_gguf_pytorch_utils`` and ``integrations.gguf``.
 """
 
-import json
 import re
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGUFReader, ReaderTensor
+from gguf import ReaderTensor
 from gguf.quants import dequantize
-from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
-from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
 
+from convert.gguf_file import GGUFError, GGUFFile, open_gguf, unreadable
 from e5v_jax.config import UnsupportedModelError
 
 # GGUF metadata -> config.json, one value each. All are required.
@@ -63,46 +59,7 @@ BLOCK_TENSORS = {
     "ffn_down": "mlp.down_proj",
 }
 
-# `tokenizer.ggml.pre` of byte-level vocabularies: transformers splits text by these rules, and
-# falls back on GPT-2's rule for any name it does not know, hence the list.
-GPT2_SPLITS = ("gpt-2", "smollm")
-LLAMA3_SPLITS = ("llama-bpe", "llama3", "llama-v3", "tekken")
-SPECIAL_TOKENS = {
-    "bos_token": "tokenizer.ggml.bos_token_id",
-    "eos_token": "tokenizer.ggml.eos_token_id",
-    "unk_token": "tokenizer.ggml.unknown_token_id",
-    "pad_token": "tokenizer.ggml.padding_token_id",
-}
 ROWS_AT_ONCE = 1024  # rows of a matrix dequantised together
-
-
-class GGUFError(ValueError):
-    """The file is not a whole, well-formed GGUF file; the message names it and says what to do."""
-
-
-class _File:
-    """An open GGUF file: metadata and tensor table parsed, tensor data untouched."""
-
-    def __init__(self, path: Path, reader: GGUFReader) -> None:
-        self.path = path
-        self.tensors: dict[str, ReaderTensor] = {t.name: t for t in reader.tensors}
-        self.keys = list(reader.fields)
-        self._reader = reader
-
-    def get(self, key: str) -> Any:
-        """The value of a metadata key (scalar, str or list), or None when the file lacks it."""
-        field = self._reader.get_field(key)
-        return None if field is None else field.contents()
-
-    def require(self, key: str) -> Any:
-        """The value of a metadata key; a missing one raises :class:`GGUFError` naming it."""
-        value = self.get(key)
-        if value is None:
-            raise GGUFError(
-                f"{self.path}: no metadata key {key!r}, which cannot be guessed; convert the model "
-                "to GGUF again with a current llama.cpp, or convert its Hugging Face folder instead"
-            )
-        return value
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -117,7 +74,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         UnsupportedModelError: another architecture, scaled rotary positions, experts, or any
             architecture key or shape that this reader does not know, by its name.
     """
-    file = _open(path)
+    file = open_gguf(path)
     architecture = file.require("general.architecture")
     if architecture != "llama":
         raise UnsupportedModelError(
@@ -150,7 +107,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     }
 
 
-def _refuse_unknown_options(file: _File) -> None:
+def _refuse_unknown_options(file: GGUFFile) -> None:
     """Raise for metadata or tensors that ask for something a plain Llama decoder does not do."""
     for key in file.keys:
         if not key.startswith("llama.") or key in CONFIG_KEYS or key in IGNORED_KEYS:
@@ -176,7 +133,7 @@ class GGUFTensors:
     def __init__(self, path: str | Path) -> None:
         self._config = read_config(path)
         self._layers: int = self._config["num_hidden_layers"]
-        self._file = _open(path)
+        self._file = open_gguf(path)
         self._by_key = {self._hf_key(name): t for name, t in self._file.tensors.items()}
 
     def keys(self) -> list[str]:
@@ -212,7 +169,7 @@ class GGUFTensors:
                 part = stored[start : start + ROWS_AT_ONCE]
                 raw = np.fromfile(file, dtype=part.dtype, count=part.size)
                 if raw.size != part.size:
-                    raise _unreadable(self._file.path, f"tensor {tensor.name} ends early")
+                    raise unreadable(self._file.path, f"tensor {tensor.name} ends early")
                 weight[start : start + len(part)] = self._dequantize(
                     raw.reshape(part.shape), tensor
                 )
@@ -258,131 +215,3 @@ class GGUFTensors:
             )
         weight = weight.reshape(heads, head_dim // 2, 2, columns)  # [H, D/2, 2, in]
         return weight.swapaxes(1, 2).reshape(rows, columns)  # [H, 2, D/2, in] -> [H * D, in]
-
-
-def build_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
-    """The tokenizer a GGUF file describes, ready for ``save_pretrained``.
-
-    Control tokens that are neither bos, eos, unk nor pad become ``extra_special_tokens``. Ids are
-    those of ``AutoTokenizer.from_pretrained(folder, gguf_file=...)``, which builds it the same way,
-    except for Llama 3's vocabulary, where that departs from the model's own tokenizer.
-
-    Raises:
-        GGUFError, FileNotFoundError: as :func:`read_config`.
-        UnsupportedModelError: a kind of vocabulary or splitting rule that is not known here.
-    """
-    file = _open(path)
-    kind = file.require("tokenizer.ggml.model")
-    tokens: list[str] = file.require("tokenizer.ggml.tokens")
-    description = {
-        "tokenizer_type": kind,
-        "tokens": tokens,
-        "token_type": file.require("tokenizer.ggml.token_type"),
-    }
-    split = None
-    if kind == "gpt2":
-        split = file.require("tokenizer.ggml.pre")
-        if split not in GPT2_SPLITS + LLAMA3_SPLITS:
-            raise UnsupportedModelError(
-                f"{file.path}: tokenizer.ggml.pre is {split!r}: expected one of "
-                f"{', '.join(GPT2_SPLITS + LLAMA3_SPLITS)}"
-            )
-        description["pre_tokenizer_type"] = split
-        description["merges"] = file.require("tokenizer.ggml.merges")
-    elif kind == "llama":
-        description["scores"] = file.require("tokenizer.ggml.scores")  # merges follow from them
-        if file.get("tokenizer.ggml.add_space_prefix") is False:
-            raise UnsupportedModelError(
-                f"{file.path}: tokenizer.ggml.add_space_prefix is False: only sentencepiece "
-                "vocabularies with the leading space are supported"
-            )
-    else:
-        raise UnsupportedModelError(
-            f"{file.path}: tokenizer.ggml.model is {kind!r}: expected 'gpt2' or 'llama'"
-        )
-    backend, _ = convert_gguf_tokenizer("llama", description)
-    backend = _drop_added(backend, len(tokens))
-    if split in LLAMA3_SPLITS:
-        # A word that is a token stays whole, as in Llama 3's own tokenizer.json and in llama.cpp:
-        # some 600 tokens of its vocabulary cannot be reached by merges.
-        backend.model.ignore_merges = True
-    named = {}
-    for name, key in SPECIAL_TOKENS.items():
-        index = file.require(key) if name in ("bos_token", "eos_token") else file.get(key)
-        if index is not None and index >= len(tokens):
-            raise GGUFError(f"{file.path}: {key} is {index}, but there are {len(tokens)} tokens")
-        named[name] = None if index is None else tokens[index]
-    special = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        extra_special_tokens=[t for t in tokens if t in special and t not in named.values()],
-        add_bos_token=_adds_bos(file, kind, split),
-        add_eos_token=bool(file.get("tokenizer.ggml.add_eos_token")),
-        chat_template=file.get("tokenizer.chat_template"),
-        **named,
-    )
-    if len(tokenizer) != len(tokens):  # they were respelled in bytes, then added past the end
-        added = [t for t, i in tokenizer.get_added_vocab().items() if i >= len(tokens)]
-        raise UnsupportedModelError(
-            f"{file.path}: special tokens {added} are not spelled in the alphabet of a byte-level "
-            "vocabulary; convert the model's Hugging Face folder instead"
-        )
-    return tokenizer
-
-
-def _adds_bos(file: _File, kind: str, split: str | None) -> bool:
-    """Whether encoding starts with bos: the file's flag, else llama.cpp's rule (llama-vocab.cpp).
-
-    Files made before the flag was written leave it out, Llama 3's among them, and those need bos.
-    """
-    flag = file.get("tokenizer.ggml.add_bos_token")
-    return (kind == "llama" or split in LLAMA3_SPLITS) if flag is None else bool(flag)
-
-
-def _drop_added(backend: Tokenizer, size: int) -> Tokenizer:
-    """Remove tokens past the file's ``size``: transformers' GPT-2 class adds ``<|endoftext|>``.
-
-    That id has no row in the embedding table, or is the row of ``<image>``.
-    """
-    if backend.get_vocab_size() == size:
-        return backend
-    state = json.loads(backend.to_str())
-    state["added_tokens"] = [t for t in state["added_tokens"] if t["id"] < size]
-    return Tokenizer.from_str(json.dumps(state))
-
-
-def _open(path: str | Path) -> _File:
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
-    stat = path.stat()
-    return _parse(path, stat.st_mtime_ns, stat.st_size)
-
-
-@lru_cache(maxsize=1)  # the vocabulary takes seconds to parse, and one conversion asks three times
-def _parse(path: Path, _mtime_ns: int, _size: int) -> _File:
-    with path.open("rb") as start:
-        magic = start.read(4)
-    if magic != b"GGUF":
-        raise GGUFError(f"{path}: not a GGUF file (it starts with {magic!r}, expected b'GGUF')")
-    try:
-        reader = GGUFReader(path)
-    except (ValueError, IndexError, KeyError) as error:
-        raise _unreadable(path, str(error)) from error
-    if reader.byte_order == "S":
-        raise UnsupportedModelError(
-            f"{path}: byte order is not this machine's; convert it with gguf's gguf-convert-endian"
-        )
-    file = _File(path, reader)
-    if (file.get("split.count") or 1) > 1:
-        raise UnsupportedModelError(
-            f"{path}: one part of {file.get('split.count')} (split.count); join them first with "
-            "llama-gguf-split --merge"
-        )
-    return file
-
-
-def _unreadable(path: Path, detail: str) -> GGUFError:
-    return GGUFError(
-        f"{path}: cannot be read as GGUF ({detail}); it is cut short or damaged: fetch it again"
-    )

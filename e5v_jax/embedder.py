@@ -167,7 +167,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         FileNotFoundError: the folder has no tokenizer files.
     """
     if folder.is_file():
-        from convert.gguf import build_tokenizer  # only for GGUF files: gguf is slow to import
+        from convert.gguf_tokenizer import build_tokenizer  # only GGUF files need transformers 5.23
 
         return build_tokenizer(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):

@@ -17,7 +17,9 @@ from gguf import GGMLQuantizationType as QType
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from convert.gguf import GGUFError, GGUFTensors, build_tokenizer, read_config
+from convert.gguf import GGUFTensors, read_config
+from convert.gguf_file import GGUFError
+from convert.gguf_tokenizer import build_tokenizer
 from e5v_jax.config import ModelConfig, UnsupportedModelError
 
 # head_dim * heads differs from hidden_size; every size is different, so that no swap goes unseen

@@ -12,7 +12,7 @@ from e5v_jax.encode.inputs import Prepared
 from e5v_jax.model.llava_next import ImageBatch, LlavaNext, TextBatch
 from e5v_jax.sharding import batch_sharding
 
-TEXT_BUCKETS = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096, 8192)
+TEXT_BUCKETS = (16, 24, 32, 40, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096, 8192)
 IMAGE_BUCKETS = tuple(range(256, 8193, 256))
 MAX_BATCH_TOKENS = 8192
 """Positions of one device batch; bounds the memory of the [T, T] attention logits too."""
