@@ -9,12 +9,11 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from convert.peft import Adapter, write_adapter
 from e5v_jax.converted import ConvertedFolder
 from e5v_jax.data.pairs import Triplets, load_tfds, load_triplets
 from e5v_jax.data.pipeline import make_batches
 from e5v_jax.embedder import load_tokenizer
-from e5v_jax.loading import dotted, load_model
+from e5v_jax.loading import load_model
 from e5v_jax.model.layers import Precision
 from e5v_jax.prompts import detect_template
 from e5v_jax.sharding import batch_sharding, make_mesh
@@ -27,6 +26,7 @@ from e5v_jax.train.checkpoint import (
     write_run_info,
 )
 from e5v_jax.train.config import DataConfig, TrainConfig
+from e5v_jax.train.export import export_adapter, export_model
 from e5v_jax.train.metrics import MetricsLog
 from e5v_jax.train.step import (
     PairBatch,
@@ -190,14 +190,12 @@ def train(cfg: TrainConfig) -> None:
                 )
 
     if cfg.lora is not None:
-        values = {dotted(path): np.asarray(x[...]) for path, x in nnx.to_flat_state(trainable)}
-        write_adapter(
-            cfg.output / "adapter",
-            Adapter(cfg.lora, values),
-            text_only=base.config.vision is None,
-            base_model=base.info.source,
-        )
-        print(f"{cfg.output / 'adapter'}: PEFT adapter written")
+        result = cfg.output / "adapter"
+        export_adapter(result, cfg.lora, trainable, base)
+    else:
+        result = cfg.output / "model"
+        export_model(result, trainable, base)
+    print(f"{result}: written")
 
 
 def _size(state: nnx.State) -> int:

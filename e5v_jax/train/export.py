@@ -1,0 +1,58 @@
+"""What a finished run leaves for others: a PEFT adapter, or a converted folder of the whole model."""
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from convert.peft import Adapter, write_adapter
+from e5v_jax.converted import ConvertedFolder, new_folder, write_info, write_params
+from e5v_jax.loading import dotted, layer_names
+from e5v_jax.model.layers import LoRAConfig
+
+
+def export_adapter(dst: Path, lora: LoRAConfig, factors: nnx.State, base: ConvertedFolder) -> None:
+    """Write the LoRA factors as a PEFT folder; an earlier one is replaced."""
+    values = {dotted(path): np.asarray(x[...]) for path, x in nnx.to_flat_state(factors)}
+    shutil.rmtree(dst, ignore_errors=True)
+    with new_folder(dst) as folder:
+        write_adapter(
+            folder,
+            Adapter(lora, values),
+            text_only=base.config.vision is None,
+            base_model=base.info.source,
+        )
+
+
+def export_model(dst: Path, weights: nnx.State, base: ConvertedFolder) -> None:
+    """Write fully trained decoder weights as a converted folder; an earlier one is replaced.
+
+    Vision tower, projector and tokenizer are the base's; weights are rounded to its dtype.
+    """
+    trained = {dotted(path): x[...] for path, x in nnx.to_flat_state(weights)}
+    shutil.rmtree(dst, ignore_errors=True)
+    with new_folder(dst) as folder:
+        digest, shapes = write_params(folder, _groups(trained, base))
+        for file in base.folder.iterdir():
+            if file.is_file() and file.name != "config.json":
+                shutil.copyfile(file, folder / file.name)
+        write_info(folder, dataclasses.replace(base.info, content_hash=digest, parameters=shapes))
+
+
+def _groups(
+    trained: dict[str, jax.Array], base: ConvertedFolder
+) -> Iterator[dict[str, np.ndarray]]:
+    dtype = np.dtype(base.info.dtype)
+    written = set()
+    for path, array in trained.items():
+        for i, name in enumerate(layer_names(path, array.shape)):
+            one = array[i] if ".layers." in path else array
+            written.add(name)
+            yield {name: np.asarray(one.astype(dtype))}
+    for name in base.shapes():
+        if name not in written:
+            yield {name: next(base.read([name]))}
