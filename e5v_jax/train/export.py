@@ -1,4 +1,4 @@
-"""What a finished run leaves for others: a PEFT adapter, or a converted folder of the whole model."""
+"""What a finished run leaves for others: a PEFT adapter, or a whole model as converted folder."""
 
 import dataclasses
 import shutil
@@ -46,13 +46,13 @@ def export_model(dst: Path, weights: nnx.State, base: ConvertedFolder) -> None:
 def _groups(
     trained: dict[str, jax.Array], base: ConvertedFolder
 ) -> Iterator[dict[str, np.ndarray]]:
+    """Decoder layer by layer from the run, everything else from the base."""
     dtype = np.dtype(base.info.dtype)
-    written = set()
-    for path, array in trained.items():
-        for i, name in enumerate(layer_names(path, array.shape)):
-            one = array[i] if ".layers." in path else array
-            written.add(name)
-            yield {name: np.asarray(one.astype(dtype))}
+    stacked = {path: array for path, array in trained.items() if ".layers." in path}
+    yield {p: np.asarray(x.astype(dtype)) for p, x in trained.items() if p not in stacked}
+    names = {path: layer_names(path, array.shape) for path, array in stacked.items()}
+    for i in range(base.config.text.num_hidden_layers):
+        yield {names[path][i]: np.asarray(x[i].astype(dtype)) for path, x in stacked.items()}
     for name in base.shapes():
-        if name not in written:
+        if not name.startswith("language_model."):
             yield {name: next(base.read([name]))}
