@@ -11,13 +11,23 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from e5v_jax.config import ModelConfig
-from e5v_jax.data.images import NEWLINE, ImageError, image_token_index, load_image, tile_image
+from e5v_jax.data.images import NEWLINE, TiledImage, image_token_index, load_image, tile_image
 from e5v_jax.data.text import encode_batch, expand_image_tokens
-from e5v_jax.prompts import PROMPTS, TextError, check_text, fill, slots
+from e5v_jax.prompts import PROMPTS, check_text, fill, slots
 
 ImageSource = Image.Image | Path | bytes
 Input = str | ImageSource | Mapping[str, Any]
 """A str is a text; a PIL image, a Path or bytes an image; a mapping has text, image or both."""
+
+
+class InputError(ValueError):
+    """A bad input of a call to ``encode``."""
+
+    def __init__(self, position: int, reason: str) -> None:
+        """``position`` counts from 0; ``reason`` is one line without it."""
+        super().__init__(f"input {position}: {reason}")
+        self.position = position
+        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -50,7 +60,7 @@ def choose_prompt(template: str, prompt_name: str | None, prompt: str | None) ->
     """The prompt of a call: by name, by text with ``<sent>``/``<image>`` slots, or by item kind.
 
     Raises:
-        ValueError: both given, an unknown name, or a text without any slot.
+        ValueError: both given, an unknown name, or a text without any slot or with ``{type}``.
     """
     if prompt_name is not None and prompt is not None:
         raise ValueError("give prompt_name or prompt, not both")
@@ -60,6 +70,10 @@ def choose_prompt(template: str, prompt_name: str | None, prompt: str | None) ->
         prompt = PROMPTS[prompt_name]
     if prompt is not None and not slots(prompt) & {"text", "image"}:
         raise ValueError(f"prompt {prompt!r} has no slot: put <sent> for the text, <image> or both")
+    if prompt is not None and "type" in slots(prompt):
+        raise ValueError(
+            f"prompt {prompt!r}: put a kind of garment for {{type}}, give it as prompt"
+        )
     return PromptChoice(template=template, instruction=prompt)
 
 
@@ -89,9 +103,9 @@ def split_input(item: Input) -> tuple[str | None, ImageSource | str | None]:
     )
 
 
-def _prepare_ids(
+def _fill_and_tile(
     item: Input, choice: PromptChoice, forbidden: re.Pattern[str], cfg: ModelConfig
-) -> tuple[str, Image.Image | None]:
+) -> tuple[str, TiledImage | None]:
     text, source = split_input(item)
     if source is not None and cfg.vision is None:
         raise ValueError("this is a text-only model: it cannot embed images")
@@ -102,7 +116,14 @@ def _prepare_ids(
         have, want = ("an image", "none") if source is not None else ("no image", "one")
         raise ValueError(f"the input has {have}, the prompt {instruction!r} takes {want}")
     filled = fill(instruction, template=choice.template, text=text)
-    return filled, None if source is None else load_image(source)
+    if source is None or cfg.vision is None:
+        return filled, None
+    # tiled at once: a photograph takes many times the memory of its tiles
+    return filled, tile_image(
+        load_image(source),
+        image_size=cfg.vision.image_size,
+        grid_pinpoints=cfg.image_grid_pinpoints,
+    )
 
 
 def prepare(
@@ -116,15 +137,16 @@ def prepare(
     """Fill prompts, tokenise, tile images; order kept.
 
     Raises:
-        ValueError: a bad input; the message starts with its position, "input 3: ...".
+        InputError: a bad input; it has its position, and the message is "input 3: ...".
+        ValueError: the tokenizer does not fit.
     """
     filled: list[str] = []
-    images: list[Image.Image | None] = []
+    images: list[TiledImage | None] = []
     for position, item in enumerate(inputs):
         try:
-            string, image = _prepare_ids(item, choice, forbidden, cfg)
-        except (TextError, ImageError, ValueError) as error:
-            raise ValueError(f"input {position}: {error}") from error
+            string, image = _fill_and_tile(item, choice, forbidden, cfg)
+        except ValueError as error:
+            raise InputError(position, str(error)) from error
         filled.append(string)
         images.append(image)
     prepared = []
@@ -133,24 +155,23 @@ def prepare(
         try:
             item_ = Prepared(ids) if image is None else _with_image(ids, image, cfg)
         except ValueError as error:
-            raise ValueError(f"input {position}: {error}") from error
+            raise InputError(position, str(error)) from error
         if len(item_.ids) > cfg.text.max_position_embeddings:
-            raise ValueError(
-                f"input {position}: {len(item_.ids)} tokens, the model takes at most "
-                f"{cfg.text.max_position_embeddings}: shorten the text"
+            raise InputError(
+                position,
+                f"{len(item_.ids)} tokens, the model takes at most "
+                f"{cfg.text.max_position_embeddings}: shorten the text",
             )
         prepared.append(item_)
     return prepared
 
 
-def _with_image(ids: list[int], image: Image.Image, cfg: ModelConfig) -> Prepared:
+def _with_image(ids: list[int], tiled: TiledImage, cfg: ModelConfig) -> Prepared:
     assert cfg.vision is not None and cfg.image_token_id is not None
-    pinpoints, size = cfg.image_grid_pinpoints, cfg.vision.image_size
-    tiled = tile_image(image, image_size=size, grid_pinpoints=pinpoints)
     rows = image_token_index(
         tiled.original_size,
-        grid_pinpoints=pinpoints,
-        image_size=size,
+        grid_pinpoints=cfg.image_grid_pinpoints,
+        image_size=cfg.vision.image_size,
         patch_size=cfg.vision.patch_size,
     )
     start = ids.index(cfg.image_token_id)
