@@ -29,6 +29,7 @@ from e5v_jax.evaluate.sts import (
     score_tasks,
     spearman,
 )
+from e5v_jax.prompts import PROMPTS
 
 
 @pytest.fixture(scope="session")
@@ -431,6 +432,31 @@ def test_command_writes_the_results(
     table = capsys.readouterr().out
     assert shown in table and "87.88" in table
     assert [p.name for p in output.parent.iterdir()] == ["results"]  # no temporary left
+
+
+def test_plain_protocol(
+    tmp_path: Path,
+    sts_data: Path,
+    fake_model: type[FakeE5V],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The yardstick for training: sentences as they are, and no figure of the paper beside it."""
+    seen: list[str] = []
+
+    def encode(self: FakeE5V, sentences: list[str], **options: Any) -> np.ndarray:
+        FakeE5V.encoded = options
+        seen.extend(sentences)
+        return bag_of_words(sentences)
+
+    monkeypatch.setattr(fake_model, "encode", encode)
+    output = tmp_path / "out"
+    evaluate(Args(model="m", data=sts_data, tasks="stsb", protocol="plain", output=output))
+    assert fake_model.encoded["prompt_name"] == "released"
+    assert PROMPTS["released"] == "<sent>\nSummary above sentence in one word:"
+    first, second, _ = load_task(sts_data, "stsb")
+    assert set(seen) == {*first, *second}
+    (result,) = json.loads((output / "results.json").read_text())["results"]
+    assert result["items"] == "1379" and result["paper"] is None
 
 
 def test_command_refuses_a_full_folder_and_fills_an_empty_one(

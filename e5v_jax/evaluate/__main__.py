@@ -10,7 +10,14 @@ import numpy as np
 
 from e5v_jax import __version__, cli
 from e5v_jax.evaluate.report import Report, print_report, write_report
-from e5v_jax.evaluate.sts import PAPER_TASKS, TASKS, load_task, report_rows, score_tasks
+from e5v_jax.evaluate.sts import (
+    PAPER_TASKS,
+    TASKS,
+    clean_sentence,
+    load_task,
+    report_rows,
+    score_tasks,
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,9 @@ class Args:
     sts16, stsb, sickr, stsb-dev."""
     stride: int = 1
     """Score every n-th pair only: a quick look, not comparable with the paper."""
+    protocol: Literal["paper", "plain"] = "paper"
+    """paper: prompt `sts`, sentences cleaned as the authors do. plain: the instruction without
+    spaces around it, sentences as they stand in the files; not comparable with the paper."""
     output: Path | None = None
     """Folder to write results.json and results.md to; must be empty or not exist."""
     adapter: Path | None = None
@@ -81,23 +91,26 @@ def evaluate(args: Args) -> None:
         raise cli.UsageError(
             f"--template: unknown {args.template!r}, expected one of {', '.join(TEMPLATES)}"
         )
+    paper = args.protocol == "paper"
+    prompt_name = "sts" if paper else "released"  # the text alone; the template stays whole
     with nullcontext() if args.output is None else new_folder(args.output) as folder:
         model = E5V.from_pretrained(
             args.model, dtype=args.dtype, adapter=args.adapter, template=args.template
         )
 
         def encode(sentences: list[str]) -> np.ndarray:
-            return model.encode(sentences, prompt_name="sts", batch_size=args.batch_size)
+            return model.encode(sentences, prompt_name=prompt_name, batch_size=args.batch_size)
 
         start = time.perf_counter()
-        scores = score_tasks(encode, tasks)
+        scores = score_tasks(encode, tasks, clean=clean_sentence if paper else str.strip)
         seconds = time.perf_counter() - start
         report = Report(
             settings={
                 "model": args.model,
                 "adapter": None if args.adapter is None else str(args.adapter),
                 "template": model.template,
-                "prompt": "sts",
+                "protocol": args.protocol,
+                "prompt": prompt_name,
                 "dtype": args.dtype,
                 "batch size": args.batch_size,
                 "stride": args.stride,
@@ -106,7 +119,7 @@ def evaluate(args: Args) -> None:
                 "e5v-jax": __version__,
                 "jax": jax.__version__,
             },
-            rows=report_rows(scores),
+            rows=report_rows(scores, comparable=paper),
         )
         print_report(report)  # first: a full disk must not cost the scores
         if folder is not None:

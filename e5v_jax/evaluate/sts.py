@@ -128,14 +128,30 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def evaluate_sts(
-    encode: Encode, data_dir: str | Path, tasks: Sequence[str], *, stride: int = 1
+    encode: Encode,
+    data_dir: str | Path,
+    tasks: Sequence[str],
+    *,
+    stride: int = 1,
+    clean: Callable[[str], str] = clean_sentence,
 ) -> dict[str, StsScore]:
     """Load and score tasks: :func:`load_task`, then :func:`score_tasks`, with what they raise."""
-    return score_tasks(encode, {name: load_task(data_dir, name, stride=stride) for name in tasks})
+    loaded = {name: load_task(data_dir, name, stride=stride) for name in tasks}
+    return score_tasks(encode, loaded, clean=clean)
 
 
-def score_tasks(encode: Encode, tasks: Mapping[str, StsPairs]) -> dict[str, StsScore]:
+def score_tasks(
+    encode: Encode,
+    tasks: Mapping[str, StsPairs],
+    *,
+    clean: Callable[[str], str] = clean_sentence,
+) -> dict[str, StsScore]:
     """Score loaded tasks. ``encode`` is called once, with each distinct sentence of them all once.
+
+    Args:
+        encode: the model, with its prompt (``sts`` for the paper's protocol).
+        tasks: by their names, keys of :data:`TASKS`.
+        clean: applied to each sentence; the paper's protocol is the default.
 
     Raises:
         ValueError: ``encode`` returned another shape than [N, D], a vector that is zero or not
@@ -144,7 +160,7 @@ def score_tasks(encode: Encode, tasks: Mapping[str, StsPairs]) -> dict[str, StsS
     index: dict[str, int] = {}  # sentence -> row of vectors
     sides = {
         name: [
-            np.array([index.setdefault(clean_sentence(s), len(index)) for s in sentences])
+            np.array([index.setdefault(clean(s), len(index)) for s in sentences])
             for sentences in (pairs.sentences1, pairs.sentences2)
         ]
         for name, pairs in tasks.items()
@@ -175,17 +191,18 @@ def score_tasks(encode: Encode, tasks: Mapping[str, StsPairs]) -> dict[str, StsS
     return scores
 
 
-def report_rows(scores: Mapping[str, StsScore]) -> list[Row]:
+def report_rows(scores: Mapping[str, StsScore], *, comparable: bool = True) -> list[Row]:
     """Rows for the report, and the average once it is over the paper's seven tasks.
 
-    The paper's figure stands beside a score only where that is over the same number of pairs.
+    The paper's figure stands beside a score only where that is over the same number of pairs, and
+    only if ``comparable``: measured with the paper's protocol.
     """
     rows = []
     for name, score in scores.items():
         task = TASKS[name]
         whole = score.pairs == task.pairs
+        paper = task.paper if whole and comparable else None
         items = f"{score.pairs}" if whole else f"{score.pairs} of {task.pairs}"
-        paper = task.paper if whole else None
         rows.append(Row(name, task.label, "Spearman", items, score.spearman, paper))
     seven = [row for row in rows if row.paper is not None]
     if len(seven) == len(PAPER_TASKS):
