@@ -1,5 +1,6 @@
 """The public class: load a model, embed anything, compare."""
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from rich.progress import Progress
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 from convert.hf_source import open_source, resolve
 from convert.peft import Adapter, is_peft, read_adapter
@@ -20,7 +21,12 @@ from e5v_jax.encode.inputs import Input, choose_prompt, prepare
 from e5v_jax.loading import load_model
 from e5v_jax.model.layers import Precision
 from e5v_jax.model.llava_next import LlavaNext
-from e5v_jax.prompts import TEMPLATES, detect_template, forbidden_pattern
+from e5v_jax.prompts import (
+    IMAGE_PLACEHOLDER,
+    TEMPLATES,
+    detect_template,
+    forbidden_pattern,
+)
 from e5v_jax.sharding import make_mesh
 from e5v_jax.train.checkpoint import find_run, read_run_adapter
 
@@ -44,8 +50,15 @@ class E5V:
         mesh: Mesh,
         template: str | None = None,
     ) -> None:
-        """Wrap a loaded model; ``template`` names the chat template, None asks the tokenizer."""
-        self.config = config
+        """Wrap a loaded model; ``template`` names the chat template, None asks the tokenizer.
+
+        A tokenizer that does not know ``<image>`` learns it here.
+
+        Raises:
+            ValueError: the template cannot be told, or config and tokenizer do not agree on the
+                id of ``<image>``.
+        """
+        self.config = with_image_token(config, tokenizer)
         self.tokenizer = tokenizer
         self.template = detect_template(tokenizer, config.text.model_type, override=template)
         self._forbidden = forbidden_pattern(tokenizer, TEMPLATES[self.template])
@@ -172,7 +185,34 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         return build_tokenizer(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise FileNotFoundError(f"{folder}: no tokenizer.json or tokenizer.model")
-    return AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"{folder}: only fast tokenizers (tokenizer.json) are supported")
+    return tokenizer
+
+
+def with_image_token(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> ModelConfig:
+    """``config`` of a model with vision, its ``image_token_id`` the tokenizer's ``<image>``.
+
+    The original LLaVA code tokenises around the image, so its tokenizers do not know ``<image>``.
+    Such a one gets it added here; any free id serves, as the row of an image is never read.
+
+    Raises:
+        ValueError: the tokenizer has ``<image>`` under another id than the config.
+    """
+    if config.vision is None:
+        return config
+    found = tokenizer.added_tokens_encoder.get(IMAGE_PLACEHOLDER)
+    if found is None:
+        tokenizer.add_tokens([AddedToken(IMAGE_PLACEHOLDER, special=True)], special_tokens=True)
+        found = tokenizer.added_tokens_encoder[IMAGE_PLACEHOLDER]
+        return dataclasses.replace(config, image_token_id=found)
+    if found != config.image_token_id:
+        raise ValueError(
+            f"{IMAGE_PLACEHOLDER} is token {found} of the tokenizer, but image_token_id in "
+            f"config.json is {config.image_token_id}: they belong to different models"
+        )
+    return config
 
 
 def load_adapter(folder: Path, config: ModelConfig) -> Adapter:

@@ -41,10 +41,10 @@ def build(
     )
 
 
-def stored_shapes(cfg: ModelConfig, *, load_vision: bool = True) -> dict[str, tuple[int, ...]]:
+def stored_shapes(cfg: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every base parameter as stored: one entry per layer."""
     precision = Precision(param=np.float32, compute=np.float32)
-    shapes = jax.eval_shape(lambda: build(cfg, precision=precision, load_vision=load_vision))
+    shapes = jax.eval_shape(lambda: build(cfg, precision=precision))
     return {
         name: tuple(leaf.shape[1:] if ".layers." in dotted(path) else leaf.shape)
         for path, leaf in nnx.to_flat_state(nnx.state(shapes))
@@ -53,10 +53,10 @@ def stored_shapes(cfg: ModelConfig, *, load_vision: bool = True) -> dict[str, tu
 
 
 def check_names(source: WeightSource, expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Every expected parameter is in the source with its shape.
+    """The source has the expected parameters with their shapes, and no others.
 
     Raises:
-        ValueError: the first missing or misshapen parameter, by name.
+        ValueError: the first missing, misshapen or superfluous parameter, by name.
     """
     found = source.shapes()
     for name, shape in expected.items():
@@ -66,6 +66,9 @@ def check_names(source: WeightSource, expected: Mapping[str, tuple[int, ...]]) -
             raise ValueError(
                 f"{name}: shape {list(found[name])} in the checkpoint, expected {list(shape)}"
             )
+    for name in found:
+        if name not in expected:
+            raise ValueError(f"{name}: in the checkpoint, but its config.json has no place for it")
 
 
 def _read_sharded(
@@ -78,7 +81,10 @@ def _read_sharded(
     """Read one (stacked) parameter; each device receives only its slice."""
     names = layer_names(path, shape)
     stacked = len(names) > 1 or ".layers." in path
-    indices = sharding.addressable_devices_indices_map(shape)
+    indices = {
+        device: index or ()  # None is jax's word for the whole of a scalar
+        for device, index in sharding.addressable_devices_indices_map(shape).items()
+    }
     distinct = {str(index): index for index in indices.values()}
     buffers = {
         key: np.empty([len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)], dtype)
@@ -120,8 +126,9 @@ def load_model(
             source.config, precision=precision, lora=lora, load_vision=load_vision, seed=seed
         )
 
-    graphdef, lora_shapes, base_shapes = nnx.split(jax.eval_shape(make), LoRAParam, ...)
-    check_names(source, stored_shapes(source.config, load_vision=load_vision))
+    graphdef, lora_shapes, *rest = nnx.split(jax.eval_shape(make), LoRAParam, ...)
+    base_shapes = rest[0]
+    check_names(source, stored_shapes(source.config))
 
     def place(path: tuple[object, ...], leaf: nnx.Variable[jax.Array]) -> nnx.Variable[jax.Array]:
         name = dotted(path)

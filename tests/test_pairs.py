@@ -129,7 +129,9 @@ def test_column_errors(tmp_path: Path, suffix: str) -> None:
     message = error_of(write(path, [("a", "b")], ["sent0", "text"]))
     assert str(path) in message and "no column sent1; found ['sent0', 'text']" in message
     message = error_of(write(path, ROWS, ["sent0", "sent1", "hard_negative"]))
-    assert str(path) in message and "unknown column 'hard_negative'" in message
+    assert str(path) in message and "unknown column 'hard_negative' and no hard_neg" in message
+    more = [("scene", *row) for row in ROWS]
+    assert as_rows(load_triplets(write(path, more, ["scene", *COLUMNS]))) == ROWS
 
 
 def test_repeated_columns(tmp_path: Path) -> None:

@@ -42,16 +42,17 @@ def load_triplets(path: Path | Sequence[Path]) -> Triplets:
     """Read training rows from .csv, .jsonl or .parquet files, concatenated in the given order.
 
     Columns are those of SimCSE's nli_for_simcse.csv: ``sent0``, ``sent1`` and, for triplets,
-    ``hard_neg``, in any order. Sentences are kept as they are, spaces included. The row in
-    ``row_ids`` and in errors counts from 1: for csv and jsonl it is the line of the file on which
-    the row starts (so the first row of a csv file is at line 2), for parquet the row. Blank lines
-    are skipped.
+    ``hard_neg``, in any order; beside a ``hard_neg`` other columns are passed over. Sentences are
+    kept as they are, spaces included. The row in ``row_ids`` and in errors counts from 1: for csv
+    and jsonl it is the line of the file on which the row starts (so the first row of a csv file is
+    at line 2), for parquet the row. Blank lines are skipped.
 
     Raises:
         FileNotFoundError: a file does not exist.
-        ValueError: one line naming file, row and column: an unknown suffix, a missing, unknown or
-            repeated column, a value that is no string or is blank, text that is not UTF-8, broken
-            csv, json or parquet, no rows, a file given twice, or ``hard_neg`` in some files only.
+        ValueError: one line naming file, row and column: an unknown suffix, a missing or repeated
+            column, an unknown one without a hard_neg, a value that is no string or is blank, text
+            that is not UTF-8, broken csv, json or parquet, no rows, a file given twice, or
+            ``hard_neg`` in some files only.
     """
     paths = [path] if isinstance(path, Path) else list(path)
     if not paths:
@@ -90,21 +91,22 @@ def _triplets(rows: Sequence[tuple[str, ...]], row_ids: list[str]) -> Triplets:
 
 
 def _ordered(where: str, names: Iterable[str]) -> tuple[str, ...]:
-    """The columns to read, in order; raises unless ``names`` are exactly those expected."""
+    """The columns to read, in order; others are passed over where ``hard_neg`` is among them."""
     found = list(names)
     columns = (*REQUIRED, HARD_NEG) if HARD_NEG in found else REQUIRED
-    if len(found) == len(columns) and set(found) == set(columns):
-        return columns
+    repeated = len(found) != len(set(found))
     missing = [name for name in columns if name not in found]
     if missing:
         raise ValueError(f"{where}: no column {missing[0]}; found {found}")
     unknown = [name for name in found if name not in columns]
-    if unknown:  # not ignored: a misspelt hard_neg would train without hard negatives
+    if unknown and columns == REQUIRED:  # a misspelt hard_neg would train without hard negatives
         raise ValueError(
-            f"{where}: unknown column {unknown[0]!r}: rename or remove it; "
+            f"{where}: unknown column {unknown[0]!r} and no hard_neg: rename or remove it; "
             "expected sent0, sent1 and, if any, hard_neg"
         )
-    raise ValueError(f"{where}: a column is there twice; found {found}")
+    if repeated:
+        raise ValueError(f"{where}: a column is there twice; found {found}")
+    return columns
 
 
 def _sentence(where: str, column: str, value: object) -> str:

@@ -69,13 +69,14 @@ class Encoder:
         filled = items + [items[-1]] * (rows - len(items))
         input_ids, last_index = pad_right([item.ids for item in filled], length, self._pad_id)
         sharding = batch_sharding(self._mesh)
-        text = jax.device_put(TextBatch(input_ids, last_index), sharding)
         if items[0].tiles is None:
+            text = jax.device_put(TextBatch(input_ids, last_index), sharding)
             return np.asarray(self._run(self._state, text))
         image_index, tiles = pack_images(filled, length)
-        image_index = jax.device_put(image_index, sharding)
+        input_ids = np.where(image_index >= 0, 0, input_ids)  # `<image>` may have no row
         tiles = jax.device_put(tiles, NamedSharding(self._mesh, PartitionSpec()))
-        return np.asarray(self._run(self._state, ImageBatch(*text, image_index, tiles)))
+        rest = jax.device_put((input_ids, last_index, image_index), sharding)
+        return np.asarray(self._run(self._state, ImageBatch(*rest, tiles)))
 
 
 def pack_images(items: Sequence[Prepared], length: int) -> tuple[np.ndarray, np.ndarray]:

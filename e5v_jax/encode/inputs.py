@@ -96,6 +96,10 @@ def split_input(item: Input) -> tuple[str | None, ImageSource | str | None]:
             raise ValueError("neither 'text' nor 'image' is given")
         if text is not None and not isinstance(text, str):
             raise ValueError(f"'text' is a {type(text).__name__}, expected a str")
+        if image is not None and not isinstance(image, str | Image.Image | Path | bytes):
+            raise ValueError(
+                f"'image' is a {type(image).__name__}, expected a path, bytes or a PIL image"
+            )
         return text, image
     raise ValueError(
         f"unsupported input of type {type(item).__name__}: expected str, PIL image, Path, bytes or "

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from e5v_jax.config import VisionConfig
@@ -102,11 +103,11 @@ class ClipVision(nnx.Module):
         self.cfg = cfg
         self.precision = precision
 
-    def __call__(self, tiles: jax.Array) -> jax.Array:
+    def __call__(self, tiles: jax.Array | np.ndarray) -> jax.Array:
         """uint8 tiles [T, S, S, 3] -> features [T, P, D], patches row by row, compute dtype."""
         t, p = tiles.shape[0], self.cfg.patch_size
         side = self.cfg.image_size // p
-        pixels = tiles.astype(jnp.float32) / 255.0
+        pixels = jnp.asarray(tiles, jnp.float32) / 255.0
         pixels = (pixels - jnp.asarray(IMAGE_MEAN)) / jnp.asarray(IMAGE_STD)  # fp32, as the host's
         pixels = pixels.reshape(t, side, p, side, p, 3)
         pixels = pixels.transpose(0, 1, 3, 5, 2, 4)  # [T, rows, columns, 3, p, p]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
@@ -135,7 +136,11 @@ class LayerNorm(nnx.Module):
 
 def rope_angles(positions: jax.Array, *, head_dim: int, theta: float) -> jax.Array:
     """Rotary angles, fp32 [T, head_dim / 2] for int positions [T] (RoFormer, arXiv 2104.09864)."""
-    frequency = theta ** -(jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    # The reference's fp32 frequencies to the last bit, whatever the device's own power function:
+    # one unit in the last place turns position 8000 by 5e-4 rad.
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    wavelength = np.power(theta, exponent, dtype=np.float64).astype(np.float32)
+    frequency = np.float32(1) / wavelength  # [H/2]
     # angles in fp32: bf16 rounds position 257 to 256
     return positions.astype(jnp.float32)[:, None] * frequency  # [T, H/2]
 

@@ -4,6 +4,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from e5v_jax.config import TextConfig
@@ -95,7 +96,7 @@ class Llama(nnx.Module):
         self.cfg = cfg
         self.precision = precision
 
-    def embed(self, input_ids: jax.Array) -> jax.Array:
+    def embed(self, input_ids: jax.Array | np.ndarray) -> jax.Array:
         """Token ids [B, T] -> embeddings [B, T, D] in the compute dtype."""
         return self.embed_tokens[...][input_ids].astype(self.precision.compute)
 

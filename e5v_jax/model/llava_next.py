@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from e5v_jax.config import ModelConfig
@@ -11,21 +12,24 @@ from e5v_jax.model.clip import ClipVision, exact_gelu
 from e5v_jax.model.layers import Linear, LoRAConfig, Precision
 from e5v_jax.model.llama import Llama, Remat
 
+Array = jax.Array | np.ndarray
+"""Batches are built in NumPy and placed on devices as they are."""
+
 
 class TextBatch(NamedTuple):
     """Right-padded token sequences."""
 
-    input_ids: jax.Array  # int32 [B, L]
-    last_index: jax.Array  # int32 [B], position of the last real token
+    input_ids: Array  # int32 [B, L]
+    last_index: Array  # int32 [B], position of the last real token
 
 
 class ImageBatch(NamedTuple):
     """Token sequences in which some positions are image features."""
 
-    input_ids: jax.Array  # int32 [B, L]; 0 where image_index >= 0
-    last_index: jax.Array  # int32 [B]
-    image_index: jax.Array  # int32 [B, L]: -1 = text, k < T*P = tile feature k, T*P = newline
-    tiles: jax.Array  # uint8 [T, S, S, 3]
+    input_ids: Array  # int32 [B, L]; 0 where image_index >= 0
+    last_index: Array  # int32 [B]
+    image_index: Array  # int32 [B, L]: -1 = text, k < T*P = tile feature k, T*P = newline
+    tiles: Array  # uint8 [T, S, S, 3]
 
 
 class Projector(nnx.Module):
@@ -69,7 +73,7 @@ class LlavaNext(nnx.Module):
             )
             self.image_newline = nnx.Param(newline)
 
-    def image_features(self, tiles: jax.Array) -> jax.Array:
+    def image_features(self, tiles: Array) -> jax.Array:
         """uint8 tiles [T, S, S, 3] -> rows [T*P + 1, D]: projected patches, then the newline."""
         features = self.multi_modal_projector(self.vision_tower(tiles))  # [T, P, D]
         features = features.reshape(-1, features.shape[-1])  # [T*P, D]
