@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from e5v_jax.model.layers import LoRAParam
 from e5v_jax.model.llama import Remat
-from e5v_jax.model.llava_next import LlavaNext, TextBatch, l2_normalize
+from e5v_jax.model.llava_next import Array, LlavaNext, TextBatch, l2_normalize
 from e5v_jax.train.config import OptimizerConfig
 from e5v_jax.train.loss import info_nce
 
@@ -24,7 +24,7 @@ class PairBatch(NamedTuple):
     """
 
     groups: tuple[TextBatch, ...]
-    order: jax.Array  # int32 [3B] or [2B]
+    order: Array  # int32 [3B] or [2B]
 
 
 class Metrics(NamedTuple):
@@ -41,19 +41,33 @@ TrainStep = Callable[
 ]
 
 
-def make_optimizer(cfg: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """Clip, then AdamW under transformers' linear schedule: 0 -> peak in ``warmup_steps``, -> 0."""
-    warmup = min(cfg.warmup_steps, total_steps)
-    schedule = optax.join_schedules(
+def make_schedule(cfg: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """Learning rate by the number of steps done: 0 -> peak in ``warmup_steps``, then -> 0.
+
+    As transformers' ``get_linear_schedule_with_warmup``: the first step of a warmup has rate 0, and
+    a run shorter than its warmup never reaches the peak.
+    """
+    decay_steps = max(total_steps - cfg.warmup_steps, 1)
+    return optax.join_schedules(
         [
-            optax.linear_schedule(0.0, cfg.learning_rate, max(warmup, 1)),
-            optax.linear_schedule(cfg.learning_rate, 0.0, max(total_steps - warmup, 1)),
+            optax.linear_schedule(0.0, cfg.learning_rate, max(cfg.warmup_steps, 1)),
+            optax.linear_schedule(cfg.learning_rate, 0.0, decay_steps),
         ],
-        [warmup],
+        [cfg.warmup_steps],
     )
+
+
+def make_optimizer(cfg: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
+    """Clip, then AdamW under :func:`make_schedule`."""
     return optax.chain(
         optax.clip_by_global_norm(cfg.max_grad_norm),
-        optax.adamw(schedule, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay),
+        optax.adamw(
+            make_schedule(cfg, total_steps),
+            b1=cfg.b1,
+            b2=cfg.b2,
+            eps=cfg.eps,
+            weight_decay=cfg.weight_decay,
+        ),
     )
 
 
@@ -61,7 +75,8 @@ def split_trainable(
     model: LlavaNext, *, lora: bool
 ) -> tuple[nnx.GraphDef[LlavaNext], nnx.State, nnx.State]:
     """(graphdef, trainable, frozen): the LoRA factors, or with ``lora`` off every parameter."""
-    return nnx.split(model, LoRAParam if lora else nnx.Param, ...)
+    graphdef, trainable, *rest = nnx.split(model, LoRAParam if lora else nnx.Param, ...)
+    return graphdef, trainable, rest[0]
 
 
 def init_optimizer(
@@ -142,7 +157,7 @@ def make_train_step(
             )
 
         (loss, accuracy), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
-        metrics = Metrics(loss, accuracy, optax.global_norm(grads))
+        metrics = Metrics(loss, accuracy, optax.tree.norm(grads))
         updates, opt_state = optimizer.update(grads, opt_state, trainable)
         return optax.apply_updates(trainable, updates), opt_state, metrics
 
