@@ -2,12 +2,18 @@
 
 import importlib.util
 import os
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
+
+if TYPE_CHECKING:
+    from hf_models import Case
 
 
 @pytest.fixture(scope="session")
@@ -66,3 +72,31 @@ def llama3_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>"
     )
+
+
+@pytest.fixture(scope="session")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[str], Case]":
+    """Random tiny LLaVA-NeXT models by their name in hf_models.RECIPES, each built once."""
+    from hf_models import RECIPES, build_llava  # torch and transformers' models: slow to import
+
+    return cache(lambda name: build_llava(RECIPES[name], tmp_path_factory.mktemp(name)))
+
+
+@pytest.fixture(scope="session")
+def smollm2_converted(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The real SmolLM2 as a converted folder, in the fp32 that its quantised weights stand for."""
+    from convert.from_hf import Args, convert
+
+    folder = tmp_path_factory.mktemp("smollm2") / "converted"
+    convert(Args(str(smollm2_gguf), folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smollm2_torch(smollm2_gguf: Path) -> Any:
+    """transformers' own reading of the same file, in fp32."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    folder, name = smollm2_gguf.parent, smollm2_gguf.name
+    return AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32).eval()
