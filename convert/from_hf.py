@@ -1,7 +1,7 @@
 """``python -m convert.from_hf SRC DST``: any Hugging Face layout -> a converted folder."""
 
+import dataclasses
 import json
-import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -10,23 +10,27 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import safetensors.numpy
 import tyro
 from rich.progress import track
 
 from convert.gguf_tokenizer import build_tokenizer
-from convert.hf_source import HfSource, open_source, resolve
-from convert.peft import Adapter, merge_into, read_adapter
+from convert.hf_source import HfSource, is_original_llava, open_source, resolve
+from convert.peft import ADAPTER_FILES, Adapter, merge_into, read_adapter
+from convert.safetensors_file import TensorSpec, write_file
 from e5v_jax import cli
+from e5v_jax.config import ModelConfig
 from e5v_jax.converted import (
     FORMAT_VERSION,
     TOKENIZER_FILES,
     ConvertedInfo,
+    check_new,
+    layer_groups,
     new_folder,
     write_info,
     write_params,
 )
-from e5v_jax.loading import check_names, stored_shapes
+from e5v_jax.embedder import load_tokenizer, with_image_token
+from e5v_jax.prompts import IMAGE_PLACEHOLDER
 
 
 @dataclass(frozen=True)
@@ -56,19 +60,10 @@ def target_dtype(source: HfSource, dtype: str) -> np.dtype[Any]:
     return np.dtype({"bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype))
 
 
-def _groups(names: list[str]) -> list[list[str]]:
-    """Parameter names grouped by layer, the rest one by one: the unit of memory."""
-    groups: dict[str, list[str]] = {}
-    for name in names:
-        match = re.match(r".*\.layers\.\d+\.", name)
-        groups.setdefault(match[0] if match else name, []).append(name)
-    return list(groups.values())
-
-
 def _read_groups(
     source: HfSource, dtype: np.dtype[Any], adapter: Adapter | None
 ) -> Iterator[dict[str, np.ndarray]]:
-    groups = _groups(list(source.shapes()))
+    groups = layer_groups(sorted(source.shapes()))  # the content hash depends on the order
     for group in track(groups, description="converting", disable=not sys.stderr.isatty()):
         arrays = {}
         for name, array in zip(group, source.read(group), strict=True):
@@ -77,6 +72,15 @@ def _read_groups(
             arrays[name] = array.astype(dtype, copy=False)
             del array
         yield arrays
+
+
+def write_unused(folder: Path, source: HfSource, dtype: np.dtype[Any]) -> None:
+    """Write ``unused.safetensors``, the tensors that only an export needs, if there are any."""
+    unused = source.key_map.unused
+    if unused:
+        specs = [TensorSpec(to, source.tensors.shape(key), dtype) for key, to in unused.items()]
+        arrays = (source.tensors.read(key).astype(dtype, copy=False) for key in unused)
+        write_file(folder / "unused.safetensors", specs, arrays)
 
 
 def copy_tokenizer(src: Path, dst: Path) -> None:
@@ -89,6 +93,29 @@ def copy_tokenizer(src: Path, dst: Path) -> None:
             shutil.copyfile(src / name, dst / name)
 
 
+def add_image_token(folder: Path, cfg: ModelConfig) -> ModelConfig:
+    """Give the tokenizer of an original LLaVA checkpoint ``<image>``, and ``cfg`` its id.
+
+    The original code puts -200 in place of ``<image>`` after tokenising.
+    """
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
+        return cfg  # weights alone
+    tokenizer = load_tokenizer(folder)
+    found = tokenizer.added_tokens_encoder.get(IMAGE_PLACEHOLDER)
+    if found is not None:
+        return dataclasses.replace(cfg, image_token_id=found)
+    cfg = with_image_token(cfg, tokenizer)
+    tokenizer.save_pretrained(folder)
+    return cfg
+
+
+def copy_adapter(src: Path, dst: Path) -> None:
+    """Carry a PEFT folder along, without a training checkpoint's optimizer and the like."""
+    dst.mkdir()
+    for name in ADAPTER_FILES:
+        shutil.copyfile(src / name, dst / name)
+
+
 def convert(args: Args) -> None:
     """Convert; ``args.dst`` appears only when whole.
 
@@ -96,11 +123,10 @@ def convert(args: Args) -> None:
         ValueError, FileNotFoundError, FileExistsError: one line naming file, key or folder.
     """
     if args.merge and args.adapter is None:
-        raise ValueError("--merge: needs --adapter")
+        raise cli.UsageError("--merge: needs --adapter")
+    check_new(args.dst)
     path = resolve(args.src, args.revision)
     source = open_source(path)
-    expected = stored_shapes(source.config)
-    check_names(source, expected)
     adapter = None
     if args.adapter is not None:
         adapter = read_adapter(args.adapter, source.config.text)
@@ -108,18 +134,19 @@ def convert(args: Args) -> None:
     with new_folder(args.dst) as folder:
         merged = adapter if args.merge else None
         content_hash, shapes = write_params(folder, _read_groups(source, dtype, merged))
-        unused = {key: source.tensors.read(key) for key in source.key_map.unused}
-        if unused:
-            safetensors.numpy.save_file(unused, folder / "unused.safetensors")
+        write_unused(folder, source, dtype)
         copy_tokenizer(path, folder)
+        config = source.config
+        if is_original_llava(source.raw_config):
+            config = add_image_token(folder, config)
         if args.adapter is not None and not args.merge:
-            shutil.copytree(args.adapter, folder / "adapter")
+            copy_adapter(args.adapter, folder / "adapter")
         (folder / "hf_config.json").write_text(json.dumps(source.raw_config, indent=1) + "\n")
         write_info(
             folder,
             ConvertedInfo(
                 format_version=FORMAT_VERSION,
-                model=source.config.to_dict(),
+                model=config.to_dict(),
                 source=Path(args.src).name if path.is_file() else args.src,
                 revision=args.revision,
                 dtype=dtype.name,

@@ -1,23 +1,28 @@
 """Hugging Face checkpoints as a WeightSource: safetensors folders of any layout, and GGUF files."""
 
 import json
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import ml_dtypes  # ships with jax; gives NumPy its bfloat16
 import numpy as np
 import safetensors
 
 from convert.gguf import GGUFTensors, read_config
-from convert.names import KeyMap, apply, apply_shape, map_keys
-from e5v_jax.config import ModelConfig
-
-_DTYPES = {
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-}
+from convert.names import (
+    HF_PREFIXES,
+    TEXT_PREFIXES,
+    KeyMap,
+    apply,
+    apply_shape,
+    invert_shape,
+    map_keys,
+    to_hf_name,
+)
+from convert.safetensors_file import DTYPES, INDEX
+from e5v_jax.config import ModelConfig, UnsupportedModelError
+from e5v_jax.loading import stored_shapes
 
 
 class TensorReader(Protocol):
@@ -48,14 +53,16 @@ class SafetensorsFolder:
 
         Raises:
             FileNotFoundError: no safetensors, or a shard that the index names is missing.
-            ValueError: a damaged shard, a key in no shard, only pickled ``.bin`` weights.
+            ValueError: a damaged shard or index, a key in two shards or not in the one that the
+                index names, only pickled ``.bin`` weights.
         """
         self.folder = folder
-        index = folder / "model.safetensors.index.json"
-        weight_map: dict[str, str] | None = None
-        if index.is_file():
-            weight_map = json.loads(index.read_text())["weight_map"]
-            files = sorted(folder / name for name in set(weight_map.values()))
+        index = folder / INDEX
+        weight_map = _read_weight_map(index) if index.is_file() else {}
+        if weight_map:
+            files = sorted({folder / name for name in weight_map.values()})
+        elif (folder / "model.safetensors").is_file():
+            files = [folder / "model.safetensors"]  # others beside it hold something else
         else:
             files = sorted(folder.glob("*.safetensors"))
         if not files:
@@ -67,29 +74,25 @@ class SafetensorsFolder:
             raise FileNotFoundError(f"{folder}: no *.safetensors file")
         self._files: dict[str, Path] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._dtypes: dict[str, np.dtype[Any]] = {}
+        self._kinds: dict[str, str] = {}
         for file in files:
             self._open(file)
-        if weight_map is not None:
-            for key, name in weight_map.items():
-                if key not in self._files:
-                    raise ValueError(f"{folder / name}: {key} is in the index but not in the file")
+        for key, name in weight_map.items():
+            if self._files.get(key) != folder / name:
+                raise ValueError(f"{folder / name}: {key} is not in this file, but {INDEX} says so")
 
     def _open(self, file: Path) -> None:
         if not file.is_file():
-            raise FileNotFoundError(f"{file}: named by model.safetensors.index.json but missing")
+            raise FileNotFoundError(f"{file}: missing, but {INDEX} names it")
         try:
             with safetensors.safe_open(file, framework="numpy") as handle:
                 for key in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
                     view = handle.get_slice(key)
-                    kind = view.get_dtype()
-                    if kind not in _DTYPES:
-                        raise ValueError(
-                            f"{file}: {key}: dtype {kind}, expected one of {sorted(_DTYPES)}"
-                        )
+                    if key in self._files:
+                        raise ValueError(f"{file}: {key} is in {self._files[key].name} too")
                     self._files[key] = file
                     self._shapes[key] = tuple(view.get_shape())
-                    self._dtypes[key] = _DTYPES[kind]
+                    self._kinds[key] = view.get_dtype()
         except safetensors.SafetensorError as error:
             raise ValueError(f"{file}: damaged or truncated ({error}); fetch it again") from error
 
@@ -102,33 +105,94 @@ class SafetensorsFolder:
         return self._shapes[key]
 
     def dtype(self, key: str) -> np.dtype[Any]:
-        """Dtype of one tensor."""
-        return self._dtypes[key]
+        """Dtype of one tensor.
+
+        Raises:
+            ValueError: not a dtype of weights.
+        """
+        if self._kinds[key] not in DTYPES:  # as old files keep position_ids, which nobody reads
+            raise ValueError(f"{key}: dtype {self._kinds[key]}, expected one of {sorted(DTYPES)}")
+        return DTYPES[self._kinds[key]]
 
     def read(self, key: str) -> np.ndarray:
         """One tensor; only its bytes are read."""
+        # opened anew each time: an open file would keep all pages it has read in memory
         with safetensors.safe_open(self._files[key], framework="numpy") as handle:
             return np.asarray(handle.get_tensor(key))
+
+
+def _read_weight_map(index: Path) -> dict[str, str]:
+    """Key -> file name, of a shard index."""
+    try:
+        weight_map = json.loads(index.read_text())["weight_map"]
+        return {str(key): str(name) for key, name in weight_map.items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index}: damaged ({error!r}); fetch it again") from error
+
+
+def is_original_llava(raw: dict[str, Any]) -> bool:
+    """Whether a ``config.json`` is of the original LLaVA code (reference.md layout 3)."""
+    return "mm_vision_tower" in raw
+
+
+def _model_config(path: Path, raw: dict[str, Any]) -> ModelConfig:
+    file = path / "config.json" if path.is_dir() else path
+    try:
+        return ModelConfig.from_hf(raw)
+    except UnsupportedModelError as error:
+        raise UnsupportedModelError(f"{file}: {error}") from error
+    except Exception as error:  # transformers' configuration classes raise many types
+        reason = textwrap.shorten(str(error), 200)  # some list every architecture there is
+        raise ValueError(f"{file}: not a valid configuration: {reason}") from error
 
 
 class HfSource:
     """A Hugging Face checkpoint under our names (a :class:`e5v_jax.converted.WeightSource`)."""
 
-    def __init__(self, tensors: TensorReader, raw_config: dict[str, Any]) -> None:
-        """Map every key.
+    def __init__(self, path: Path, tensors: TensorReader, raw_config: dict[str, Any]) -> None:
+        """Map every key, and compare every shape with what the configuration asks for.
+
+        ``path`` is the folder or file, for messages.
 
         Raises:
-            ValueError: an unsupported architecture, or a key that no rule knows.
+            ValueError: an unsupported architecture, a key that no rule knows or that is one too
+                many, a missing key or a wrong shape or dtype, by its name in the checkpoint.
         """
         self.tensors = tensors
         self.raw_config = raw_config
-        self.config = ModelConfig.from_hf(raw_config)
-        self.key_map: KeyMap = map_keys(
-            tensors.keys(), num_vision_layers=self.config.num_vision_layers
-        )
-        self._keys = {mapped.ours: key for key, mapped in self.key_map.mapped.items()}
-        if len(self._keys) != len(self.key_map.mapped):
-            raise ValueError("two keys of the checkpoint feed the same parameter")
+        self.config = _model_config(path, raw_config)
+        try:
+            self.key_map: KeyMap = map_keys(
+                tensors.keys(), num_vision_layers=self.config.num_vision_layers
+            )
+            self._keys = {mapped.ours: key for key, mapped in self.key_map.mapped.items()}
+            self._check_shapes()
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def _check_shapes(self) -> None:
+        stored = stored_shapes(self.config)
+        prefixes = {**HF_PREFIXES, **self.key_map.prefixes}  # also of a section that is missing
+        expected: dict[str, tuple[int, ...]] = {}
+        for name, shape in stored.items():
+            key, transform = to_hf_name(name, prefixes)
+            key = self._keys.get(name, key)  # the original projector's names differ
+            expected[key] = invert_shape(transform, shape)
+            if key not in self.key_map.mapped:
+                raise ValueError(
+                    f"{key}: missing; the configuration asks for it, shape {list(expected[key])}"
+                )
+        unused = unused_shapes(self.config, stored)
+        expected |= {key: unused[to] for key, to in self.key_map.unused.items() if to in unused}
+        for key in (*self.key_map.mapped, *self.key_map.unused):
+            if key not in expected:
+                raise ValueError(f"{key}: one too many; the configuration has no place for it")
+            self.tensors.dtype(key)
+            if self.tensors.shape(key) != expected[key]:
+                raise ValueError(
+                    f"{key}: shape {list(self.tensors.shape(key))}, the configuration asks for "
+                    f"{list(expected[key])}"
+                )
 
     def dtype(self) -> np.dtype[Any]:
         """The narrowest dtype that holds every tensor exactly."""
@@ -147,6 +211,24 @@ class HfSource:
         for name in names:
             key = self._keys[name]
             yield apply(self.key_map.mapped[key].transform, self.tensors.read(key))
+
+
+def unused_shapes(
+    cfg: ModelConfig, stored: dict[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    """Exported key -> Hugging Face shape of every tensor that an embedding does not need."""
+    prefixes = TEXT_PREFIXES if cfg.vision is None else HF_PREFIXES
+    shapes = {prefixes["head"] + "lm_head.weight": stored["language_model.embed_tokens"]}
+    if cfg.vision is None:
+        return shapes
+    for part in ("weight", "bias"):
+        shapes[f"{prefixes['vision']}post_layernorm.{part}"] = (cfg.vision.hidden_size,)
+    first = "vision_tower.layers.0."
+    for name in (name for name in stored if name.startswith(first)):
+        for i in range(cfg.num_vision_layers, cfg.vision.num_hidden_layers):
+            key, transform = to_hf_name(name.replace(first, f"vision_tower.layers.{i}."), prefixes)
+            shapes[key] = invert_shape(transform, stored[name])
+    return shapes
 
 
 def resolve(source: str, revision: str | None = None) -> Path:
@@ -187,7 +269,7 @@ def open_source(path: Path) -> HfSource:
     if path.is_file():
         if path.suffix != ".gguf":
             raise ValueError(f"{path}: expected a folder or a .gguf file")
-        return HfSource(GGUFTensors(path), read_config(path))
+        return HfSource(path, GGUFTensors(path), read_config(path))
     config = path / "config.json"
     if not config.is_file():
         raise FileNotFoundError(f"{config}: missing; expected a Hugging Face checkpoint folder")
@@ -195,4 +277,6 @@ def open_source(path: Path) -> HfSource:
         raw = json.loads(config.read_text())
     except ValueError as error:
         raise ValueError(f"{config}: not valid JSON ({error})") from error
-    return HfSource(SafetensorsFolder(path), raw)
+    if not isinstance(raw, dict):
+        raise ValueError(f"{config}: expected a JSON object, found a {type(raw).__name__}")
+    return HfSource(path, SafetensorsFolder(path), raw)

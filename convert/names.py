@@ -4,15 +4,16 @@ A Hugging Face key is a section prefix, which differs between layouts, and a nam
 section, which does not. ``{i}`` is the layer number.
 """
 
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 Transform = Literal["copy", "transpose", "conv"]
-Section = Literal["text", "vision", "projector", "newline"]
+Section = Literal["text", "head", "vision", "projector", "newline"]
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,18 @@ UNUSED: dict[str, str] = {
 }
 """Kept aside for export, besides the vision blocks after ``vision_feature_layer``."""
 
+HF_PREFIXES: dict[Section, str] = {
+    "text": "language_model.model.",
+    "head": "language_model.",
+    "vision": "vision_tower.vision_model.",
+    "projector": "multi_modal_projector.",
+    "newline": "",
+}
+"""What we export a LLaVA-NeXT model with: transformers 4 and 5 both read it."""
+
+TEXT_PREFIXES: dict[Section, str] = {"text": "model.", "head": ""}
+"""What we export a text-only model with."""
+
 
 def apply(transform: Transform, array: np.ndarray) -> np.ndarray:
     """Hugging Face array -> ours. torch keeps [out, in]; a conv is [D, 3, p, p] -> [3*p*p, D]."""
@@ -133,11 +146,15 @@ def invert(transform: Transform, array: np.ndarray) -> np.ndarray:
     """Ours -> Hugging Face array: the inverse of :func:`apply`."""
     if transform == "copy":
         return array
-    array = np.ascontiguousarray(array.T)
+    return np.ascontiguousarray(array.T).reshape(invert_shape(transform, array.shape))
+
+
+def invert_shape(transform: Transform, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """What :func:`invert` does to a shape."""
     if transform == "conv":
-        patch = int(np.sqrt(array.shape[1] // 3))
-        array = array.reshape(array.shape[0], 3, patch, patch)  # [D, 3, p, p]
-    return array
+        patch = math.isqrt(shape[0] // 3)
+        return (shape[1], 3, patch, patch)
+    return shape if transform == "copy" else shape[::-1]
 
 
 def _pattern(template: str) -> re.Pattern[str]:
@@ -160,8 +177,9 @@ class Mapped:
 class KeyMap:
     """Every key of a checkpoint, accounted for."""
 
+    prefixes: dict[Section, str]  # of the sections present
     mapped: dict[str, Mapped]  # source key -> our parameter
-    unused: list[str]  # kept for export
+    unused: dict[str, str]  # source key -> the key it is exported under
     ignored: list[str]
 
 
@@ -181,7 +199,8 @@ def map_keys(keys: Iterable[str], *, num_vision_layers: int) -> KeyMap:
     """Map every source key, strictly.
 
     Raises:
-        ValueError: a key that no rule knows (it is named), or no text model at all.
+        ValueError: a key that no rule knows or that repeats another (it is named), or no text
+            model at all.
     """
     keys = sorted(keys)
     prefixes = find_prefixes(keys)
@@ -190,19 +209,30 @@ def map_keys(keys: Iterable[str], *, num_vision_layers: int) -> KeyMap:
             "no embed_tokens.weight under any known prefix: not a Llama or LLaVA-NeXT checkpoint "
             f"(first key: {keys[0] if keys else 'none'})"
         )
-    result = KeyMap(mapped={}, unused=[], ignored=[])
+    result = KeyMap(prefixes=prefixes, mapped={}, unused={}, ignored=[])
+    targets: dict[str, str] = {}
     for key in keys:
         if any(re.fullmatch(pattern, key) for pattern in IGNORED):
             result.ignored.append(key)
-        elif any(re.fullmatch(pattern, key) for pattern in UNUSED):
-            result.unused.append(key)
+            continue
+        if any(re.fullmatch(pattern, key) for pattern in UNUSED):
+            target = result.unused[key] = _unused_name(key, text_only="vision" not in prefixes)
         else:
             mapped, layer = _map_key(key, prefixes)
             if mapped.ours.startswith("vision_tower.layers.") and layer >= num_vision_layers:
-                result.unused.append(key)
+                target = result.unused[key] = to_hf_name(mapped.ours, HF_PREFIXES)[0]
             else:
-                result.mapped[key] = mapped
+                result.mapped[key], target = mapped, mapped.ours
+        if target in targets:
+            raise ValueError(f"{key}: holds the same parameter as {targets[target]}")
+        targets[target] = key
     return result
+
+
+def _unused_name(key: str, *, text_only: bool) -> str:
+    if key.endswith("lm_head.weight"):
+        return (TEXT_PREFIXES if text_only else HF_PREFIXES)["head"] + "lm_head.weight"
+    return HF_PREFIXES["vision"] + "post_layernorm." + key.rsplit(".", 1)[1]
 
 
 def _map_key(key: str, prefixes: dict[Section, str]) -> tuple[Mapped, int]:
@@ -221,19 +251,13 @@ def _map_key(key: str, prefixes: dict[Section, str]) -> tuple[Mapped, int]:
     raise ValueError(f"{key}: unknown key; no rule in convert/names.py takes it")
 
 
-HF_PREFIXES: dict[Section, str] = {
-    "text": "language_model.model.",
-    "vision": "vision_tower.vision_model.",
-    "projector": "multi_modal_projector.",
-    "newline": "",
-}
-"""The prefixes we export a LLaVA-NeXT model with: transformers 4 and 5 both read them."""
+def to_hf_name(ours: str, prefixes: Mapping[Section, str]) -> tuple[str, Transform]:
+    """Our per-layer parameter name -> (Hugging Face key, transform to invert).
 
-
-def to_hf_name(ours: str, *, text_only: bool) -> tuple[str, Transform]:
-    """Our per-layer parameter name -> (Hugging Face key, transform to invert)."""
+    ``prefixes`` are those of a checkpoint, :data:`HF_PREFIXES` or :data:`TEXT_PREFIXES`.
+    """
     for rule, pattern in _OUR_PATTERNS:
         if match := pattern.fullmatch(ours):
-            prefix = "model." if text_only else HF_PREFIXES[rule.section]
-            return prefix + rule.hf.replace("{i}", match.groupdict().get("i", "")), rule.transform
+            key = rule.hf.replace("{i}", match.groupdict().get("i", ""))
+            return prefixes[rule.section] + key, rule.transform
     raise ValueError(f"{ours}: unknown parameter; no rule in convert/names.py makes it")

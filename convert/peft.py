@@ -10,6 +10,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from convert.names import PREFIXES
 from e5v_jax.config import TextConfig
 from e5v_jax.model.layers import LoRAConfig
 
@@ -19,9 +20,12 @@ PROJECTIONS: dict[str, str] = {
 }
 """Every linear map of a decoder layer -> the module that holds it."""
 
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
 _KEY = re.compile(
-    r"base_model\.model\.(?P<head>.*?)layers\.(?P<i>\d+)\.(?:self_attn|mlp)\."
-    r"(?P<proj>[a-z]+_proj)\.lora_(?P<factor>[AB])(?:\.default)?\.weight"
+    rf"base_model\.model\.({'|'.join(map(re.escape, PREFIXES['text']))})"
+    r"layers\.(?P<i>\d+)\.(?P<module>[a-z_]+)\.(?P<proj>[a-z]+_proj)"
+    r"\.lora_(?P<factor>[AB])(?:\.default)?\.weight"
 )
 
 # Options under which a peft adapter computes something else than x + scale * x A B.
@@ -34,6 +38,18 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "rank_pattern": ({}, None),
     "alpha_pattern": ({}, None),
     "layer_replication": (None,),
+    "lora_bias": (False, None),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None,),
+    "use_qalora": (False, None),
+    "use_bdlora": (None,),
+    "alora_invocation_tokens": (None,),
+    "arrow_config": (None,),
+    "kasa_config": (None,),
+    "velora_config": (None,),
+    "monteclora_config": (None,),
+    # the other initialisations change the base weights as well
+    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
 
 
@@ -72,22 +88,13 @@ def read_adapter(folder: Path, cfg: TextConfig) -> Adapter:
         FileNotFoundError: no adapter_config.json or adapter_model.safetensors.
     """
     folder = Path(folder)
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
+    for name in ADAPTER_FILES:
         if not (folder / name).is_file():
             raise FileNotFoundError(
-                f"{folder / name}: missing; expected a PEFT LoRA adapter folder"
+                f"{folder / name}: missing; expected a PEFT LoRA adapter folder (safetensors)"
             )
-    config = json.loads((folder / "adapter_config.json").read_text())
-    for key, allowed in _REFUSED.items():
-        if key in config and config[key] not in allowed:
-            raise ValueError(
-                f"{folder}/adapter_config.json: {key} {config[key]!r} is not supported"
-            )
-    rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    if config.get("use_rslora"):
-        alpha *= rank**0.5  # rank-stabilised: scale is alpha / sqrt(r)
-    lora = LoRAConfig(rank=rank, alpha=alpha, dropout=float(config.get("lora_dropout", 0.0)))
-
+    lora = _read_config(folder / "adapter_config.json")
+    rank = lora.rank
     layers, values = cfg.num_hidden_layers, {}
     shapes: dict[tuple[str, str], tuple[int, int]] = {}
     for proj, (fan_in, fan_out) in _sizes(cfg).items():
@@ -103,7 +110,7 @@ def read_adapter(folder: Path, cfg: TextConfig) -> Adapter:
     seen: dict[tuple[str, int], set[str]] = {}
     for key, array in tensors.items():
         match = _KEY.fullmatch(key)
-        if not match or "vision" in match["head"] or match["proj"] not in PROJECTIONS:
+        if not match or PROJECTIONS.get(match["proj"]) != match["module"]:
             raise ValueError(f"{file}: {key}: only LoRA on the decoder's linear maps is supported")
         proj, factor, i = match["proj"], match["factor"], int(match["i"])
         if i >= layers:
@@ -114,9 +121,11 @@ def read_adapter(folder: Path, cfg: TextConfig) -> Adapter:
                 f"{file}: {key}: shape {list(array.shape[::-1])}, "
                 f"expected {list(shapes[proj, factor][::-1])}"
             )
+        if factor in seen.setdefault((proj, i), set()):
+            raise ValueError(f"{file}: {key}: comes twice, under two prefixes")
+        seen[proj, i].add(factor)
         path = f"language_model.layers.{PROJECTIONS[proj]}.{proj}.lora_{factor.lower()}"
         values[path][i] = array
-        seen.setdefault((proj, i), set()).add(factor)
     for (proj, i), factors in seen.items():
         if factors != {"A", "B"}:
             raise ValueError(
@@ -125,6 +134,24 @@ def read_adapter(folder: Path, cfg: TextConfig) -> Adapter:
     if not seen:
         raise ValueError(f"{file}: holds no LoRA factors")
     return Adapter(lora=lora, values=values)
+
+
+def _read_config(file: Path) -> LoRAConfig:
+    try:
+        config = json.loads(file.read_text())
+        options = {key: config[key] for key in _REFUSED if key in config}
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+        dropout = float(config.get("lora_dropout", 0.0))
+    except KeyError as error:
+        raise ValueError(f"{file}: no {error.args[0]!r}; expected a PEFT LoRA config") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: not a PEFT LoRA config ({error})") from error
+    for key, value in options.items():
+        if value not in _REFUSED[key]:
+            raise ValueError(f"{file}: {key} {value!r} is not supported")
+    if config.get("use_rslora"):
+        alpha *= rank**0.5  # rank-stabilised: scale is alpha / sqrt(r)
+    return LoRAConfig(rank=rank, alpha=alpha, dropout=dropout)
 
 
 def write_adapter(
@@ -159,7 +186,7 @@ def write_adapter(
 
 
 def merge_into(name: str, kernel: np.ndarray, adapter: Adapter) -> np.ndarray:
-    """Our per-layer kernel [in, out] plus its LoRA update, computed in fp32, in the kernel's dtype.
+    """Our per-layer kernel [in, out] plus its LoRA update, fp32, for the caller to round.
 
     ``name`` is the per-layer parameter name; a parameter without factors comes back as it is.
     """
@@ -169,5 +196,7 @@ def merge_into(name: str, kernel: np.ndarray, adapter: Adapter) -> np.ndarray:
     path = f"language_model.layers.{match[2]}"
     a = adapter.values[f"{path}.lora_a"][int(match[1])]  # [in, r]
     b = adapter.values[f"{path}.lora_b"][int(match[1])]  # [r, out]
-    merged = kernel.astype(np.float32) + np.float32(adapter.lora.scale) * (a @ b)
-    return merged.astype(kernel.dtype)
+    update = a @ b  # [in, out]
+    update *= np.float32(adapter.lora.scale)
+    update += kernel
+    return update

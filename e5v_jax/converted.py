@@ -4,7 +4,8 @@
     hf_config.json       the source's config.json, for export
     tokenizer and preprocessor files, as Hugging Face wrote them
     params/              Orbax; one leaf per parameter and layer: language_model.layers.17.mlp...
-    unused.safetensors   source tensors an embedding never needs, kept for export (lm_head, ...)
+    unused.safetensors   tensors an embedding never needs (lm_head, ...), kept under the names of
+                         convert.names.HF_PREFIXES or TEXT_PREFIXES for export
     adapter/             a PEFT LoRA adapter carried along, if any
 
 Layers are stored one by one, so a model converts in the memory of one layer whatever its depth.
@@ -13,6 +14,7 @@ Layers are stored one by one, so a model converts in the memory of one layer wha
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -67,6 +69,16 @@ class ConvertedInfo:
     parameters: dict[str, list[int]]  # name -> shape
 
 
+def check_new(dst: Path) -> None:
+    """Refuse a target that :func:`new_folder` would refuse, before any work is done for it.
+
+    Raises:
+        FileExistsError: ``dst`` exists and is not an empty folder.
+    """
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise FileExistsError(f"{dst}: already exists; choose another folder or delete it")
+
+
 @contextmanager
 def new_folder(dst: Path) -> Iterator[Path]:
     """A temporary sibling of ``dst`` that becomes ``dst`` when the block ends well, else vanishes.
@@ -75,8 +87,7 @@ def new_folder(dst: Path) -> Iterator[Path]:
         FileExistsError: ``dst`` exists and is not an empty folder.
     """
     dst = Path(dst).absolute()
-    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
-        raise FileExistsError(f"{dst}: already exists; choose another folder or delete it")
+    check_new(dst)
     dst.parent.mkdir(parents=True, exist_ok=True)
     temporary = dst.with_name(f".{dst.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
@@ -114,6 +125,15 @@ def _leaf(tree: Any, name: str) -> np.ndarray:
     for part in name.split("."):
         tree = tree[part]
     return np.asarray(tree)
+
+
+def layer_groups(names: Iterable[str]) -> list[list[str]]:
+    """Parameter names grouped by layer, the rest one by one: the unit of memory."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        match = re.match(r".*\.layers\.\d+\.", name)
+        groups.setdefault(match[0] if match else name, []).append(name)
+    return list(groups.values())
 
 
 def write_params(
