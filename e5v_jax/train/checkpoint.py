@@ -21,6 +21,7 @@ from orbax.checkpoint import v1 as ocp
 
 from convert.peft import Adapter
 from e5v_jax.config import ModelConfig
+from e5v_jax.converted import new_folder
 from e5v_jax.loading import build, dotted
 from e5v_jax.model.layers import LoRAConfig, LoRAParam, Precision
 from e5v_jax.train.config import TrainConfig
@@ -28,8 +29,8 @@ from e5v_jax.train.config import TrainConfig
 CHECKPOINTS = "checkpoints"
 
 
-def prepare_run_folder(cfg: TrainConfig) -> None:
-    """Create ``cfg.output``, or accept it as it is when resuming.
+def check_run_folder(cfg: TrainConfig) -> None:
+    """Refuse an output that would be written over. Nothing is created yet.
 
     Raises:
         FileExistsError: it holds something and ``cfg.resume`` is off.
@@ -42,7 +43,6 @@ def prepare_run_folder(cfg: TrainConfig) -> None:
             )
         if not (cfg.output / "run.json").is_file():
             raise ValueError(f"{cfg.output}: cannot resume, there is no run.json in it")
-    cfg.output.mkdir(parents=True, exist_ok=True)
 
 
 def open_checkpointer(cfg: TrainConfig) -> ocp.training.Checkpointer:
@@ -104,15 +104,42 @@ def restore(
 
 
 def write_run_info(cfg: TrainConfig, base_hash: str, data_fingerprint: str) -> None:
-    """Write ``run.json``."""
+    """Create the run folder with its ``run.json``, or renew that of a run that is resumed.
+
+    Raises:
+        ValueError: the resumed run had another model, other data or other batches.
+    """
     info = {
         "config": dataclasses.asdict(cfg),
         "base_hash": base_hash,
         "data_fingerprint": data_fingerprint,
     }
+    text = json.dumps(info, indent=1, default=str) + "\n"
+    if not (cfg.output / "run.json").is_file():
+        with new_folder(cfg.output) as folder:
+            (folder / "run.json").write_text(text)
+        return
+    before, now = _identity(read_run_info(cfg.output)), _identity(json.loads(text))
+    for name, value in now.items():
+        if value != before[name]:
+            raise ValueError(
+                f"{cfg.output}: cannot resume: {name} was {before[name]} and is now {value}; "
+                "go back to that, or choose another output"
+            )
     temporary = cfg.output / "run.json.tmp"
-    temporary.write_text(json.dumps(info, indent=1, default=str) + "\n")
+    temporary.write_text(text)
     temporary.rename(cfg.output / "run.json")
+
+
+def _identity(info: dict[str, Any]) -> dict[str, Any]:
+    """What stays as it was in a resumed run; the saved state means nothing without it."""
+    config, data = info["config"], info["config"]["data"]
+    return {
+        "the base model's hash": info["base_hash"],
+        "the data's fingerprint": info["data_fingerprint"],
+        **{name: config[name] for name in ("lora", "batch_size", "seed")},
+        **{f"data.{name}": data[name] for name in ("max_tokens", "prompt", "template")},
+    }
 
 
 def find_run(folder: Path) -> tuple[Path, int | None] | None:

@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import tyro
+
 from e5v_jax.model.layers import LoRAConfig
 from e5v_jax.model.llama import Remat
 
@@ -52,7 +54,11 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. The defaults are the paper's recipe (section 4.1 and the released code)."""
+    """One training run. The defaults are the paper's recipe (section 4.1 and the released code).
+
+    On the command line --config FILE takes other defaults from a Python file: what its get_config()
+    returns. The flags below override single fields.
+    """
 
     model: Path
     """Converted folder of the base model (python -m convert.from_hf)."""
@@ -61,10 +67,12 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    lora: LoRAConfig | None = field(
+    # as a subcommand its flags would not be in --help and could not be given beside others
+    lora: tyro.conf.AvoidSubcommands[LoRAConfig | None] = field(
         default_factory=lambda: LoRAConfig(rank=64, alpha=16.0, dropout=0.05)
     )
-    """Low-rank adaptation of every decoder linear map; None trains all decoder weights."""
+    """Low-rank adaptation of every decoder linear map; None, which only a configuration file can
+    say, trains all decoder weights."""
     batch_size: int = 768
     """Triplets per optimizer step, over all devices; all are negatives of each other."""
     num_epochs: int = 2

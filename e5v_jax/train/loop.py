@@ -19,8 +19,8 @@ from e5v_jax.prompts import detect_template
 from e5v_jax.sharding import batch_sharding, make_mesh
 from e5v_jax.train.batches import group_lengths, make_pair_batch, tokenize_pairs
 from e5v_jax.train.checkpoint import (
+    check_run_folder,
     open_checkpointer,
-    prepare_run_folder,
     restore,
     save,
     write_run_info,
@@ -69,14 +69,22 @@ def place(batch: PairBatch, mesh: Mesh) -> PairBatch:
 def train(cfg: TrainConfig) -> None:
     """Train as ``cfg`` says; everything goes to ``cfg.output``.
 
+    A run that cannot begin leaves nothing behind.
+
     Raises:
         FileExistsError: ``cfg.output`` exists and ``cfg.resume`` is off.
-        FileNotFoundError, ValueError: one line naming the file, row, key or field.
+        FileNotFoundError, ValueError: one line naming the file, row, key or field; the loss or the
+            gradient is not finite.
     """
-    prepare_run_folder(cfg)
+    check_run_folder(cfg)
 
     # data: every sentence tokenised once, batches in an order fixed by the seed
     base = ConvertedFolder(cfg.model)
+    if (cfg.model / "adapter").is_dir():
+        raise ValueError(
+            f"{cfg.model}/adapter: training would begin without this adapter; "
+            "convert the model again with --adapter and --merge"
+        )
     triplets = load_data(cfg.data)
     tokenizer = load_tokenizer(cfg.model)
     template = detect_template(tokenizer, base.config.text.model_type, override=cfg.data.template)
@@ -157,12 +165,14 @@ def train(cfg: TrainConfig) -> None:
                     jax.random.fold_in(dropout_key, step),
                 )
                 seen_tokens += batch.tokens
-                loss = float(metrics.loss)
-                if not np.isfinite(loss):
+                loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
+                if not np.isfinite([loss, grad_norm]).all():  # before anything of it is saved
                     ids = ", ".join(triplets.row_ids[row] for row in batch.rows[:3])
-                    raise FloatingPointError(
-                        f"step {step}: the loss is {loss}; rows {ids}, ...; the last good "
-                        f"checkpoint is in {cfg.output}: lower the learning rate and resume"
+                    saved = checkpointer.latest
+                    raise ValueError(
+                        f"step {step}: the loss is {loss}, the gradient norm {grad_norm}; rows "
+                        f"{ids}, ...: lower the learning rate, then "
+                        + (f"--resume from step {saved.step}" if saved else "start again")
                     )
                 elapsed = time.perf_counter() - since
                 rate = (step - done) * cfg.batch_size / elapsed
@@ -173,7 +183,7 @@ def train(cfg: TrainConfig) -> None:
                         {
                             "loss": loss,
                             "accuracy": float(metrics.accuracy),
-                            "grad_norm": float(metrics.grad_norm),
+                            "grad_norm": grad_norm,
                             "triplets_per_s": rate,
                             "tokens_per_s": seen_tokens / elapsed,
                             "seconds_per_step": elapsed / (step - done),

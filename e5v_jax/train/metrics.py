@@ -22,11 +22,11 @@ class MetricsLog:
         if self._path.is_file():
             lines = self._path.read_text().splitlines()
             kept = [line for line in lines if _step_of(line) <= start_step]
-        self._file = self._path.open("w", buffering=1)  # a line reaches the disk when it is written
-        self._file.writelines(line + "\n" for line in kept)
-        self._events = SummaryWriter(
-            str(run / "tensorboard"), purge_step=start_step + 1 if start_step else None
-        )
+        temporary = run / "metrics.jsonl.tmp"  # a kill in here must not cost the earlier lines
+        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.rename(self._path)
+        self._file = self._path.open("a", buffering=1)  # a line is on disk once it is written
+        self._events = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1)
         self._live = sys.stderr.isatty()
         self._progress = Progress(
             TextColumn("step"),
@@ -63,6 +63,7 @@ class MetricsLog:
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
+        self._events.flush()  # by itself only every two minutes, which a kill would take away
         if not self._live:
             remaining = (self._total - step) * values["seconds_per_step"]
             print(
