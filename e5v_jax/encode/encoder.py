@@ -75,8 +75,11 @@ class Encoder:
         image_index, tiles = pack_images(filled, length)
         input_ids = np.where(image_index >= 0, 0, input_ids)  # `<image>` may have no row
         tiles = jax.device_put(tiles, NamedSharding(self._mesh, PartitionSpec()))
-        rest = jax.device_put((input_ids, last_index, image_index), sharding)
-        return np.asarray(self._run(self._state, ImageBatch(*rest, tiles)))
+        input_ids, last_index, image_index = jax.device_put(
+            (input_ids, last_index, image_index), sharding
+        )
+        batch = ImageBatch(input_ids, last_index, image_index, tiles)
+        return np.asarray(self._run(self._state, batch))
 
 
 def pack_images(items: Sequence[Prepared], length: int) -> tuple[np.ndarray, np.ndarray]:

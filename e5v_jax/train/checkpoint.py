@@ -103,36 +103,35 @@ def restore(
     return latest.step, state["trainable"], state["opt_state"], metadata["iterator"]
 
 
-def write_run_info(cfg: TrainConfig, base_hash: str, data_fingerprint: str) -> None:
-    """Create the run folder with its ``run.json``, or renew that of a run that is resumed.
-
-    Raises:
-        ValueError: the resumed run had another model, other data or other batches.
-    """
+def run_info(cfg: TrainConfig, base_hash: str, data_fingerprint: str) -> dict[str, Any]:
+    """The contents of ``run.json``."""
     info = {
         "config": dataclasses.asdict(cfg),
         "base_hash": base_hash,
         "data_fingerprint": data_fingerprint,
     }
-    text = json.dumps(info, indent=1, default=str) + "\n"
-    if not (cfg.output / "run.json").is_file():
-        with new_folder(cfg.output) as folder:
-            (folder / "run.json").write_text(text)
+    plain: dict[str, Any] = json.loads(json.dumps(info, default=str))
+    return plain
+
+
+def check_same_run(run: Path, info: dict[str, Any]) -> None:
+    """Refuse to resume with what makes the saved state mean something else. A new run passes.
+
+    Raises:
+        ValueError: the run had another model, adapter shape, other data or other batches.
+    """
+    if not (run / "run.json").is_file():
         return
-    before, now = _identity(read_run_info(cfg.output)), _identity(json.loads(text))
+    before, now = _identity(read_run_info(run)), _identity(info)
     for name, value in now.items():
         if value != before[name]:
             raise ValueError(
-                f"{cfg.output}: cannot resume: {name} was {before[name]} and is now {value}; "
+                f"{run}: cannot resume: {name} was {before[name]} and is now {value}; "
                 "go back to that, or choose another output"
             )
-    temporary = cfg.output / "run.json.tmp"
-    temporary.write_text(text)
-    temporary.rename(cfg.output / "run.json")
 
 
 def _identity(info: dict[str, Any]) -> dict[str, Any]:
-    """What stays as it was in a resumed run; the saved state means nothing without it."""
     config, data = info["config"], info["config"]["data"]
     return {
         "the base model's hash": info["base_hash"],
@@ -140,6 +139,18 @@ def _identity(info: dict[str, Any]) -> dict[str, Any]:
         **{name: config[name] for name in ("lora", "batch_size", "seed")},
         **{f"data.{name}": data[name] for name in ("max_tokens", "prompt", "template")},
     }
+
+
+def write_run_info(run: Path, info: dict[str, Any]) -> None:
+    """Create the run folder with its ``run.json``, or renew that of a resumed run."""
+    text = json.dumps(info, indent=1) + "\n"
+    if not (run / "run.json").is_file():
+        with new_folder(run) as folder:  # so that a run folder always has its run.json
+            (folder / "run.json").write_text(text)
+        return
+    temporary = run / "run.json.tmp"
+    temporary.write_text(text)
+    temporary.rename(run / "run.json")
 
 
 def find_run(folder: Path) -> tuple[Path, int | None] | None:

@@ -20,8 +20,10 @@ from e5v_jax.sharding import batch_sharding, make_mesh
 from e5v_jax.train.batches import group_lengths, make_pair_batch, tokenize_pairs
 from e5v_jax.train.checkpoint import (
     check_run_folder,
+    check_same_run,
     open_checkpointer,
     restore,
+    run_info,
     save,
     write_run_info,
 )
@@ -86,6 +88,8 @@ def train(cfg: TrainConfig) -> None:
             "convert the model again with --adapter and --merge"
         )
     triplets = load_data(cfg.data)
+    info = run_info(cfg, base.info.content_hash, triplets.fingerprint)
+    check_same_run(cfg.output, info)
     tokenizer = load_tokenizer(cfg.model)
     template = detect_template(tokenizer, base.config.text.model_type, override=cfg.data.template)
     tokens = tokenize_pairs(triplets, tokenizer, cfg.data, template)
@@ -140,7 +144,7 @@ def train(cfg: TrainConfig) -> None:
         dropout=cfg.lora is not None and cfg.lora.dropout > 0,
     )
 
-    write_run_info(cfg, base.info.content_hash, triplets.fingerprint)
+    write_run_info(cfg.output, info)
     with open_checkpointer(cfg) as checkpointer:
         start = 0
         restored = restore(checkpointer, trainable, opt_state, mesh)
