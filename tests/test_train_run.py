@@ -1,0 +1,468 @@
+"""Whole training runs: killed and resumed, what they write, what they read, and when they stop."""
+
+import dataclasses
+import json
+import os
+import runpy
+import signal
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from hf_models import RECIPES, Case, Recipe, build_llava, build_text
+from orbax.checkpoint import v1 as ocp
+from peft import PeftModel
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+from convert import from_hf
+from e5v_jax import E5V
+from e5v_jax.converted import ConvertedFolder
+from e5v_jax.model.layers import LoRAConfig
+from e5v_jax.train.__main__ import main
+from e5v_jax.train.config import DataConfig, OptimizerConfig, TrainConfig
+from e5v_jax.train.loop import train
+
+ROOT = Path(__file__).parents[1]
+ROWS, BATCH, EPOCHS, STEPS = 42, 8, 2, 10
+SENTENCES = ["A dog sits.", "the cat sleeps all day", "seven"]
+RECIPE = Recipe(
+    template="chatml",
+    text={
+        "vocab_size": 261,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+    },
+    seed=12,
+)
+
+
+def write_csv(file: Path, rows: int = ROWS) -> Path:
+    lines = [f"dog {i} runs,the dog {i} moves,{i} cats sleep" for i in range(rows)]
+    file.write_text("\n".join(["sent0,sent1,hard_neg", *lines]) + "\n")
+    return file
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds ``base``, a tiny random converted model, and ``data.csv``."""
+    folder = tmp_path_factory.mktemp("run")
+    build_text(RECIPE, folder / "hf")
+    from_hf.convert(from_hf.Args(str(folder / "hf"), folder / "base"))
+    write_csv(folder / "data.csv")
+    return folder
+
+
+def config(folder: Path, output: Path, **changes: Any) -> TrainConfig:
+    """A run of ten small steps."""
+    cfg = TrainConfig(
+        model=folder / "base",
+        output=output,
+        data=DataConfig(path=(folder / "data.csv",), length_groups=1),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
+        lora=LoRAConfig(rank=2, alpha=4.0),
+        batch_size=BATCH,
+        num_epochs=EPOCHS,
+        dtype="float32",
+        remat="none",
+        log_every=1,
+        checkpoint_every=3,
+    )
+    return dataclasses.replace(cfg, **changes)
+
+
+def words(folder: Path, output: Path) -> list[str]:
+    """The same run from the command line, with dropout: flags over a configuration file."""
+    flags: dict[str, object] = {
+        "config": ROOT / "configs" / "demo.py",
+        "model": folder / "base",
+        "output": output,
+        "data.path": folder / "data.csv",
+        "data.length-groups": 1,
+        "optimizer.learning-rate": 3e-3,
+        "optimizer.warmup-steps": 2,
+        "lora.rank": 2,
+        "lora.alpha": 4.0,
+        "lora.dropout": 0.1,
+        "batch-size": BATCH,
+        "remat": "none",
+        "checkpoint-every": 3,
+    }
+    return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+
+
+# Runs the command, and kills it when Python is about to do the given thing to the given path.
+KILLED_AT = """
+import os, runpy, signal, sys
+
+event, end = sys.argv[1:3]
+
+def hook(name, args):
+    if name == event and str(args[0]).endswith(end):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(hook)
+sys.argv = ["train", *sys.argv[3:]]
+runpy.run_module("e5v_jax.train", run_name="__main__", alter_sys=True)
+"""
+
+
+def command(
+    argv: Sequence[str], *, cache: Path, kill: tuple[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """``python -m e5v_jax.train`` in a process of its own; compiled programs are shared."""
+    start = ["-m", "e5v_jax.train"] if kill is None else ["-c", KILLED_AT, *kill]
+    return subprocess.run(
+        [sys.executable, *start, *argv],
+        cwd=ROOT,
+        env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def finished(folder: Path, cache: Path) -> Path:
+    """The folder of a run that was left alone."""
+    done = command(words(folder, folder / "finished"), cache=cache)
+    assert done.returncode == 0, done.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == STEPS, done.stderr
+    assert lines[-1].startswith(f"step {STEPS}/{STEPS}  loss ")
+    assert "triplets/s" in lines[-1] and "tokens/s" in lines[-1] and "ETA" in lines[-1]
+    return folder / "finished"
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_state(run: Path, step: int) -> list[np.ndarray]:
+    """Every array of a checkpoint: parameters and optimizer state."""
+    with ocp.training.Checkpointer(run / "checkpoints") as checkpointer:
+        return [np.asarray(x) for x in jax.tree.leaves(checkpointer.load(step))]
+
+
+def test_killed_and_resumed_is_bit_equal(folder: Path, finished: Path, cache: Path) -> None:
+    run = folder / "killed"
+    argv = words(folder, run)
+    checkpoints = run / "checkpoints"
+
+    kills = [
+        # (what is about to happen, then the checkpoints and the last step in metrics.jsonl)
+        (("os.mkdir", "/3.orbax-checkpoint-tmp"), [], 3),  # before the first checkpoint
+        (("os.mkdir", "/6.orbax-checkpoint-tmp"), [3], 6),  # between two
+        (("os.rename", "/9.orbax-checkpoint-tmp"), [3, 6], 9),  # written, but not yet whole
+    ]
+    for i, (kill, saved, logged) in enumerate(kills):
+        done = command([*argv, *(["--resume"] if i else [])], cache=cache, kill=kill)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        found = sorted(int(p.name) for p in checkpoints.iterdir() if p.name.isdigit())
+        assert found == saved
+        assert read_metrics(run)[-1]["step"] >= logged
+        assert not (run / "adapter").exists()
+    assert (checkpoints / "9.orbax-checkpoint-tmp").is_dir()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1')  # as if the kill had cut a line off
+
+    done = command([*argv, "--resume"], cache=cache)
+    assert done.returncode == 0, done.stderr
+    assert "from step 6\n" in done.stdout
+    assert sorted(p.name for p in checkpoints.iterdir()) == ["10", "6", "9"]
+
+    for mine, expected in zip(read_state(run, STEPS), read_state(finished, STEPS), strict=True):
+        assert mine.tobytes() == expected.tobytes()
+    weights = "adapter/adapter_model.safetensors"
+    assert (run / weights).read_bytes() == (finished / weights).read_bytes()
+    lasting = ("step", "loss", "accuracy", "grad_norm")
+    ours, theirs = (
+        [[line[name] for name in lasting] for line in read_metrics(x)] for x in (run, finished)
+    )
+    assert ours == theirs
+    assert [int(line[0]) for line in ours] == list(range(1, STEPS + 1))
+    assert tensorboard(run) == tensorboard(finished)
+
+
+def events(run: Path) -> Iterator[Event]:
+    """TensorBoard's records, files in the order they were written."""
+    for file in sorted((run / "tensorboard").iterdir()):
+        data = file.read_bytes()
+        while data:
+            (length,) = struct.unpack_from("<Q", data)  # then 4 bytes of checksum, at both ends
+            yield Event.FromString(data[12 : 12 + length])
+            data = data[16 + length :]
+
+
+def tensorboard(run: Path) -> list[tuple[int, float]]:
+    """(step, loss) as TensorBoard shows them: a restart hides what came at its step or later."""
+    shown: list[tuple[int, float]] = []
+    for event in events(run):
+        if event.session_log.status == SessionLog.START:
+            shown = [point for point in shown if point[0] < event.step]
+        shown += [(event.step, v.simple_value) for v in event.summary.value if v.tag == "loss"]
+    return shown
+
+
+def test_metrics_and_tensorboard(finished: Path) -> None:
+    metrics = read_metrics(finished)
+    names = ["step", "loss", "accuracy", "grad_norm"]
+    names += ["triplets_per_s", "tokens_per_s", "seconds_per_step"]
+    assert all(list(line) == names for line in metrics)
+    assert [line["step"] for line in metrics] == list(range(1, STEPS + 1))
+    for line in metrics:
+        assert 0 < line["loss"] < 20 and 0 <= line["accuracy"] <= 1 and line["grad_norm"] > 0
+        assert line["triplets_per_s"] * line["seconds_per_step"] == pytest.approx(BATCH)
+        assert line["tokens_per_s"] > 3 * 40 * line["triplets_per_s"]  # 3 prompts of 50 letters
+    tags = {value.tag for event in events(finished) for value in event.summary.value}
+    assert tags == set(names) - {"step"}
+    shown = tensorboard(finished)
+    assert [step for step, _ in shown] == list(range(1, STEPS + 1))
+    np.testing.assert_allclose([x for _, x in shown], [x["loss"] for x in metrics], rtol=1e-6)
+
+
+def test_flags_override_the_configuration_file(folder: Path, finished: Path) -> None:
+    found = json.loads((finished / "run.json").read_text())
+    demo = runpy.run_path(str(ROOT / "configs" / "demo.py"))["get_config"]()
+    expected = dataclasses.asdict(demo)
+    expected |= {"model": str(folder / "base"), "output": str(finished), "batch_size": BATCH}
+    expected |= {"remat": "none", "checkpoint_every": 3}
+    expected["data"] |= {"path": [str(folder / "data.csv")], "length_groups": 1}
+    expected["optimizer"] |= {"learning_rate": 3e-3, "warmup_steps": 2}
+    expected["lora"] = {"rank": 2, "alpha": 4.0, "dropout": 0.1}
+    assert found["config"] == expected
+    assert found["base_hash"] == ConvertedFolder(folder / "base").info.content_hash
+
+
+# --- what a finished run is good for ---
+
+
+def peft_embed(case: Case, adapter: Path, texts: list[str]) -> np.ndarray:
+    """Embeddings by transformers + peft."""
+    model = PeftModel.from_pretrained(case.torch_model, adapter)
+    return Case(case.folder, case.template, model.eval()).torch_embed(texts)
+
+
+def test_adapter_of_a_run_in_every_form(folder: Path, finished: Path, tmp_path: Path) -> None:
+    def embed(adapter: Path | None) -> np.ndarray:
+        model = E5V.from_pretrained(folder / "base", dtype="float32", adapter=adapter)
+        return model.encode(SENTENCES)
+
+    base, whole = embed(None), embed(finished)
+    assert np.abs(whole - base).max() > 0.01
+    assert np.array_equal(whole, embed(finished / "checkpoints" / str(STEPS)))
+    assert np.array_equal(whole, embed(finished / "adapter"))
+    earlier = embed(finished / "checkpoints" / "6")
+    assert np.abs(earlier - base).max() > 1e-3 < np.abs(earlier - whole).max()
+    with pytest.raises(ValueError, match=r"no checkpoint of step 3; found steps \[6, 9, 10\]"):
+        embed_missing = finished / "checkpoints" / "3"
+        embed(embed_missing)
+
+    case = build_text(RECIPE, tmp_path / "hf")
+    theirs = peft_embed(case, finished / "adapter", SENTENCES)
+    assert np.abs(theirs - whole).max() <= 1e-5
+
+
+def test_vision_is_neither_read_nor_placed(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    case = build_llava(RECIPES["narrow-heads"], tmp_path / "hf")
+    from_hf.convert(from_hf.Args(str(case.folder), tmp_path / "base"))
+    write_csv(tmp_path / "data.csv")
+    read: set[str] = set()
+    real_read = ConvertedFolder.read
+
+    def read_text_only(self: ConvertedFolder, names: Sequence[str]) -> Iterator[np.ndarray]:
+        read.update(names)
+        if any(not name.startswith("language_model.") for name in names):
+            raise OSError(f"{names}: unreadable")
+        return real_read(self, names)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ConvertedFolder, "read", read_text_only)
+        train(config(tmp_path, tmp_path / "run", max_steps=2))
+    shapes = ConvertedFolder(tmp_path / "base").shapes()
+    text = {name for name in shapes if name.startswith("language_model.")}
+    assert read == text < set(shapes)
+    placed = sum(int(np.prod(shapes[name])) for name in text)
+    lora = sum(
+        x.size
+        for x in read_state(tmp_path / "run", 2)
+        if x.ndim == 3  # stacked factors, and twice more in the optimizer
+    )
+    assert f"of {(placed + lora / 3) / 1e6:.1f} M parameters" in capsys.readouterr().out
+
+    model = E5V.from_pretrained(tmp_path / "base", dtype="float32", adapter=tmp_path / "run")
+    ours = model.encode(SENTENCES)
+    assert np.abs(ours - case.torch_embed(SENTENCES)).max() > 1e-3
+    theirs = peft_embed(case, tmp_path / "run" / "adapter", SENTENCES)
+    assert np.abs(ours - theirs).max() <= 1e-5
+
+
+def test_full_fine_tuning_leaves_a_model(folder: Path, tmp_path: Path) -> None:
+    cfg = config(folder, tmp_path / "run", lora=None, max_steps=3)
+    train(cfg)
+    trained = E5V.from_pretrained(tmp_path / "run" / "model", dtype="float32").encode(SENTENCES)
+    base = E5V.from_pretrained(folder / "base", dtype="float32").encode(SENTENCES)
+    assert np.abs(trained - base).max() > 1e-3
+    with pytest.raises(ValueError, match="trained all weights"):
+        E5V.from_pretrained(folder / "base", adapter=tmp_path / "run")
+
+
+# --- going on, and refusing to ---
+
+
+def test_resuming_a_finished_run_changes_nothing(finished: Path, folder: Path) -> None:
+    kept = ("metrics.jsonl", "adapter/adapter_model.safetensors")
+    before = [(finished / name).read_bytes() for name in kept]
+    with pytest.raises(SystemExit) as exit_:
+        main([*words(folder, finished), "--resume"])
+    assert exit_.value.code == 0
+    assert [(finished / name).read_bytes() for name in kept] == before
+    assert len(tensorboard(finished)) == STEPS
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--batch-size", "7"], "batch_size was 8 and is now 7"),
+        (["--seed", "1"], "seed was 42 and is now 1"),
+        (["--lora.rank", "3"], "lora was {'rank': 2"),
+        (["--data.max-tokens", "5"], "data.max_tokens was 32 and is now 5"),
+        (["--data.path", "other.csv"], "the data's fingerprint was"),
+        (["--model", "other"], "the base model's hash was"),
+    ],
+)
+def test_resume_refuses_another_run(
+    finished: Path,
+    folder: Path,
+    flags: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if not (folder / "other").exists():
+        write_csv(folder / "other.csv", rows=ROWS + 1)
+        build_text(dataclasses.replace(RECIPE, seed=13), folder / "hf2")
+        from_hf.convert(from_hf.Args(str(folder / "hf2"), folder / "other"))
+        capsys.readouterr()
+    monkeypatch.chdir(folder)
+    before = snapshot(finished)
+    with pytest.raises(SystemExit) as exit_:
+        main([*words(folder, finished), *flags, "--resume"])
+    error = capsys.readouterr().err
+    assert exit_.value.code == 1
+    assert error.startswith(f"error: {finished}: cannot resume: {message}")
+    assert error.count("\n") == 1
+    assert snapshot(finished) == before
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file's size and time."""
+    return {
+        str(p): (p.stat().st_size, p.stat().st_mtime_ns) for p in folder.rglob("*") if p.is_file()
+    }
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_output_that_exists_is_refused(
+    folder: Path,
+    finished: Path,
+    tmp_path: Path,
+    resume: bool,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = finished
+    if resume:  # a folder that is no run
+        output = tmp_path / "notes"
+        output.mkdir()
+        (output / "notes.txt").write_text("mine")
+    before = snapshot(output)
+    with pytest.raises(SystemExit) as exit_:
+        main([*words(folder, output), *(["--resume"] if resume else [])])
+    assert exit_.value.code == 1
+    expected = (
+        "cannot resume, there is no run.json in it"
+        if resume
+        else "already exists; pass --resume to continue it, or choose another"
+    )
+    assert capsys.readouterr().err == f"error: {output}: {expected}\n"
+    assert snapshot(output) == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    cfg = config(
+        folder,
+        run,
+        optimizer=OptimizerConfig(learning_rate=1e30, warmup_steps=0),
+        checkpoint_every=1,
+    )
+    with pytest.raises(ValueError, match=r"^step 2: the loss is nan") as info:
+        train(cfg)
+    message = str(info.value)
+    assert f"rows {folder / 'data.csv'}:" in message
+    assert message.endswith(", ...: lower the learning rate, then --resume from step 1")
+    assert [line["step"] for line in read_metrics(run)] == [1]
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["1"]
+    assert not (run / "adapter").exists()
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The loss of that step is still a number; the parameters would not be."""
+    real_read = ConvertedFolder.read
+
+    def read_tiny(self: ConvertedFolder, names: Sequence[str]) -> Iterator[np.ndarray]:
+        for name, array in zip(names, real_read(self, names), strict=True):
+            yield array * 1e-25 if name == "language_model.norm.scale" else array
+
+    monkeypatch.setattr(ConvertedFolder, "read", read_tiny)
+    with pytest.raises(ValueError, match=r"^step 1: the loss is \d.*, the gradient norm (nan|inf)"):
+        train(config(folder, tmp_path / "run", checkpoint_every=1))
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_help_documents_every_field() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "e5v_jax.train", "--help"],
+        cwd=ROOT,
+        env={**os.environ, "COLUMNS": "300"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "--config FILE" in done.stdout
+
+    def flags(cls: type, prefix: str = "") -> Iterator[str]:
+        for field in dataclasses.fields(cls):
+            nested = {
+                "data": DataConfig,
+                "optimizer": OptimizerConfig,
+                "lora": LoRAConfig,
+            }.get(field.name)
+            name = f"{prefix}{field.name.replace('_', '-')}"
+            if nested is None or prefix:
+                yield name
+            else:
+                yield from flags(nested, f"{name}.")
+
+    for name in flags(TrainConfig):
+        assert f"--{name}" in done.stdout, name
+    assert "Triplets per optimizer step, over all devices" in done.stdout
