@@ -40,7 +40,7 @@ FASHIONIQ_QUERY = (
 )
 CIRR_GALLERY = "<image>\n Describe this image in one word:"
 CIRR_QUERY = '<image>Modify this image with "<sent>", desribe modified image in one word:'
-RELEASED = "<sent>\nSummary above sentence in one word:"  # run.sh, without TEXT's last space
+PLAIN = "<sent>\nSummary above sentence in one word:"  # run.sh: TEXT without its last space
 PROMPTS = {
     "text": TEXT,
     "image": IMAGE,
@@ -50,7 +50,7 @@ PROMPTS = {
     "fashioniq_query": FASHIONIQ_QUERY,
     "cirr_gallery": CIRR_GALLERY,
     "cirr_query": CIRR_QUERY,
-    "released": RELEASED,  # for fill_released
+    "plain": PLAIN,
 }
 
 IMAGE_PLACEHOLDER = "<image>"
@@ -92,7 +92,7 @@ def fill(prompt: str, *, template: str, text: str | None = None, type: str | Non
 
 
 def fill_released(prompt: str, *, template: str, text: str) -> str:
-    """:func:`fill` as the authors' training script does it; use with ``PROMPTS["released"]``.
+    """:func:`fill` as the authors' training script does it; its prompt was ``PLAIN``.
 
     ft_llm.py replaces ``_`` by a space in the template, before it puts the sentence in, and strips
     the result. ``<|start_header_id|>`` becomes the plain text ``<|start header id|>`` and the

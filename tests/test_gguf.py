@@ -252,7 +252,7 @@ def test_smollm2_tokenizer_survives_saving(
 
 def test_reading_needs_no_torch(tiny: Path) -> None:
     program = (
-        "import sys; from convert.gguf import *\n"
+        "import sys; from convert.gguf import *; from convert.gguf_tokenizer import *\n"
         f"p = {str(tiny)!r}; t = GGUFTensors(p); t.read(t.keys()[0]); build_tokenizer(p)('a')\n"
         "assert 'torch' not in sys.modules"
     )

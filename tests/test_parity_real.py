@@ -107,7 +107,7 @@ def test_embeddings_bf16(smollm2_converted: Path, torch_hidden: list[np.ndarray]
 @pytest.mark.slow
 def test_stsb_prompt_only(e5v: E5V, shared: Path) -> None:
     """PyTorch scored 29.1 with the plain protocol: sentences as they stand, no spaces around."""
-    encode = partial(e5v.encode, prompt_name="released", batch_size=64)
+    encode = partial(e5v.encode, prompt_name="plain", batch_size=64)
     data = shared / "data" / "sts"
     (score,) = evaluate_sts(encode, data, ["stsb"], clean=str.strip).values()
     assert score.pairs == 1379

@@ -8,6 +8,7 @@ from tokenizers import AddedToken, Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from e5v_jax.prompts import (
+    PLAIN,
     PROMPTS,
     TEMPLATES,
     TextError,
@@ -137,7 +138,7 @@ def test_every_template_and_prompt_is_covered_above() -> None:
     assert set(TEMPLATES) == {"llama3", "mistral", "phi3", "chatml", "vicuna"}
     assert PROMPTS["text_image"] == PROMPTS["cirr_query"]
     assert set(PROMPTS) == {
-        *("text", "image", "sts", "text_image", "released"),
+        *("text", "image", "sts", "text_image", "plain"),
         *("fashioniq_gallery", "fashioniq_query", "cirr_gallery", "cirr_query"),
     }
 
@@ -153,7 +154,7 @@ def test_slots() -> None:
         "fashioniq_query": {"text", "image", "type"},
         "cirr_gallery": {"image"},
         "cirr_query": {"text", "image"},
-        "released": {"text"},
+        "plain": {"text"},
     }
 
 
@@ -196,9 +197,7 @@ def test_template_needs_exactly_one_slot(template: str) -> None:
 
 def test_released_variant_breaks_the_template_as_the_authors_did() -> None:
     # underscores of the sentence stay: the authors replace before they put the sentence in
-    filled = fill_released(
-        PROMPTS["released"], template=TEMPLATES["llama3"], text="A snake_case dog."
-    )
+    filled = fill_released(PLAIN, template=TEMPLATES["llama3"], text="A snake_case dog.")
     assert filled == (
         "<|start header id|>user<|end header id|>\n\nA snake_case dog.\n"
         "Summary above sentence in one word:"

@@ -451,8 +451,8 @@ def test_plain_protocol(
     monkeypatch.setattr(fake_model, "encode", encode)
     output = tmp_path / "out"
     evaluate(Args(model="m", data=sts_data, tasks="stsb", protocol="plain", output=output))
-    assert fake_model.encoded["prompt_name"] == "released"
-    assert PROMPTS["released"] == "<sent>\nSummary above sentence in one word:"
+    assert fake_model.encoded["prompt_name"] == "plain"
+    assert PROMPTS["plain"] == "<sent>\nSummary above sentence in one word:"
     first, second, _ = load_task(sts_data, "stsb")
     assert set(seen) == {*first, *second}
     (result,) = json.loads((output / "results.json").read_text())["results"]

@@ -66,7 +66,7 @@ def test_full_stop_and_newline_merge_across_the_seam(
 def test_released_variant_pools_a_literal_greater_than(
     llama3_tokenizer: PreTrainedTokenizerFast,
 ) -> None:
-    filled = fill_released(PROMPTS["released"], template=TEMPLATES["llama3"], text="A dog sits.")
+    filled = fill_released(PROMPTS["plain"], template=TEMPLATES["llama3"], text="A dog sits.")
     (ids,) = encode_batch(llama3_tokenizer, [filled])
     assert ids[0] == 128000  # BOS is the only special token left
     assert max(ids[1:]) < 128000

@@ -308,7 +308,7 @@ def test_adapter_of_a_training_run(llava: Llava, tmp_path: Path, peft: bool) -> 
     ours = import_(case.folder, tmp_path / "ours")
     adapter = random_adapter(ours)
     run = TrainConfig(model=ours, output=tmp_path / "run", lora=adapter.lora)
-    checkpoint.write_run_info(run, "hash", "data")
+    checkpoint.write_run_info(run.output, checkpoint.run_info(run, "hash", "data"))
     with checkpoint.open_checkpointer(run) as checkpointer:
         flat = [(tuple(p.split(".")), LoRAParam(v)) for p, v in adapter.values.items()]
         state = nnx.from_flat_state(flat)

@@ -92,7 +92,7 @@ def evaluate(args: Args) -> None:
             f"--template: unknown {args.template!r}, expected one of {', '.join(TEMPLATES)}"
         )
     paper = args.protocol == "paper"
-    prompt_name = "sts" if paper else "released"  # the text alone; the template stays whole
+    prompt_name = "sts" if paper else "plain"
     with nullcontext() if args.output is None else new_folder(args.output) as folder:
         model = E5V.from_pretrained(
             args.model, dtype=args.dtype, adapter=args.adapter, template=args.template

@@ -10,6 +10,8 @@ from e5v_jax.data.pairs import Triplets
 from e5v_jax.data.text import encode_batch, pad_right, truncate_texts
 from e5v_jax.model.llava_next import TextBatch
 from e5v_jax.prompts import (
+    IMAGE_PLACEHOLDER,
+    PLAIN,
     PROMPTS,
     TEMPLATES,
     TextError,
@@ -48,8 +50,15 @@ def tokenize_pairs(
     columns = {"sent0": triplets.sent0, "sent1": triplets.sent1}
     if triplets.hard_neg is not None:
         columns["hard_neg"] = triplets.hard_neg
-    fill_in = fill_released if cfg.prompt == "released" else fill
-    prompt = PROMPTS[cfg.prompt]
+    if cfg.prompt == "released":
+        fill_in, prompt = fill_released, PLAIN
+    else:
+        fill_in, prompt = fill, PROMPTS.get(cfg.prompt, cfg.prompt)
+        if "<sent>" not in prompt or IMAGE_PLACEHOLDER in prompt:
+            raise ValueError(
+                f"data.prompt: {cfg.prompt!r} is no prompt for texts; expected text, plain, sts, "
+                "released, or one of your own with <sent> in it"
+            )
     ids = []
     for column, texts in columns.items():
         for row, text in enumerate(texts):

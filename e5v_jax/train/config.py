@@ -22,8 +22,9 @@ class DataConfig:
     """Where the tensorflow-datasets corpus was prepared; None is its own default."""
     max_tokens: int = 32
     """Each sentence is cut to this many tokens before the template is applied."""
-    prompt: Literal["text", "released"] = "text"
-    """The instruction; `released` reproduces the authors' script (reference.md section 2)."""
+    prompt: str = "text"
+    """The instruction: a name in e5v_jax.prompts.PROMPTS, or one of your own with <sent> in it.
+    `released` is what the authors' training script makes of it (prompts.fill_released)."""
     template: str | None = None
     """Chat template name; None chooses by the tokenizer."""
     length_groups: int = 4
