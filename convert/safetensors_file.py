@@ -7,7 +7,7 @@ header with every tensor's dtype, shape and byte range, then the bytes, without 
 
 import json
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -42,25 +42,30 @@ class TensorSpec:
         return int(np.prod(self.shape)) * self.dtype.itemsize
 
 
+def header(specs: Sequence[TensorSpec]) -> bytes:
+    """The start of a file with the given tensors, up to the first tensor's bytes."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
+    end = 0
+    for spec in specs:
+        start, end = end, end + spec.nbytes
+        entries[spec.name] = {
+            "dtype": _NAMES[spec.dtype],
+            "shape": list(spec.shape),
+            "data_offsets": [start, end],
+        }
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)  # so that the data is aligned
+    return struct.pack("<Q", len(text)) + text
+
+
 def write_file(path: Path, specs: Sequence[TensorSpec], arrays: Iterator[np.ndarray]) -> None:
     """Write ``arrays``, which come in the order of ``specs``, holding one at a time.
 
     Raises:
         ValueError: an array is not what its spec says, by name.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
-    end = 0
-    for spec in specs:
-        start, end = end, end + spec.nbytes
-        header[spec.name] = {
-            "dtype": _NAMES[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [start, end],
-        }
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # so that the data is aligned
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
+        file.write(header(specs))
         for spec in specs:
             array = next(arrays)  # not from zip(), which keeps the one before
             if array.shape != spec.shape or array.dtype != spec.dtype:
@@ -72,17 +77,8 @@ def write_file(path: Path, specs: Sequence[TensorSpec], arrays: Iterator[np.ndar
             del array  # before the next one is made
 
 
-def write_model(
-    folder: Path,
-    specs: Sequence[TensorSpec],
-    arrays: Iterator[np.ndarray],
-    *,
-    shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """Write ``model.safetensors``, or numbered shards of at most ``shard_bytes`` and their index.
-
-    A tensor larger than ``shard_bytes`` has a shard to itself.
-    """
+def split_shards(specs: Sequence[TensorSpec], shard_bytes: int) -> dict[str, list[TensorSpec]]:
+    """File names and their tensors, in order; a tensor above ``shard_bytes`` has its own file."""
     shards: list[list[TensorSpec]] = [[]]
     size = 0
     for spec in specs:
@@ -92,13 +88,31 @@ def write_model(
         shards[-1].append(spec)
         size += spec.nbytes
     if len(shards) == 1:
-        write_file(folder / "model.safetensors", specs, arrays)
-        return
-    weight_map: dict[str, str] = {}
-    for number, shard in enumerate(shards, start=1):
-        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        write_file(folder / name, shard, islice(arrays, len(shard)))
-        weight_map.update({spec.name: name for spec in shard})
-    total = sum(spec.nbytes for spec in specs)
+        return {"model.safetensors": shards[0]}
+    return {
+        f"model-{number:05}-of-{len(shards):05}.safetensors": shard
+        for number, shard in enumerate(shards, start=1)
+    }
+
+
+def write_index(folder: Path, shards: Mapping[str, Sequence[TensorSpec]]) -> None:
+    """Write the index of several shards: which file has which tensor."""
+    weight_map = {spec.name: name for name, shard in shards.items() for spec in shard}
+    total = sum(spec.nbytes for shard in shards.values() for spec in shard)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+
+
+def write_model(
+    folder: Path,
+    specs: Sequence[TensorSpec],
+    arrays: Iterator[np.ndarray],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Write ``model.safetensors``, or shards of at most ``shard_bytes`` and their index."""
+    shards = split_shards(specs, shard_bytes)
+    for name, shard in shards.items():
+        write_file(folder / name, shard, islice(arrays, len(shard)))
+    if len(shards) > 1:
+        write_index(folder, shards)

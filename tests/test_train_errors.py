@@ -1,0 +1,78 @@
+"""Bad input to a training run: one line that names file, row or field, and no run folder."""
+
+from pathlib import Path
+
+import pytest
+from hf_models import build_text
+from test_train_run import RECIPE, words, write_csv
+
+from convert import from_hf
+from e5v_jax.train.__main__ import main
+
+GOOD = b"sent0,sent1,hard_neg\nA dog.,A hound.,A cat.\nTwo men.,Men.,No men.\n"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("errors")
+    build_text(RECIPE, folder / "hf")
+    from_hf.convert(from_hf.Args(str(folder / "hf"), folder / "base"))
+    write_csv(folder / "data.csv")
+    return folder
+
+
+def refuse(folder: Path, run: Path, capsys: pytest.CaptureFixture[str], *flags: str | Path) -> str:
+    """The one line that a run which must not begin prints; later flags win over ``words``."""
+    with pytest.raises(SystemExit) as exit_:
+        main([*words(folder, run), *map(str, flags)])
+    err = capsys.readouterr().err
+    assert exit_.value.code == 1, err
+    assert len(err.splitlines()) == 1 and err.startswith("error: "), err
+    assert not run.exists()
+    assert not list(run.parent.glob(".*.tmp"))
+    return err.strip()
+
+
+@pytest.mark.parametrize(
+    ("data", "words_of_error"),
+    [
+        (GOOD.replace(b"sent1", b"other"), ["sent1"]),
+        (GOOD.replace(b"A hound.", b" "), [":2", "sent1", "empty"]),
+        (GOOD.replace(b"Two men.", b"Two m\xe9n."), ["3", "UTF-8"]),
+        (GOOD.replace(b"A cat.", b"<|im_start|>"), [":2", "hard_neg", "<|im_start|>"]),
+        (b"", ["empty"]),
+        (GOOD, ["batch"]),
+    ],
+    ids=["column", "empty-sentence", "encoding", "special-token", "empty-file", "too-few-rows"],
+)
+def test_bad_data(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    data: bytes,
+    words_of_error: list[str],
+) -> None:
+    file = tmp_path / "bad.csv"
+    file.write_bytes(data)
+    line = refuse(folder, tmp_path / "run", capsys, "--data.path", file)
+    if data is not GOOD:
+        assert str(file) in line
+    for word in words_of_error:
+        assert word in line, line
+
+
+def test_missing_data(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = tmp_path / "none.csv"
+    assert str(missing) in refuse(folder, tmp_path / "run", capsys, "--data.path", missing)
+
+
+def test_bad_prompt(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    line = refuse(folder, tmp_path / "run", capsys, "--data.prompt", "image")
+    assert line.startswith("error: data.prompt: 'image' is no prompt for texts; expected text")
+
+
+def test_model_that_is_not_converted(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refuse(folder, tmp_path / "run", capsys, "--model", folder / "hf")
+    assert "not a converted folder" in line and "python -m convert.from_hf" in line
