@@ -6,10 +6,14 @@ batch, ``tensor`` splits heads and MLP columns.
 
 import re
 from collections.abc import Sequence
+from typing import TypeVar
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+
+T = TypeVar("T")
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -82,9 +86,41 @@ def param_spec(path: str, ndim: int) -> P:
     raise ValueError(f"{path}: no rule in PARAM_RULES")
 
 
-def param_sharding(path: str, ndim: int, mesh: Mesh) -> NamedSharding:
-    """The NamedSharding of parameter ``path`` on ``mesh``."""
-    return NamedSharding(mesh, param_spec(path, ndim))
+def param_sharding(path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """The NamedSharding of parameter ``path`` on ``mesh``; an axis of size 1 is never split.
+
+    The latter is for the scales of quantised kernels, which go by the kernel's own rule.
+
+    Raises:
+        ValueError: as :func:`param_spec`, or an axis does not divide over its mesh axis.
+    """
+    spec = param_spec(path, len(shape))
+    axes = [None if size == 1 else axis for axis, size in zip(spec, shape, strict=True)]
+    for axis, size in zip(axes, shape, strict=True):
+        if axis is not None and size % mesh.shape[axis]:
+            raise ValueError(
+                f"{path}: shape {list(shape)} cannot be split over {mesh.shape[axis]} devices of "
+                f"mesh axis {axis!r}: choose a size that divides {size}"
+            )
+    return NamedSharding(mesh, P(*axes))
+
+
+def place_split(tree: T, mesh: Mesh) -> T:
+    """Host arrays onto the mesh, split along their first axis; each process its devices' parts."""
+    return _place(tree, batch_sharding(mesh))
+
+
+def place_replicated(tree: T, mesh: Mesh) -> T:
+    """Host arrays onto every device of the mesh."""
+    return _place(tree, NamedSharding(mesh, P()))
+
+
+def _place(tree: T, sharding: NamedSharding) -> T:
+    def put(array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+    placed: T = jax.tree.map(put, tree)
+    return placed
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -13,7 +13,7 @@ from e5v_jax.data.pipeline import (
     batches_per_epoch,
     epoch_order,
     make_batches,
-    number_premises,
+    number_texts,
 )
 
 
@@ -40,8 +40,8 @@ def check_order(ids: Rows, batch_size: int, seed: int = 0, epoch: int = 0) -> Ro
     return order
 
 
-def test_number_premises() -> None:
-    ids = number_premises(["A dog.", " a DOG. ", "Straße", "STRASSE", "a dog"])
+def test_number_texts() -> None:
+    ids = number_texts(["A dog.", " a DOG. ", "Straße", "STRASSE", "a dog"])
     assert ids.tolist() == [0, 0, 1, 1, 2]
     assert ids.dtype == np.int64
 
@@ -73,7 +73,7 @@ def test_no_premise_twice_whatever_the_data() -> None:
 @pytest.mark.parametrize("batch_size", [2, 24, 33])
 def test_every_row_once_per_epoch(batch_size: int) -> None:
     # 34 premises, so 33 of 34 in each batch is as tight as it gets
-    ids = number_premises(THREES.sent0)
+    ids = number_texts(THREES.sent0)
     left_out = set()
     for epoch in range(3):
         order = check_order(ids, batch_size, epoch=epoch)
@@ -104,7 +104,7 @@ def test_batches_cover_each_epoch_in_order() -> None:
     batches = list(make_batches(THREES, batch_size=12, seed=7, num_epochs=3))
     assert len(batches) == 3 * 8
     assert all(batch.dtype == np.int64 and batch.shape == (12,) for batch in batches)
-    ids = number_premises(THREES.sent0)
+    ids = number_texts(THREES.sent0)
     expected = np.concatenate([epoch_order(ids, 12, 7, epoch) for epoch in range(3)])
     assert np.array_equal(np.stack(batches), expected)
 

@@ -23,12 +23,10 @@ from e5v_jax.model.llama import Remat
 from e5v_jax.model.llava_next import LlavaNext
 from e5v_jax.sharding import make_mesh
 from e5v_jax.train.batches import PairTokens, group_lengths, make_pair_batch
-from e5v_jax.train.config import OptimizerConfig
+from e5v_jax.train.config import LossConfig, OptimizerConfig
+from e5v_jax.train.optimizer import init_optimizer, make_optimizer, make_schedule
 from e5v_jax.train.step import (
     PairBatch,
-    init_optimizer,
-    make_optimizer,
-    make_schedule,
     make_train_step,
     pair_loss,
     split_trainable,
@@ -67,7 +65,10 @@ def make_tokens(columns: int, rows: int = ROWS, seed: int = 0) -> PairTokens:
             other = rng.integers(0, 256, size=len(first))
             kept = np.where(rng.random(len(first)) < changed, other, first)
             column.append(kept[: rng.integers(3, len(kept) + 1)].tolist())
-    return PairTokens(ids=ids, lengths=np.array([[len(x) for x in column] for column in ids]))
+    lengths = np.array([[len(x) for x in column] for column in ids])
+    return PairTokens(
+        ids=ids, lengths=lengths, text_ids=np.arange(lengths.size).reshape(lengths.shape)
+    )
 
 
 def rows_of(step: int) -> np.ndarray:
@@ -114,9 +115,11 @@ def run_ours(
         graphdef,
         optimizer,
         columns=tokens.columns,
-        temperature=TEMPERATURE,
+        loss=LossConfig(temperature=TEMPERATURE),
+        chunk_size=None,
         remat="none",
         dropout=False,
+        state=(trainable, state),
     )
     metrics = []
     for batch in batches_of(tokens, steps=steps, groups=groups):
@@ -304,7 +307,8 @@ def loss_and_gradients(
             nnx.merge(graphdef, trainable, frozen),
             batch,
             columns=3,
-            temperature=TEMPERATURE,
+            loss=LossConfig(temperature=TEMPERATURE),
+            chunk_size=None,
             remat=remat,
             dropout_key=None,
         )
@@ -373,9 +377,11 @@ def run_with_keys(
         graphdef,
         optimizer,
         columns=3,
-        temperature=TEMPERATURE,
+        loss=LossConfig(temperature=TEMPERATURE),
+        chunk_size=None,
         remat=remat,
         dropout=dropout,
+        state=(trainable, state),
     )
     batch = next(batches_of(make_tokens(3), steps=1, groups=1))
     found = []

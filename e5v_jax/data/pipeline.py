@@ -33,11 +33,11 @@ class BatchIterator(Protocol[T_co]):
         ...
 
 
-def number_premises(sent0: Sequence[str]) -> Rows:
-    """Number the premises: equal after strip and casefold is equal number. int64 [N]."""
+def number_texts(texts: Sequence[str]) -> Rows:
+    """Number the texts: equal after strip and casefold is equal number. int64 [N]."""
     numbers: dict[str, int] = {}
     return np.array(
-        [numbers.setdefault(text.strip().casefold(), len(numbers)) for text in sent0], np.int64
+        [numbers.setdefault(text.strip().casefold(), len(numbers)) for text in texts], np.int64
     )
 
 
@@ -63,7 +63,7 @@ def epoch_order(premise_ids: Rows, batch_size: int, seed: int, epoch: int) -> Ro
     or more if a premise has more rows than there are batches (:func:`batches_per_epoch`).
 
     Args:
-        premise_ids: int64 [N], from :func:`number_premises`.
+        premise_ids: int64 [N], from :func:`number_texts`.
         batch_size: rows of a global batch, B.
         seed: not negative.
         epoch: from 0.
@@ -230,7 +230,7 @@ def make_batches(
         raise ValueError(f"process_index {process_index}, expected 0 to {process_count - 1}")
     if batch_size % process_count:
         raise ValueError(f"batch_size {batch_size} is no multiple of {process_count} processes")
-    premises = number_premises(triplets.sent0)
+    premises = number_texts(triplets.sent0)
     used = batches_per_epoch(premises, batch_size) * batch_size
     if not used:
         raise ValueError(

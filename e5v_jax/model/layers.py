@@ -12,6 +12,8 @@ import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 
+from e5v_jax.model.quantized import Quantization, dense_kernel, quantize_kernel
+
 
 class LoRAParam(nnx.Param):
     """A trainable low-rank factor, always float32."""
@@ -33,10 +35,14 @@ class LoRAConfig:
 
 @dataclass(frozen=True)
 class Precision:
-    """Dtypes of one model: ``param`` to store base weights, ``compute`` for arithmetic."""
+    """Dtypes of one model: ``param`` to store base weights, ``compute`` for arithmetic.
+
+    With ``quantization`` the kernels of the decoder's linear maps are stored quantised instead.
+    """
 
     param: DTypeLike
     compute: DTypeLike
+    quantization: Quantization | None = None
 
     @property
     def matmul(self) -> jax.lax.Precision:
@@ -65,9 +71,10 @@ class Linear(nnx.Module):
         lora: LoRAConfig | None = None,
     ) -> None:
         init = jax.nn.initializers.normal(0.02)
-        self.kernel = nnx.Param(
-            init(rngs.params(), (in_features, out_features), jnp.dtype(precision.param))
-        )
+        kernel = init(rngs.params(), (in_features, out_features), jnp.dtype(precision.param))
+        if precision.quantization is not None:
+            kernel = quantize_kernel(kernel, precision.quantization)
+        self.kernel = nnx.Param(kernel)
         if use_bias:
             self.bias = nnx.Param(jnp.zeros((out_features,), precision.param))
         if lora is not None:
@@ -88,7 +95,8 @@ class Linear(nnx.Module):
         leading = x.shape[:-1]
         # 2-D operands: XLA's CPU backend runs a training step of them a quarter faster than 3-D
         x = x.reshape(-1, x.shape[-1]).astype(dtype)  # [N, in]
-        y = jnp.matmul(x, self.kernel[...].astype(dtype), precision=precision)  # [N, out]
+        kernel = dense_kernel(self.kernel.get_value(), dtype)  # [in, out]
+        y = jnp.matmul(x, kernel, precision=precision)  # [N, out]
         if self.use_bias:
             y = y + self.bias[...].astype(dtype)
         if self.lora is not None:

@@ -1,5 +1,6 @@
 """LLaVA-NeXT as an embedding model: tower, projector, anyres merge, decoder, pooled last token."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -63,6 +64,7 @@ class LlavaNext(nnx.Module):
     ) -> None:
         self.language_model = Llama(cfg.text, precision=precision, lora=lora, rngs=rngs)
         self.has_vision = cfg.vision is not None and load_vision
+        precision = dataclasses.replace(precision, quantization=None)  # only the decoder is large
         if cfg.vision is not None and load_vision:
             self.vision_tower = ClipVision(
                 cfg.vision, cfg.num_vision_layers, precision=precision, rngs=rngs

@@ -7,6 +7,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from e5v_jax.data.pairs import Triplets
+from e5v_jax.data.pipeline import number_texts
 from e5v_jax.data.text import encode_batch, pad_right, truncate_texts
 from e5v_jax.model.llava_next import TextBatch
 from e5v_jax.prompts import (
@@ -30,6 +31,7 @@ class PairTokens:
 
     ids: list[list[list[int]]]  # [column][row] -> token ids; 3 columns for triplets, 2 for pairs
     lengths: np.ndarray  # int64 [columns, rows]
+    text_ids: np.ndarray  # int32 [columns, rows], equal where two sentences are
 
     @property
     def columns(self) -> int:
@@ -69,15 +71,20 @@ def tokenize_pairs(
         cut = truncate_texts(tokenizer, texts, cfg.max_tokens)
         filled = [fill_in(prompt, template=template, text=text) for text in cut]
         ids.append(encode_batch(tokenizer, filled))
-    return PairTokens(ids=ids, lengths=np.array([[len(x) for x in column] for column in ids]))
+    numbers = number_texts([text for texts in columns.values() for text in texts])
+    return PairTokens(
+        ids=ids,
+        lengths=np.array([[len(x) for x in column] for column in ids]),
+        text_ids=numbers.astype(np.int32).reshape(len(ids), -1),
+    )
 
 
 def _group_bounds(count: int, groups: int, multiple: int) -> list[int]:
     """``groups + 1`` cut points of ``count`` sentences, each a multiple of ``multiple``."""
     if count % multiple:
         raise ValueError(
-            f"{count} sentences a step cannot be split over {multiple} devices: "
-            f"make batch_size a multiple of {multiple}"
+            f"{count} sentences a step cannot be split into parts of {multiple} (the devices that "
+            f"share a batch, or chunk_size): make the one a multiple of the other"
         )
     units = count // multiple
     groups = min(groups, units)
@@ -90,7 +97,8 @@ def group_lengths(
     """The padded length of each group: the longest any batch of the run needs there.
 
     Fixed for the run, so that the step compiles once. ``lengths`` is [columns, rows]; ``batches``
-    are row indices; group sizes are multiples of ``multiple`` (devices that share a batch).
+    are row indices; group sizes are multiples of ``multiple``: the devices that share a batch, or
+    the chunk size.
     """
     caps: np.ndarray | None = None
     for rows in batches:
@@ -113,4 +121,8 @@ def make_pair_batch(
     for length, start, end in zip(lengths, bounds[:-1], bounds[1:], strict=True):
         members = [sequences[i] for i in by_length[start:end]]
         groups.append(TextBatch(*pad_right(members, length, pad_id)))
-    return PairBatch(groups=tuple(groups), order=np.argsort(by_length).astype(np.int32))
+    return PairBatch(
+        groups=tuple(groups),
+        order=np.argsort(by_length).astype(np.int32),
+        text_ids=tokens.text_ids[:, rows].reshape(-1),
+    )

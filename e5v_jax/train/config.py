@@ -8,6 +8,7 @@ import tyro
 
 from e5v_jax.model.layers import LoRAConfig
 from e5v_jax.model.llama import Remat
+from e5v_jax.model.quantized import Quantization
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,22 @@ class OptimizerConfig:
     eps: float = 1e-8
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
+    accumulate_steps: int = 1
+    """Change the parameters every so many steps, by the mean gradient. Each step keeps negatives of
+    its own; for more negatives in little memory see --chunk-size."""
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """InfoNCE (paper section 3.3) and what embedding trainers add to it."""
+
+    temperature: float = 0.05
+    matryoshka_dims: tuple[int, ...] = ()
+    """Train the first d dimensions to be embeddings too, for each d."""
+    bidirectional: bool = False
+    """Also find each sent0 among all sent0, from its sent1."""
+    mask_false_negatives: bool = False
+    """Leave out negatives that are the same text as the anchor or its positive."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +68,16 @@ class MeshConfig:
     data: int = 1
     fsdp: int = -1
     tensor: int = 1
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """STS-B dev at every checkpoint; the best one is kept, and is what the run leaves."""
+
+    data: Path | None = None
+    """Folder with STS/ in SentEval's layout; None does not evaluate."""
+    stride: int = 1
+    """Score every n-th pair only."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +94,8 @@ class TrainConfig:
     """Run folder to write: checkpoints, metrics.jsonl, TensorBoard events, the final adapter."""
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     # as a subcommand its flags would not be in --help and could not be given beside others
     lora: tyro.conf.AvoidSubcommands[LoRAConfig | None] = field(
@@ -79,9 +108,13 @@ class TrainConfig:
     num_epochs: int = 2
     max_steps: int | None = None
     """Stop here instead of after num_epochs; the schedule then ends here too."""
-    temperature: float = 0.05
+    chunk_size: int | None = None
+    """Sentences in the model at a time (gradient caching): the same gradient as without, in less
+    memory, for one more forward pass. Must divide the sentences of a step."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype of the decoder; losses, norms and optimizer are fp32 always."""
+    quantize: Quantization | None = None
+    """Store the frozen base as nf4 or int8 (QLoRA); needs LoRA."""
     remat: Remat = "full"
     """What the backward pass keeps per layer: none (all), dots (matmul outputs), full (inputs)."""
     checkpoint_every: int = 100
@@ -93,3 +126,9 @@ class TrainConfig:
     seed: int = 42
     resume: bool = False
     """Continue the run in `output` from its newest checkpoint."""
+    allow_change: tuple[str, ...] = ()
+    """With --resume: fields that may differ from the run's own, such as data_fingerprint."""
+    distributed: bool = False
+    """This is one process of several, also if the environment does not say so."""
+    wandb_project: str | None = None
+    """Also log to this project of Weights & Biases (pip install wandb)."""

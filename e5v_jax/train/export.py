@@ -2,22 +2,26 @@
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from convert.peft import Adapter, write_adapter
 from e5v_jax.converted import ConvertedFolder, new_folder, write_info, write_params
 from e5v_jax.loading import dotted, layer_names
 from e5v_jax.model.layers import LoRAConfig
+from e5v_jax.train.distributed import is_first
 
 
 def export_adapter(dst: Path, lora: LoRAConfig, factors: nnx.State, base: ConvertedFolder) -> None:
     """Write the LoRA factors as a PEFT folder; an earlier one is replaced."""
-    values = {dotted(path): np.asarray(x[...]) for path, x in nnx.to_flat_state(factors)}
+    values = {dotted(path): _whole(x[...]) for path, x in nnx.to_flat_state(factors)}
+    if not is_first():
+        return
     shutil.rmtree(dst, ignore_errors=True)
     with new_folder(dst) as folder:
         write_adapter(
@@ -34,6 +38,10 @@ def export_model(dst: Path, weights: nnx.State, base: ConvertedFolder) -> None:
     Vision tower, projector and tokenizer are the base's; weights are rounded to its dtype.
     """
     trained = {dotted(path): x[...] for path, x in nnx.to_flat_state(weights)}
+    if jax.process_count() > 1:
+        trained = {name: _whole(x) for name, x in trained.items()}
+    if not is_first():
+        return
     shutil.rmtree(dst, ignore_errors=True)
     with new_folder(dst) as folder:
         digest, shapes = write_params(folder, _groups(trained, base))
@@ -43,8 +51,15 @@ def export_model(dst: Path, weights: nnx.State, base: ConvertedFolder) -> None:
         write_info(folder, dataclasses.replace(base.info, content_hash=digest, parameters=shapes))
 
 
+def _whole(array: jax.Array) -> np.ndarray:
+    """A sharded array on the host of every process."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
 def _groups(
-    trained: dict[str, jax.Array], base: ConvertedFolder
+    trained: Mapping[str, jax.Array | np.ndarray], base: ConvertedFolder
 ) -> Iterator[dict[str, np.ndarray]]:
     """Decoder layer by layer from the run, everything else from the base."""
     dtype = np.dtype(base.info.dtype)

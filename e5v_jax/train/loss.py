@@ -1,8 +1,19 @@
 """InfoNCE over in-batch positives and hard negatives (paper section 3.3, SimCSE eq. 5)."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import optax
+
+from e5v_jax.model.llava_next import l2_normalize
+
+
+class InfoNCE(NamedTuple):
+    """Loss and accuracy of a batch, fp32 scalars."""
+
+    loss: jax.Array
+    accuracy: jax.Array  # share of anchors whose positive scores highest
 
 
 def info_nce(
@@ -11,25 +22,80 @@ def info_nce(
     hard_negative: jax.Array | None,
     *,
     temperature: float,
-) -> tuple[jax.Array, jax.Array]:
+    excluded: jax.Array | None = None,
+) -> InfoNCE:
     """Cross-entropy of each anchor's positive among all positives and all hard negatives.
+
+    Under ``jit`` on a mesh B is the global batch: negatives are shared across all devices.
 
     Args:
         anchor: fp32 unit vectors [B, D].
         positive: fp32 unit vectors [B, D]; row i belongs to anchor i.
         hard_negative: fp32 unit vectors [B, D], or None for plain pairs.
         temperature: divides the cosines; 0.05 in the paper.
-
-    Returns:
-        Mean loss and the share of anchors whose positive scores highest, both fp32 scalars. Under
-        ``jit`` on a mesh B is the global batch: negatives are shared across all devices.
+        excluded: bool [B, 2B] or [B, B], candidates that are no negatives of an anchor.
     """
     candidates = positive
     if hard_negative is not None:
         candidates = jnp.concatenate([positive, hard_negative])  # [2B, D]
     logits = jnp.matmul(anchor, candidates.T, precision=jax.lax.Precision.HIGHEST)  # cosines, fp32
     logits = logits / temperature  # [B, 2B]
+    if excluded is not None:
+        logits = jnp.where(excluded, -jnp.inf, logits)
     labels = jnp.arange(anchor.shape[0])
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     accuracy = jnp.mean((jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32))
-    return loss, accuracy
+    return InfoNCE(loss, accuracy)
+
+
+def false_negatives(text_ids: jax.Array, columns: int) -> jax.Array:
+    """Candidates that say the same as an anchor or its positive, bool [B, (columns - 1) * B].
+
+    Args:
+        text_ids: int32 [columns * B], equal where the inputs are equal; all sent0, then sent1, then
+            hard_neg.
+        columns: 3 for triplets, 2 for plain pairs.
+    """
+    size = text_ids.shape[0] // columns
+    anchor, positive, candidates = text_ids[:size], text_ids[size : 2 * size], text_ids[size:]
+    same = (candidates == anchor[:, None]) | (candidates == positive[:, None])
+    own_positive = jnp.eye(size, candidates.shape[0], dtype=bool)
+    return same & ~own_positive
+
+
+def contrastive_loss(
+    vectors: jax.Array,
+    *,
+    columns: int,
+    temperature: float,
+    text_ids: jax.Array | None = None,
+    matryoshka_dims: tuple[int, ...] = (),
+    bidirectional: bool = False,
+) -> InfoNCE:
+    """:func:`info_nce` of pooled vectors, with what embedding trainers add to it.
+
+    Args:
+        vectors: fp32 [columns * B, D], not normalised; all sent0, then sent1, then hard_neg.
+        columns: 3 for triplets, 2 for plain pairs.
+        temperature: divides the cosines.
+        text_ids: int32 [columns * B], to leave out false negatives (:func:`false_negatives`).
+        matryoshka_dims: besides all dimensions, the loss of the first d of them, for each d; the
+            mean of all (Kusupati et al. 2022, arXiv 2205.13147).
+        bidirectional: the mean of this loss and that of each positive's anchor among all anchors.
+    """
+    excluded = None if text_ids is None else false_negatives(text_ids, columns)
+    losses, accuracies = [], []
+    for dim in (*matryoshka_dims, vectors.shape[1]):  # accuracy is that of all dimensions, the last
+        unit = l2_normalize(vectors[:, :dim])
+        anchor, positive, *rest = jnp.split(unit, columns)  # each [B, dim]
+        forward = info_nce(
+            anchor, positive, *(rest or [None]), temperature=temperature, excluded=excluded
+        )
+        loss = forward.loss
+        if bidirectional:
+            back = None if excluded is None else excluded[:, : anchor.shape[0]].T
+            backward = info_nce(positive, anchor, None, temperature=temperature, excluded=back)
+            loss = (loss + backward.loss) / 2
+        losses.append(loss)
+        accuracies.append(forward.accuracy)
+    return InfoNCE(jnp.mean(jnp.stack(losses)), accuracies[-1])

@@ -1,33 +1,57 @@
-"""What a run says of itself: metrics.jsonl, TensorBoard events and one live line."""
+"""What a run says of itself: metrics.jsonl, TensorBoard events, wandb and one live line."""
 
+import importlib
 import json
 import sys
+import time
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, NamedTuple, Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
+
+from e5v_jax.train.distributed import is_first
+
+
+class Speed(NamedTuple):
+    """Averages since the last line of the log."""
+
+    triplets_per_s: float
+    tokens_per_s: float  # padding not counted
+    seconds_per_step: float
+
+
+class Meter:
+    """Counts from its creation after ``step`` on."""
+
+    def __init__(self, step: int) -> None:
+        self._start, self._step, self._tokens = time.perf_counter(), step, 0
+
+    def add(self, step: int, triplets: int, tokens: int) -> Speed:
+        """Count a finished step of ``triplets`` and ``tokens``."""
+        self._tokens += tokens
+        elapsed, steps = time.perf_counter() - self._start, step - self._step
+        return Speed(steps * triplets / elapsed, self._tokens / elapsed, elapsed / steps)
 
 
 class MetricsLog:
     """Writes ``metrics.jsonl`` and TensorBoard events; shows progress on a terminal.
 
-    On resume, lines and events after ``start_step`` are dropped, so every step appears once.
+    On resume, lines and events after ``start_step`` are dropped, so every step appears once. With
+    several processes only the first one writes.
     """
 
-    def __init__(self, run: Path, *, start_step: int, total_steps: int) -> None:
-        self._path = run / "metrics.jsonl"
-        kept = []
-        if self._path.is_file():
-            lines = self._path.read_text().splitlines()
-            kept = [line for line in lines if _step_of(line) <= start_step]
-        temporary = run / "metrics.jsonl.tmp"  # a kill in here must not cost the earlier lines
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.rename(self._path)
-        self._file = self._path.open("a", buffering=1)  # a line is on disk once it is written
-        self._events = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1)
-        self._live = sys.stderr.isatty()
+    def __init__(
+        self, run: Path, start_step: int, total_steps: int, *, wandb_project: str | None = None
+    ) -> None:
+        """Open the run's logs.
+
+        Raises:
+            ImportError: a wandb project is given and wandb is not installed.
+        """
+        self._writes = is_first()
+        self._live = self._writes and sys.stderr.isatty()
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
@@ -38,6 +62,19 @@ class MetricsLog:
         )
         self._task = self._progress.add_task("compiling", total=total_steps, completed=start_step)
         self._total = total_steps
+        if not self._writes:
+            return
+        self._wandb = None if wandb_project is None else _open_wandb(wandb_project, run)
+        self._path = run / "metrics.jsonl"
+        kept = []
+        if self._path.is_file():
+            lines = self._path.read_text().splitlines()
+            kept = [line for line in lines if _step_of(line) <= start_step]
+        temporary = run / "metrics.jsonl.tmp"  # a kill in here must not cost the earlier lines
+        temporary.write_text("".join(line + "\n" for line in kept))
+        temporary.rename(self._path)
+        self._file = self._path.open("a", buffering=1)  # a line is on disk once it is written
+        self._events = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1)
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -50,29 +87,56 @@ class MetricsLog:
         trace: TracebackType | None,
     ) -> None:
         self._progress.stop()
-        self._file.close()
-        self._events.close()
+        if self._writes:
+            self._file.close()
+            self._events.close()
+            if self._wandb is not None:
+                self._wandb.finish()
 
-    def show(self, step: int, loss: float, triplets_per_s: float, tokens_per_s: float) -> None:
+    def show(self, step: int, loss: float, speed: Speed) -> None:
         """Update the live line."""
-        text = f"loss {loss:.4f}  {triplets_per_s:.1f} triplets/s  {tokens_per_s:.0f} tokens/s"
+        text = (
+            f"loss {loss:.4f}  {speed.triplets_per_s:.1f} triplets/s  "
+            f"{speed.tokens_per_s:.0f} tokens/s"
+        )
         self._progress.update(self._task, completed=step, description=text)
 
-    def write(self, step: int, values: dict[str, float]) -> None:
-        """Append one line and its TensorBoard scalars; without a terminal, print it too."""
-        self._file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
-        self._events.flush()  # by itself only every two minutes, which a kill would take away
-        if not self._live:
-            remaining = (self._total - step) * values["seconds_per_step"]
+    def write(self, step: int, values: dict[str, float], speed: Speed) -> None:
+        """Append one line and its scalars elsewhere; without a terminal, print it too."""
+        self._append(step, {**values, **speed._asdict()})
+        if self._writes and not self._live:
+            remaining = (self._total - step) * speed.seconds_per_step
             print(
                 f"step {step}/{self._total}  loss {values['loss']:.4f}  "
-                f"{values['triplets_per_s']:.1f} triplets/s  {values['tokens_per_s']:.0f} tokens/s"
+                f"{speed.triplets_per_s:.1f} triplets/s  {speed.tokens_per_s:.0f} tokens/s"
                 f"  ETA {remaining / 60:.1f} min",
                 file=sys.stderr,
                 flush=True,
             )
+
+    def write_score(self, step: int, score: float) -> None:
+        """Append the STS-B dev score of ``step``, and print it."""
+        self._append(step, {"stsb_dev": score})
+        if self._writes:
+            self._progress.console.print(f"step {step}/{self._total}  STS-B dev {score:.2f}")
+
+    def _append(self, step: int, values: dict[str, float]) -> None:
+        if not self._writes:
+            return
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+        self._events.flush()  # by itself only every two minutes, which a kill would take away
+        if self._wandb is not None:
+            self._wandb.log(values, step=step)
+
+
+def _open_wandb(project: str, run: Path) -> Any:
+    try:
+        wandb = importlib.import_module("wandb")  # optional: most runs do without
+    except ImportError:
+        raise ImportError("wandb_project is set, but wandb is missing: pip install wandb") from None
+    return wandb.init(project=project, name=run.name, id=run.name, resume="allow")
 
 
 def _step_of(line: str) -> float:

@@ -7,24 +7,24 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from e5v_jax.model.layers import LoRAParam
 from e5v_jax.model.llama import Remat
-from e5v_jax.model.llava_next import Array, LlavaNext, TextBatch, l2_normalize
-from e5v_jax.train.config import OptimizerConfig
-from e5v_jax.train.loss import info_nce
+from e5v_jax.model.llava_next import Array, ImageBatch, LlavaNext, TextBatch
+from e5v_jax.train.config import LossConfig
+from e5v_jax.train.loss import contrastive_loss
 
 
 class PairBatch(NamedTuple):
-    """The sentences of B triplets (or pairs), sorted by length into groups.
+    """The inputs of B triplets (or pairs), sorted by length into groups.
 
-    ``order[k]`` is where sentence k (all sent0, then all sent1, then all hard_neg) stands in the
+    ``order[k]`` is where input k (all sent0, then all sent1, then all hard_neg) stands in the
     concatenation of the groups.
     """
 
-    groups: tuple[TextBatch, ...]
+    groups: tuple[TextBatch | ImageBatch, ...]
     order: Array  # int32 [3B] or [2B]
+    text_ids: Array  # int32 [3B] or [2B], equal where two inputs are the same
 
 
 class Metrics(NamedTuple):
@@ -41,36 +41,6 @@ TrainStep = Callable[
 ]
 
 
-def make_schedule(cfg: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Learning rate by the number of steps done: 0 -> peak in ``warmup_steps``, then -> 0.
-
-    As transformers' ``get_linear_schedule_with_warmup``: the first step of a warmup has rate 0, and
-    a run shorter than its warmup never reaches the peak.
-    """
-    decay_steps = max(total_steps - cfg.warmup_steps, 1)
-    return optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, cfg.learning_rate, max(cfg.warmup_steps, 1)),
-            optax.linear_schedule(cfg.learning_rate, 0.0, decay_steps),
-        ],
-        [cfg.warmup_steps],
-    )
-
-
-def make_optimizer(cfg: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """Clip, then AdamW under :func:`make_schedule`."""
-    return optax.chain(
-        optax.clip_by_global_norm(cfg.max_grad_norm),
-        optax.adamw(
-            make_schedule(cfg, total_steps),
-            b1=cfg.b1,
-            b2=cfg.b2,
-            eps=cfg.eps,
-            weight_decay=cfg.weight_decay,
-        ),
-    )
-
-
 def split_trainable(
     model: LlavaNext, *, lora: bool
 ) -> tuple[nnx.GraphDef[LlavaNext], nnx.State, nnx.State]:
@@ -79,34 +49,53 @@ def split_trainable(
     return graphdef, trainable, rest[0]
 
 
-def init_optimizer(
-    optimizer: optax.GradientTransformation, trainable: nnx.State, mesh: Mesh
-) -> optax.OptState:
-    """Optimizer state placed like the parameters it belongs to; counters are replicated.
+def embed_group(
+    model: LlavaNext,
+    group: TextBatch | ImageBatch,
+    *,
+    chunk_size: int | None,
+    remat: Remat,
+    dropout_key: jax.Array | None,
+) -> jax.Array:
+    """Pooled vectors of one group, fp32 [N, D], not normalised.
 
-    Explicit, so that the first step already sees the placement that the step itself returns.
+    With a ``chunk_size``, a divisor of N, no more inputs than that are in the model at a time: the
+    backward pass runs each chunk forward again. The gradient is that of the whole batch (GradCache,
+    Gao et al. 2021, arXiv 2101.06983), in the memory of one chunk.
     """
-    replicated = NamedSharding(mesh, PartitionSpec())
-    shardings = optax.tree_map_params(
-        optimizer,
-        lambda _, parameter: parameter.sharding,
-        jax.eval_shape(optimizer.init, trainable),
-        trainable,
-        transform_non_params=lambda _: replicated,
-    )
-    state: optax.OptState = jax.jit(optimizer.init, out_shardings=shardings)(trainable)
-    return state
+    size = group.input_ids.shape[0]
+    if chunk_size is None or size <= chunk_size:
+        return model(group, remat=remat, dropout_key=dropout_key)
+    count = size // chunk_size
+    # Chunk j is every count-th input from j on: so each device has its share of every chunk.
+    chunks = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), group)
+    keys = None if dropout_key is None else jax.random.split(dropout_key, count)
+
+    @jax.checkpoint
+    def embed(chunk_and_key: tuple[TextBatch | ImageBatch, jax.Array | None]) -> jax.Array:
+        chunk, key = chunk_and_key
+        return model(chunk, remat=remat, dropout_key=key)
+
+    pooled = jax.lax.map(embed, (chunks, keys))  # [count, chunk_size, D]
+    return pooled.swapaxes(0, 1).reshape(size, -1)  # [N, D]
 
 
 def embed_pairs(
-    model: LlavaNext, batch: PairBatch, *, remat: Remat, dropout_key: jax.Array | None
+    model: LlavaNext,
+    batch: PairBatch,
+    *,
+    chunk_size: int | None,
+    remat: Remat,
+    dropout_key: jax.Array | None,
 ) -> jax.Array:
-    """Unit vectors of all sentences in their original order, fp32 [3B or 2B, D]."""
+    """Pooled vectors of all inputs in their original order, fp32 [3B or 2B, D]."""
     pooled = []
     for i, group in enumerate(batch.groups):
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
-        pooled.append(model(group, remat=remat, dropout_key=key))
-    return l2_normalize(jnp.concatenate(pooled))[batch.order]
+        pooled.append(
+            embed_group(model, group, chunk_size=chunk_size, remat=remat, dropout_key=key)
+        )
+    return jnp.concatenate(pooled)[batch.order]
 
 
 def pair_loss(
@@ -114,15 +103,22 @@ def pair_loss(
     batch: PairBatch,
     *,
     columns: int,
-    temperature: float,
+    loss: LossConfig,
+    chunk_size: int | None,
     remat: Remat,
     dropout_key: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """Loss and accuracy of one batch; ``columns`` is 3 for triplets, 2 for plain pairs."""
-    vectors = embed_pairs(model, batch, remat=remat, dropout_key=dropout_key)
-    parts = jnp.split(vectors, columns)  # sent0, sent1 and hard_neg, each [B, D]
-    hard_negative = parts[2] if columns == 3 else None
-    return info_nce(parts[0], parts[1], hard_negative, temperature=temperature)
+    vectors = embed_pairs(model, batch, chunk_size=chunk_size, remat=remat, dropout_key=dropout_key)
+    result = contrastive_loss(
+        vectors,
+        columns=columns,
+        temperature=loss.temperature,
+        text_ids=jnp.asarray(batch.text_ids) if loss.mask_false_negatives else None,
+        matryoshka_dims=loss.matryoshka_dims,
+        bidirectional=loss.bidirectional,
+    )
+    return result.loss, result.accuracy
 
 
 def make_train_step(
@@ -130,13 +126,16 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     *,
     columns: int,
-    temperature: float,
+    loss: LossConfig,
+    chunk_size: int | None,
     remat: Remat,
     dropout: bool,
+    state: tuple[nnx.State, optax.OptState],
 ) -> TrainStep:
     """The jitted step; trainable and optimizer state are donated.
 
-    ``step(trainable, opt_state, frozen, batch, key) -> (trainable, opt_state, metrics)``.
+    ``step(trainable, opt_state, frozen, batch, key) -> (trainable, opt_state, metrics)``. New
+    trainable and optimizer state are placed like ``state``, the first ones.
     """
 
     def step(
@@ -151,14 +150,16 @@ def make_train_step(
                 nnx.merge(graphdef, trainable, frozen),
                 batch,
                 columns=columns,
-                temperature=temperature,
+                loss=loss,
+                chunk_size=chunk_size,
                 remat=remat,
                 dropout_key=key if dropout else None,
             )
 
-        (loss, accuracy), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
-        metrics = Metrics(loss, accuracy, optax.tree.norm(grads))
+        (value, accuracy), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
+        metrics = Metrics(value, accuracy, optax.tree.norm(grads))
         updates, opt_state = optimizer.update(grads, opt_state, trainable)
         return optax.apply_updates(trainable, updates), opt_state, metrics
 
-    return jax.jit(step, donate_argnums=(0, 1))
+    placement = jax.tree.map(lambda x: x.sharding, state)
+    return jax.jit(step, donate_argnums=(0, 1), out_shardings=(*placement, None))

@@ -1,0 +1,57 @@
+"""Several processes as one: joining them, and what only the first of them does."""
+
+import os
+
+import jax
+from jax.experimental import multihost_utils
+
+_CLUSTER_VARIABLES = (  # of environments in which jax.distributed finds the other processes itself
+    "JAX_COORDINATOR_ADDRESS",
+    "MEGASCALE_COORDINATOR_ADDRESS",
+    "OMPI_MCA_orte_hnp_uri",
+)
+
+
+def several_processes_announced() -> bool:
+    """Whether the environment says that this is one process of several."""
+    if any(os.environ.get(name) for name in _CLUSTER_VARIABLES):
+        return True
+    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in os.environ:
+        return True
+    return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+
+
+def initialize(*, distributed: bool = False) -> None:
+    """Join the other processes of the run, if there are any; before anything else of JAX.
+
+    ``distributed`` says that there are, also where the environment does not. TPU pods, Slurm and
+    Open MPI announce themselves; elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
+    JAX_PROCESS_ID.
+
+    Raises:
+        ValueError: the other processes cannot be found.
+    """
+    if jax.distributed.is_initialized() or not (distributed or several_processes_announced()):
+        return
+    count, index = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
+    try:
+        jax.distributed.initialize(
+            num_processes=None if count is None else int(count),
+            process_id=None if index is None else int(index),
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"cannot find the other processes: {error} Set JAX_COORDINATOR_ADDRESS (host:port), "
+            "JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        ) from error
+
+
+def is_first() -> bool:
+    """Whether this process writes what is written once: run.json, metrics, exports."""
+    return jax.process_index() == 0
+
+
+def wait_for_all(what: str) -> None:
+    """Return when every process has come to the same point."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(what)
