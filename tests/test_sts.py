@@ -16,8 +16,7 @@ import scipy.stats
 
 import e5v_jax
 from e5v_jax import cli
-from e5v_jax.evaluate.__main__ import Args, choose_tasks, evaluate
-from e5v_jax.evaluate.report import Report, Row, to_json, to_markdown
+from e5v_jax.evaluate.__main__ import Args, evaluate
 from e5v_jax.evaluate.sts import (
     PAPER_TASKS,
     TASKS,
@@ -27,8 +26,8 @@ from e5v_jax.evaluate.sts import (
     load_task,
     report_rows,
     score_tasks,
-    spearman,
 )
+from e5v_jax.evaluate.tasks import choose_tasks
 from e5v_jax.prompts import PROMPTS
 
 
@@ -146,22 +145,6 @@ def test_scores_are_senteval_s(sts_data: Path) -> None:
 def test_clean_sentence(sentence: str, expected: str) -> None:
     assert clean_sentence(sentence) == expected
     assert eval_sts_sentence(sentence.split()) == expected
-
-
-def test_spearman_equals_scipy() -> None:
-    rng = np.random.default_rng(0)
-    for levels in (2, 3, 7, 10**9):  # few levels: nearly all values tie
-        for n in (2, 3, 10, 999):
-            x, y = rng.integers(0, levels, (2, n)).astype(np.float64)
-            x[:2], y[:2] = (0, 1), (1, 0)  # never constant
-            expected = scipy.stats.spearmanr(x, y).statistic
-            assert spearman(x, y) == pytest.approx(expected, abs=1e-12)
-    assert spearman(np.array([1.0, 2, 2, 3]), np.array([1.0, 2, 3, 4])) == pytest.approx(0.9486833)
-
-
-def test_spearman_of_a_constant_is_refused() -> None:
-    with pytest.raises(ValueError, match="all 3 values are 2"):
-        spearman(np.array([1.0, 2, 3]), np.array([2.0, 2, 2]))
 
 
 def test_stride_takes_every_nth_pair(sts_data: Path) -> None:
@@ -332,37 +315,16 @@ def test_report_rows_show_the_paper_only_beside_whole_tasks(sts_data: Path) -> N
     scores = evaluate_sts(bag_of_words, sts_data, PAPER_TASKS)
     rows = report_rows(scores)
     assert [row.label for row in rows[:2]] == ["STS12", "STS13"]
-    assert [row.paper for row in rows] == [
+    assert [row.published.paper for row in rows] == [
         *(80.03, 89.94, 85.67, 89.09, 85.89, 87.88, 83.51),
         86.00,
     ]
     assert rows[-1].value == pytest.approx(np.mean([s.spearman for s in scores.values()]))
-    assert [row.paper_prompt_only for row in rows] == [None] * 7 + [75.8]
+    assert [row.published.prompt_only for row in rows] == [None] * 7 + [75.8]
 
     part = report_rows({**scores, "stsb": scores["stsb"]._replace(pairs=276)})
-    assert (part[5].items, part[5].paper) == ("276 of 1379", None)
+    assert (part[5].items, part[5].published.paper) == ("276 of 1379", None)
     assert [row.task for row in part] == list(PAPER_TASKS)  # no average
-
-
-def test_report_formats() -> None:
-    report = Report(
-        {"model": "a|b", "adapter": None},
-        [Row("stsb", "STS-B", "Spearman", "1379", 29.1049, 87.88)],
-    )
-    assert to_markdown(report).splitlines()[2:-2] == [
-        "| setting | value |",
-        "| --- | --- |",
-        r"| model | a\|b |",
-        "| adapter |  |",
-        "",
-        "| task | metric | items | score | paper | paper, prompt only |",
-        "| --- | --- | ---: | ---: | ---: | ---: |",
-        "| STS-B | Spearman | 1379 | 29.10 | 87.88 |  |",
-    ]
-    content = json.loads(to_json(report))
-    assert content["settings"] == {"model": "a|b", "adapter": None}
-    assert content["results"][0]["value"] == 29.1049
-    assert content["results"][0]["paper_prompt_only"] is None
 
 
 def test_choose_tasks() -> None:
@@ -370,6 +332,7 @@ def test_choose_tasks() -> None:
     assert choose_tasks("stsb-dev, stsb,sts12,stsb") == ["stsb-dev", "stsb", "sts12"]
     assert choose_tasks("sickr,sts")[:2] == ["sickr", "sts12"]
     assert len(choose_tasks("sickr,sts")) == 7
+    assert choose_tasks("fashioniq") == [f"fashioniq-{t}" for t in ("dress", "shirt", "toptee")]
     for text in ("sts17", "stsb,STSB", "", " , "):
         with pytest.raises(cli.UsageError, match="--tasks"):
             choose_tasks(text)
@@ -420,7 +383,12 @@ def test_command_writes_the_results(
         "adapter": Path("run"),
         "template": "mistral",
     }
-    assert fake_model.encoded == {"prompt_name": "sts", "batch_size": 7}
+    assert fake_model.encoded == {
+        "prompt": PROMPTS["sts"],
+        "batch_size": 7,
+        "normalize_embeddings": False,  # the cache keeps vectors as they are
+        "show_progress_bar": False,
+    }
     content = json.loads((output / "results.json").read_text())
     expected = evaluate_sts(bag_of_words, sts_data, ["stsb", "stsb-dev"])
     assert [r["task"] for r in content["results"]] == ["stsb", "stsb-dev"]
@@ -451,12 +419,11 @@ def test_plain_protocol(
     monkeypatch.setattr(fake_model, "encode", encode)
     output = tmp_path / "out"
     evaluate(Args(model="m", data=sts_data, tasks="stsb", protocol="plain", output=output))
-    assert fake_model.encoded["prompt_name"] == "plain"
-    assert PROMPTS["plain"] == "<sent>\nSummary above sentence in one word:"
+    assert fake_model.encoded["prompt"] == "<sent>\nSummary above sentence in one word:"
     first, second, _ = load_task(sts_data, "stsb")
     assert set(seen) == {*first, *second}
     (result,) = json.loads((output / "results.json").read_text())["results"]
-    assert result["items"] == "1379" and result["paper"] is None
+    assert result["items"] == "1379" and result["published"]["paper"] is None
 
 
 def test_command_refuses_a_full_folder_and_fills_an_empty_one(
@@ -511,7 +478,7 @@ def test_exit_codes_and_one_line_errors(tmp_path: Path) -> None:
     unknown = run_command("--model", "m", "--data", str(tmp_path), "--tasks", "nonsense")
     assert unknown.returncode == 2
     (line,) = unknown.stderr.splitlines()
-    assert line.startswith("error: --tasks: unknown task 'nonsense', expected sts or of sts12")
+    assert line.startswith("error: --tasks: unknown task 'nonsense', expected of sts, fashioniq, ")
 
     traced = run_command("--model", "m", "--data", str(tmp_path), "--traceback")
     assert traced.returncode == 1

@@ -1,16 +1,27 @@
-"""Scores beside the paper's: a table in the terminal, Markdown and JSON."""
+"""Scores with intervals beside the paper's: a table in the terminal, Markdown and JSON."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-PAPER = "arXiv 2407.12580"
-_HEADINGS = ("task", "metric", "items", "score", "paper", "paper, prompt only")
+from e5v_jax.evaluate.published import PAPER, PUBLISHED, Published
+from e5v_jax.evaluate.scores import Hits, Pairs, Score, summarise
+
+_HEADINGS = ("task", "metric", "items", "score", "95 % interval")
+_PUBLISHED_HEADINGS = {
+    "paper": "paper",
+    "prompt_only": "paper, prompt only",
+    "clip": "CLIP ViT-L",
+    "eva_clip": "EVA-02-CLIP 5B",
+    "blip": "BLIP ViT-L",
+}
 _FIRST_NUMBER = 2  # column
+_NOTE = f"percent; paper and baselines: E5-V (Llama-3-8B) and others as in {PAPER}"
 
 
 @dataclass(frozen=True)
@@ -25,10 +36,10 @@ class Row:
     items: str
     """What it was measured on, as "1379" or "300 of 1500"."""
     value: float
-    paper: float | None = None
-    """The figure of E5-V in the paper, None if it has none."""
-    paper_prompt_only: float | None = None
-    """The paper's figure without fine-tuning."""
+    low: float
+    """Ends of the 95 % bootstrap interval."""
+    high: float
+    published: Published = field(default_factory=Published)
 
 
 @dataclass(frozen=True)
@@ -37,35 +48,77 @@ class Report:
 
     settings: Mapping[str, str | int | float | None]
     rows: list[Row]
+    scores: list[Score] = field(default_factory=list)
+    """The figures again, item by item, to compare runs by."""
 
 
-def _cells(row: Row) -> list[str]:
-    figures = (row.value, row.paper, row.paper_prompt_only)
-    shown = ["" if figure is None else f"{figure:.2f}" for figure in figures]
-    return [row.label, row.metric, row.items, *shown]
+def make_row(task: str, label: str, items: str, scores: Sequence[Score], comparable: bool) -> Row:
+    """The row of a score, or of the mean of several tasks' with one metric.
+
+    Published figures stand beside it only if ``comparable``: measured as the paper does.
+    """
+    metric = scores[0].metric
+    published = PUBLISHED.get((task, metric)) if comparable else None
+    return Row(task, label, metric, items, *summarise(scores), published or Published())
 
 
-def to_table(report: Report) -> Table:
-    """For the terminal."""
-    table = Table(caption=f"percent; paper: E5-V (Llama-3-8B), {PAPER}")
-    for number, heading in enumerate(_HEADINGS):
+def _shown(rows: Sequence[Row]) -> list[str]:
+    """Columns of published figures that are not empty; the paper's own stay."""
+    names = [f.name for f in fields(Published)]
+    return [
+        name
+        for name in names
+        if name in ("paper", "prompt_only")
+        or any(getattr(row.published, name) is not None for row in rows)
+    ]
+
+
+def _table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells."""
+    shown = _shown(rows)
+    headings = [*_HEADINGS, *(_PUBLISHED_HEADINGS[name] for name in shown)]
+    cells = []
+    for row in rows:
+        published = [getattr(row.published, name) for name in shown]
+        cells.append(
+            [
+                row.label,
+                row.metric,
+                row.items,
+                f"{row.value:.2f}",
+                f"{row.low:.2f} to {row.high:.2f}",
+            ]
+            + ["" if figure is None else f"{figure:.2f}" for figure in published]
+        )
+    return headings, cells
+
+
+def rich_table(headings: Sequence[str], cells: Sequence[Sequence[str]], *, caption: str) -> Table:
+    """For the terminal; numbers right-aligned from the third column on."""
+    table = Table(caption=caption)
+    for number, heading in enumerate(headings):
         table.add_column(heading, justify="left" if number < _FIRST_NUMBER else "right")
-    for row in report.rows:
-        table.add_row(*_cells(row))
+    for row in cells:
+        table.add_row(*row)
     return table
+
+
+def markdown_table(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """The same as Markdown."""
+    rules = ["---" if number < _FIRST_NUMBER else "---:" for number in range(len(headings))]
+    rows = ([cell.replace("|", r"\|") for cell in row] for row in [headings, rules, *cells])
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def settings_table(settings: Mapping[str, str | int | float | None]) -> str:
+    """What a result depends on, as Markdown."""
+    cells = [[name, "" if value is None else str(value)] for name, value in settings.items()]
+    return markdown_table(["setting", "value"], cells)
 
 
 def to_markdown(report: Report) -> str:
     """Settings and figures as two tables."""
-    rules = ["---" if number < _FIRST_NUMBER else "---:" for number in range(len(_HEADINGS))]
-    settings = [
-        [name, "" if value is None else str(value)] for name, value in report.settings.items()
-    ]
-    blocks = [
-        _markdown_table([["setting", "value"], ["---", "---"], *settings]),
-        _markdown_table([list(_HEADINGS), rules, *(_cells(row) for row in report.rows)]),
-        f"Figures in percent; paper: E5-V (Llama-3-8B), {PAPER}.\n",
-    ]
+    blocks = [settings_table(report.settings), markdown_table(*_table(report.rows)), _NOTE + ".\n"]
     return "# Evaluation\n\n" + "\n".join(blocks)
 
 
@@ -75,17 +128,55 @@ def to_json(report: Report) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
+def print_table(headings: Sequence[str], cells: Sequence[Sequence[str]], *, caption: str) -> None:
+    """Print to the terminal; figures are never cut short, a narrow terminal wraps them."""
+    console = Console()
+    width = sum(max(len(row[i]) for row in [headings, *cells]) + 3 for i in range(len(headings)))
+    console.width = max(console.width, width + 1)
+    console.print(rich_table(headings, cells, caption=caption))
+
+
 def print_report(report: Report) -> None:
     """Print the table to the terminal."""
-    Console().print(to_table(report))
+    print_table(*_table(report.rows), caption=_NOTE)
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Write ``results.json`` and ``results.md`` into ``folder``, which exists."""
+    """Write ``results.json``, ``results.md`` and ``items.npz`` into ``folder``, which exists."""
     (folder / "results.json").write_text(to_json(report), encoding="utf-8")
     (folder / "results.md").write_text(to_markdown(report), encoding="utf-8")
+    arrays: dict[str, np.ndarray] = {}
+    for score in report.scores:
+        key = f"{score.task}/{score.metric}"
+        arrays[f"{key}/data"] = np.array(score.data)
+        for part in fields(score.items):
+            arrays[f"{key}/{part.name}"] = getattr(score.items, part.name)
+    with (folder / "items.npz").open("wb") as file:
+        np.savez_compressed(file, allow_pickle=False, **arrays)
 
 
-def _markdown_table(rows: list[list[str]]) -> str:
-    escaped = ([cell.replace("|", r"\|") for cell in row] for row in rows)
-    return "".join(f"| {' | '.join(row)} |\n" for row in escaped)
+def read_scores(folder: Path) -> list[Score]:
+    """The scores of a run's output folder, item by item.
+
+    Raises:
+        FileNotFoundError: there is no ``items.npz``.
+        ValueError: it is damaged.
+    """
+    path = folder / "items.npz"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: not found; expected the --output folder of an evaluation")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return list(_scores(dict(file)))
+    except Exception as error:  # zipfile, zlib and NumPy raise many types for a damaged file
+        raise ValueError(f"{path}: damaged ({error}): run the evaluation again") from error
+
+
+def _scores(arrays: Mapping[str, np.ndarray]) -> Iterator[Score]:
+    for name in arrays:
+        key, _, last = name.rpartition("/")
+        if last == "data":
+            task, _, metric = key.partition("/")
+            kind = Hits if f"{key}/hits" in arrays else Pairs
+            items = kind(*(arrays[f"{key}/{part.name}"] for part in fields(kind)))
+            yield Score(task, metric, items, str(arrays[name]))

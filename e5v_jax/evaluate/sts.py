@@ -11,7 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from e5v_jax.evaluate.report import Row
+from e5v_jax.evaluate.published import PUBLISHED
+from e5v_jax.evaluate.report import Row, make_row
+from e5v_jax.evaluate.scores import Pairs, Score, fingerprint
 
 Encode = Callable[[list[str]], np.ndarray]
 """Texts to vectors [N, D], normalised or not."""
@@ -24,23 +26,20 @@ class Task:
     label: str
     pairs: int
     """Pairs with a human score."""
-    paper: float | None = None
-    """Spearman x 100 of E5-V (paper, section 4)."""
 
 
 TASKS = {
-    "sts12": Task("STS12", 3108, 80.03),
-    "sts13": Task("STS13", 1500, 89.94),
-    "sts14": Task("STS14", 3750, 85.67),
-    "sts15": Task("STS15", 3000, 89.09),
-    "sts16": Task("STS16", 1186, 85.89),
-    "stsb": Task("STS-B", 1379, 87.88),
-    "sickr": Task("SICK-R", 4927, 83.51),
+    "sts12": Task("STS12", 3108),
+    "sts13": Task("STS13", 1500),
+    "sts14": Task("STS14", 3750),
+    "sts15": Task("STS15", 3000),
+    "sts16": Task("STS16", 1186),
+    "stsb": Task("STS-B", 1379),
+    "sickr": Task("SICK-R", 4927),
     "stsb-dev": Task("STS-B dev", 1500),  # to watch training by; the paper reports none
 }
-PAPER_TASKS = tuple(name for name, task in TASKS.items() if task.paper is not None)
-PAPER_AVERAGE = 86.00
-PAPER_AVERAGE_PROMPT_ONLY = 75.8  # the same model before its fine-tuning
+_METRIC = "Spearman"
+PAPER_TASKS = tuple(name for name in TASKS if (name, _METRIC) in PUBLISHED)
 
 # As in senteval/sts.py. STS13 has no SMT: its sentences are not free, so the data lacks them.
 _SUBSETS = {
@@ -68,6 +67,8 @@ class StsScore(NamedTuple):
     spearman: float
     """Times 100."""
     pairs: int
+    score: Score
+    """The same with every pair's cosine, for intervals and comparisons."""
 
 
 def load_task(data_dir: str | Path, name: str, *, stride: int = 1) -> StsPairs:
@@ -110,21 +111,6 @@ def clean_sentence(sentence: str) -> str:
         sentence += "."
     sentence = sentence.replace('"', "'")
     return sentence[:-1] + "." if sentence.endswith("?") else sentence
-
-
-def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's rank correlation of two [N] arrays; equal values share their average rank.
-
-    Raises:
-        ValueError: undefined, as one array is constant.
-    """
-    ranks = [_average_ranks(x), _average_ranks(y)]  # [N], [N]
-    for values, rank in zip((x, y), ranks, strict=True):
-        if np.ptp(rank) == 0:
-            raise ValueError(
-                f"rank correlation is undefined: all {len(values)} values are {values[0]:g}"
-            )
-    return float(np.corrcoef(ranks)[0, 1])
 
 
 def evaluate_sts(
@@ -184,10 +170,15 @@ def score_tasks(
         # that such pairs tie.
         norms = np.sqrt(squares[rows1] * squares[rows2])
         cosine = _dot(vectors[rows1], vectors[rows2]) / norms  # [pairs]
+        items = Pairs(cosine, tasks[name].gold)
+        asked = fingerprint(
+            [*tasks[name].sentences1, *tasks[name].sentences2, *map(str, items.gold)]
+        )
         try:
-            scores[name] = StsScore(100 * spearman(cosine, tasks[name].gold), len(cosine))
+            value = items.value()
         except ValueError as error:
             raise ValueError(f"{TASKS[name].label}: {error}") from error
+        scores[name] = StsScore(value, len(cosine), Score(name, _METRIC, items, asked))
     return scores
 
 
@@ -201,37 +192,18 @@ def report_rows(scores: Mapping[str, StsScore], *, comparable: bool = True) -> l
     for name, score in scores.items():
         task = TASKS[name]
         whole = score.pairs == task.pairs
-        paper = task.paper if whole and comparable else None
         items = f"{score.pairs}" if whole else f"{score.pairs} of {task.pairs}"
-        rows.append(Row(name, task.label, "Spearman", items, score.spearman, paper))
-    seven = [row for row in rows if row.paper is not None]
-    if len(seven) == len(PAPER_TASKS):
-        average = sum(row.value for row in seven) / len(seven)
+        rows.append(make_row(name, task.label, items, [score.score], whole and comparable))
+    if all(name in scores and scores[name].pairs == TASKS[name].pairs for name in PAPER_TASKS):
+        seven = [scores[name].score for name in PAPER_TASKS]
         items = f"{len(seven)} tasks"
-        rows.append(
-            Row(
-                "sts-average",
-                "STS average",
-                "Spearman",
-                items,
-                average,
-                PAPER_AVERAGE,
-                PAPER_AVERAGE_PROMPT_ONLY,
-            )
-        )
+        rows.append(make_row("sts-average", "STS average", items, seven, comparable))
     return rows
 
 
 def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Row by row, [N, D] x [N, D] -> float64 [N]."""
     return np.einsum("nd,nd->n", a, b, dtype=np.float64)
-
-
-def _average_ranks(x: np.ndarray) -> np.ndarray:
-    """Ranks from 1, float64 [N]; equal values share the mean of theirs."""
-    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[inverse]
 
 
 def _read_subsets(folder: Path, subsets: Sequence[str]) -> Iterator[tuple[str, str, float]]:

@@ -1,0 +1,151 @@
+"""Reading benchmark files: images named by path or Parquet row, JSON, the authors' data sets."""
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+HUB = Path("hub")
+"""``--data hub``: the authors' data sets from the Hugging Face hub."""
+_HUB_OWNER = "royokong"
+
+
+@dataclass(frozen=True)
+class ParquetImage:
+    """An encoded image in a Parquet file, read when it is needed."""
+
+    file: Path
+    column: str
+    group: int
+    row: int
+    """In its row group."""
+
+    def __str__(self) -> str:
+        return f"{self.file}, row group {self.group}, row {self.row}"
+
+    def read(self) -> bytes:
+        """The encoded bytes."""
+        return _image_column(self.file, self.column, self.group)[self.row]
+
+
+ImageRef = Path | ParquetImage
+
+
+def load(image: ImageRef) -> Path | bytes:
+    """An input for ``E5V.encode``."""
+    return image if isinstance(image, Path) else image.read()
+
+
+@lru_cache(maxsize=1)
+def _image_column(file: Path, column: str, group: int) -> list[bytes]:
+    import pyarrow.parquet as pq
+
+    table = pq.ParquetFile(file).read_row_group(group, columns=[column])
+    found = [None if cell is None else cell.get("bytes") for cell in table[column].to_pylist()]
+    for row, content in enumerate(found):
+        if not content:
+            raise ValueError(f"{file}, row group {group}, row {row}: column {column} has no bytes")
+    return found
+
+
+def read_parquet(
+    folder: Path, columns: Sequence[str], images: Sequence[str], *, split: str | None = None
+) -> Iterator[dict[str, Any]]:
+    """Rows of a data set folder as the hub has them: ``*.parquet``, anywhere below ``folder``.
+
+    ``columns`` are read, ``images`` (structs with ``bytes``) become :class:`ParquetImage`. With
+    ``split``, files are taken whose name starts with it.
+
+    Raises:
+        FileNotFoundError: no file.
+        ValueError: a file is damaged or lacks a column.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pattern = f"{split or ''}*.parquet"
+    files = sorted(folder.rglob(pattern))
+    if not files:
+        raise FileNotFoundError(f"{folder}: no file {pattern} in it, see docs/evaluation.md")
+    for file in files:
+        try:
+            parquet = pq.ParquetFile(file)
+            names = parquet.schema_arrow.names
+            missing = [name for name in [*columns, *images] if name not in names]
+            if missing:
+                raise ValueError(
+                    f"{file}: no column {missing[0]}; found {', '.join(names)}, expected "
+                    f"{', '.join([*columns, *images])}"
+                )
+            for group in range(parquet.num_row_groups):
+                rows = parquet.read_row_group(group, columns=list(columns)).to_pylist()
+                for number in range(parquet.metadata.row_group(group).num_rows):
+                    refs = {name: ParquetImage(file, name, group, number) for name in images}
+                    yield {**rows[number], **refs}
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"{file}: not a whole Parquet file ({error})") from error
+
+
+def read_json(path: Path, *, hint: str) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        FileNotFoundError: it is missing; ``hint`` says what should be there.
+        ValueError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: not found; {hint}") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from None
+
+
+def get(row: Any, key: str, kind: type, where: str) -> Any:
+    """``row[key]``, checked.
+
+    Raises:
+        ValueError: ``row`` is no object, lacks the key, or has another type there.
+    """
+    if not isinstance(row, dict):
+        raise ValueError(f"{where}: found {str(row)[:60]!r}, expected an object with {key!r}")
+    if key not in row:
+        raise ValueError(f"{where}: no {key!r}; found {', '.join(map(str, row))[:200]}")
+    if not isinstance(row[key], kind):
+        raise ValueError(f"{where}: {key!r} is {str(row[key])[:60]!r}, expected a {kind.__name__}")
+    return row[key]
+
+
+def find_image(name: str, folders: Sequence[Path], where: str) -> Path:
+    """The image file ``name`` in the first folder that has it.
+
+    Raises:
+        FileNotFoundError: none has.
+    """
+    for folder in folders:
+        if (folder / name).is_file():
+            return folder / name
+    looked = " and ".join(map(str, folders))
+    raise FileNotFoundError(f"{where}: image {name!r} not found in {looked}")
+
+
+def dataset_folder(data: Path, name: str) -> Path:
+    """The authors' data set ``name``: DATA/name, or fetched where ``data`` is :data:`HUB`.
+
+    Raises:
+        OSError: it could not be fetched.
+    """
+    if data != HUB:
+        return data / name
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(f"{_HUB_OWNER}/{name}", repo_type="dataset"))
+    except Exception as error:  # of the hub's client, of HTTP, of the socket
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise OSError(
+            f"{_HUB_OWNER}/{name}: cannot be fetched from the hub ({reason}): fetch it where there "
+            "is a network and pass its parent folder as --data, see docs/evaluation.md"
+        ) from error

@@ -1,0 +1,97 @@
+"""Recall at k, with ties counted as what a random order of the tied items would give.
+
+Recall is the authors' (retrieval.py: ``torch.topk``, a hit where any positive is among the k best);
+without ties the figures are equal. Among equal scores topk's choice depends on its implementation,
+and taking them in file order would let a model that embeds everything alike score by the order of
+the data. So a tied query counts as the chance that a positive is drawn: a model that says nothing
+scores exactly chance.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+_CHUNK = 1024  # queries scored at once: bounds the memory of the score matrix
+
+
+class Ranks(NamedTuple):
+    """Where the best positive of each query stands; all int64 [Q]."""
+
+    better: np.ndarray
+    """Gallery items with a higher score."""
+    tied: np.ndarray
+    """Gallery items with the same score, itself included."""
+    positives: np.ndarray
+    """How many of the tied are positives."""
+
+
+def rank_positives(
+    queries: np.ndarray,
+    gallery: np.ndarray,
+    positives: Sequence[np.ndarray],
+    *,
+    removed: np.ndarray | None = None,
+) -> Ranks:
+    """Rank the gallery for each query by dot product.
+
+    Args:
+        queries: [Q, D], normalised.
+        gallery: [G, D], normalised.
+        positives: for each query the gallery rows that are right, at least one.
+        removed: int [Q], a gallery row that is left out for this query (CIRR's reference image).
+
+    Raises:
+        ValueError: a query without positives, or whose only positive is removed.
+    """
+    parts = []
+    for start in range(0, len(queries), _CHUNK):
+        scores = _scores(queries[start : start + _CHUNK], gallery)  # [C, G]
+        rows = np.arange(len(scores))
+        if removed is not None:
+            scores[rows, removed[start : start + _CHUNK]] = -np.inf
+        right = np.zeros(scores.shape, bool)
+        for row in rows:
+            right[row, positives[start + row]] = True
+        best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)  # [C, 1]
+        if not np.isfinite(best).all():
+            bad = start + int(np.flatnonzero(~np.isfinite(best))[0])
+            raise ValueError(f"query {bad} has no positive in the gallery")
+        equal = scores == best
+        parts.append(((scores > best).sum(axis=1), equal.sum(axis=1), (equal & right).sum(axis=1)))
+    return Ranks(*(np.concatenate(part) for part in zip(*parts, strict=True)))
+
+
+def hits_at(ranks: Ranks, k: int) -> np.ndarray:
+    """float64 [Q]: 1 if a positive is among the k best, else 0; between for a tie across k."""
+    miss = np.ones(len(ranks.better))
+    for drawn in range(k):  # draw the remaining places of the k from the tied items, one by one
+        left = ranks.tied - drawn
+        wrong = np.maximum(left - ranks.positives, 0) / np.maximum(left, 1)
+        miss *= np.where(drawn < k - ranks.better, wrong, 1)
+    return 1 - miss
+
+
+def top_k(
+    queries: np.ndarray, gallery: np.ndarray, k: int, *, removed: np.ndarray | None = None
+) -> np.ndarray:
+    """int64 [Q, k]: the best gallery rows, best first; ties in the order of the gallery.
+
+    Arguments as in :func:`rank_positives`.
+    """
+    parts = []
+    for start in range(0, len(queries), _CHUNK):
+        scores = _scores(queries[start : start + _CHUNK], gallery)
+        if removed is not None:
+            scores[np.arange(len(scores)), removed[start : start + _CHUNK]] = -np.inf
+        parts.append(np.argsort(-scores, axis=1, kind="stable")[:, :k])
+    return np.concatenate(parts)
+
+
+def _scores(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
+    """[Q, G]; equal gallery rows get equal scores, which a matrix product does not promise."""
+    index: dict[bytes, int] = {}
+    column = [index.setdefault(row.tobytes(), len(index)) for row in gallery]
+    distinct = np.unique(column, return_index=True)[1]
+    scores: np.ndarray = queries @ gallery[distinct].T
+    return scores[:, column]

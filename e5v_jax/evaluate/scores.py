@@ -1,0 +1,172 @@
+"""What an evaluation measured, kept per item: the score, its interval, the paired comparison.
+
+Intervals are 95 % percentile bootstrap intervals over the units that were sampled when the data was
+made: sentence pairs, photographs (with all their captions), composed queries.
+"""
+
+import hashlib
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+RESAMPLES = 2000
+_SEED = 0
+_CHUNK = 200  # resamples computed at once: bounds memory
+
+
+@dataclass(frozen=True)
+class Hits:
+    """A recall: hits summed over the queries of each unit."""
+
+    hits: np.ndarray
+    """float64 [N]"""
+    queries: np.ndarray
+    """int64 [N]"""
+
+    def value(self) -> float:
+        """Percent of all queries."""
+        return float(100 * self.hits.sum() / self.queries.sum())
+
+    def resample(self, weights: np.ndarray) -> np.ndarray:
+        """The value of each resample, [B]; ``weights`` [B, N] says how often a unit is in it."""
+        resampled: np.ndarray = 100 * (weights @ self.hits) / (weights @ self.queries)
+        return resampled
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """A rank correlation of cosine and human score; both float64 [N]."""
+
+    cosine: np.ndarray
+    gold: np.ndarray
+
+    def value(self) -> float:
+        """Spearman x 100.
+
+        Raises:
+            ValueError: see :func:`spearman`.
+        """
+        return 100 * spearman(self.cosine, self.gold)
+
+    def resample(self, weights: np.ndarray) -> np.ndarray:
+        """As :meth:`Hits.resample`; nan where a resample holds one value only."""
+        middle = (weights.sum(axis=1, keepdims=True) + 1) / 2  # the mean rank, whatever the ties
+        x = _ranks(self.cosine, weights) - middle  # [B, N]
+        y = _ranks(self.gold, weights) - middle
+        covariance, xx, yy = ((weights * a * b).sum(axis=1) for a, b in ((x, y), (x, x), (y, y)))
+        with np.errstate(invalid="ignore", divide="ignore"):
+            correlation: np.ndarray = covariance / np.sqrt(xx * yy)
+        return 100 * correlation
+
+
+@dataclass(frozen=True)
+class Score:
+    """One figure of a task, with what it was computed from."""
+
+    task: str
+    metric: str
+    items: Hits | Pairs
+    data: str
+    """Hash of the questions asked: only scores over the same ones can be compared in pairs."""
+
+    def resamples(self) -> np.ndarray:
+        """[RESAMPLES] values; the same units are drawn for every score of the task."""
+        units = len(self.items.hits if isinstance(self.items, Hits) else self.items.cosine)
+        rng = np.random.default_rng([_SEED, zlib.crc32(self.task.encode())])
+        values = []
+        for start in range(0, RESAMPLES, _CHUNK):
+            rows = min(_CHUNK, RESAMPLES - start)
+            drawn = rng.integers(0, units, (rows, units)) + units * np.arange(rows)[:, None]
+            weights = np.bincount(drawn.ravel(), minlength=rows * units).reshape(rows, units)
+            values.append(self.items.resample(weights))
+        return np.concatenate(values)
+
+
+class Summary(NamedTuple):
+    """A figure in percent with the ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Difference(NamedTuple):
+    """B minus A in percent points, the ends of its 95 % interval, and a two-sided p-value."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+
+
+def summarise(scores: Sequence[Score]) -> Summary:
+    """The mean of scores (one or several tasks) and its interval."""
+    value = float(np.mean([score.items.value() for score in scores]))
+    return Summary(value, *_interval(np.mean([score.resamples() for score in scores], axis=0)))
+
+
+def compare(first: Score, second: Score) -> Difference:
+    """Paired bootstrap: both runs on the same resampled units.
+
+    Raises:
+        ValueError: not the same task, metric and data.
+    """
+    for name in ("task", "metric", "data"):
+        if getattr(first, name) != getattr(second, name):
+            raise ValueError(
+                f"{first.task}, {first.metric}: the runs did not answer the same questions (other "
+                f"{name}): evaluate both on the same data with the same --stride and --protocol"
+            )
+    difference = second.resamples() - first.resamples()
+    difference = difference[~np.isnan(difference)]
+    # One more than counted: no finite number of resamples makes a difference certain.
+    tail = 1 + min(np.sum(difference <= 0), np.sum(difference >= 0))
+    p = min(1.0, 2 * float(tail) / (len(difference) + 1))
+    value = second.items.value() - first.items.value()
+    return Difference(value, *_interval(difference), p)
+
+
+def spearman(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's rank correlation of two [N] arrays; equal values share their average rank.
+
+    Raises:
+        ValueError: undefined, as one array is constant.
+    """
+    once = np.ones((1, len(x)), np.int64)
+    ranks = [_ranks(values, once)[0] for values in (x, y)]  # [N], [N]
+    for values, rank in zip((x, y), ranks, strict=True):
+        if np.ptp(rank) == 0:
+            raise ValueError(
+                f"rank correlation is undefined: all {len(values)} values are {values[0]:g}"
+            )
+    return float(np.corrcoef(ranks)[0, 1])
+
+
+def fingerprint(strings: Iterable[str]) -> str:
+    """Hash of the questions of a task."""
+    digest = hashlib.sha256()
+    for string in strings:
+        digest.update(string.encode() + b"\0")
+    return digest.hexdigest()
+
+
+def _ranks(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Average ranks from 1 of ``x`` [N] within each resample ``weights`` [B, N], float64 [B, N].
+
+    ``x`` is sorted once for all resamples, which are only counted.
+    """
+    _, inverse = np.unique(x, return_inverse=True)
+    order = np.argsort(inverse, kind="stable")
+    starts = np.flatnonzero(np.diff(inverse[order], prepend=-1))  # [U], U distinct values
+    counts = np.add.reduceat(weights[:, order], starts, axis=1)  # [B, U]
+    last = np.cumsum(counts, axis=1)
+    ranks: np.ndarray = (last - (counts - 1) / 2)[:, inverse]
+    return ranks
+
+
+def _interval(values: np.ndarray) -> tuple[float, float]:
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return float(low), float(high)

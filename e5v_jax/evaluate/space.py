@@ -1,0 +1,88 @@
+"""Measures and projections of an embedding space with two kinds of points: texts and images."""
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+_CHUNK = 1024  # rows of a similarity matrix in memory at once
+
+
+@dataclass(frozen=True)
+class Gap:
+    """How texts and images lie to each other; all vectors of length 1."""
+
+    centroid_distance: float
+    """Between the mean text and the mean image: the modality gap of Liang et al. 2022."""
+    matched_cosine: float
+    """Mean over captions with their image."""
+    mismatched_cosine: float
+    """Mean over captions with all other images."""
+    alignment: float
+    """Mean squared distance of caption and image (Wang & Isola 2020, alpha 2); lower is better."""
+    uniformity_texts: float
+    """log of the mean of exp(-2 d^2) over pairs (Wang & Isola 2020, t 2); lower is more even."""
+    uniformity_images: float
+
+    def values(self) -> dict[str, float]:
+        """By name."""
+        return asdict(self)
+
+
+def measure_gap(texts: np.ndarray, images: np.ndarray, image_of: np.ndarray) -> Gap:
+    """Measure vectors of unit length: texts [C, D], images [N, D], ``image_of`` int [C]."""
+    matched = np.einsum("cd,cd->c", texts, images[image_of], dtype=np.float64)  # [C]
+    # the mean over all pairs is the product of the means
+    every = len(texts) * len(images) * float(_mean(texts) @ _mean(images))
+    mismatched = (every - matched.sum()) / (len(texts) * (len(images) - 1))
+    return Gap(
+        centroid_distance=float(np.linalg.norm(_mean(texts) - _mean(images))),
+        matched_cosine=float(matched.mean()),
+        mismatched_cosine=mismatched,
+        alignment=float((2 - 2 * matched).mean()),
+        uniformity_texts=uniformity(texts),
+        uniformity_images=uniformity(images),
+    )
+
+
+def uniformity(vectors: np.ndarray) -> float:
+    """log mean exp(-2 |x - y|^2) over the pairs of different rows of [N, D], unit length."""
+    total = 0.0
+    for start in range(0, len(vectors), _CHUNK):
+        cosine = vectors[start : start + _CHUNK].astype(np.float64) @ vectors.T  # [C, N]
+        total += np.exp(4 * np.minimum(cosine, 1) - 4).sum()
+    own = np.exp(4 * np.minimum(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64), 1) - 4)
+    return float(np.log((total - own.sum()) / (len(vectors) * (len(vectors) - 1))))
+
+
+def project(vectors: np.ndarray, *, centred: bool) -> np.ndarray:
+    """[N, 2]: coordinates on the two directions of largest variance (PCA).
+
+    Not centred, it is the plain SVD that the authors plot: the first direction is then close to the
+    mean of all vectors, and a gap between two kinds shows in the second.
+    """
+    vectors = vectors.astype(np.float64)
+    if centred:
+        vectors = vectors - vectors.mean(axis=0)
+    u, s, _ = np.linalg.svd(vectors, full_matrices=False)
+    coordinates: np.ndarray = u[:, :2] * s[:2]
+    # the sign of a direction is arbitrary: the larger half points up
+    return coordinates * np.where(coordinates.sum(axis=0) < 0, -1, 1)
+
+
+def tsne(vectors: np.ndarray, *, seed: int = 0) -> np.ndarray:
+    """[N, 2]: t-SNE of cosine distances, from the centred PCA.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+    from sklearn.manifold import TSNE
+
+    perplexity = min(30.0, (len(vectors) - 1) / 3)
+    model = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=seed)
+    placed: np.ndarray = model.fit_transform(vectors)
+    return placed
+
+
+def _mean(vectors: np.ndarray) -> np.ndarray:
+    mean: np.ndarray = vectors.mean(axis=0, dtype=np.float64)
+    return mean
