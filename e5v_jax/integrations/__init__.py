@@ -1,0 +1,1 @@
+"""Wrappers for other projects; each needs that project installed."""

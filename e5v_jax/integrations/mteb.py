@@ -1,0 +1,133 @@
+"""E5-V for mteb 2.x, and the registration of its name ``e5v-jax/e5-v``.
+
+    import mteb
+    from e5v_jax.integrations.mteb import MtebEncoder
+    model = MtebEncoder(path="e5-v")  # a converted folder; also dtype=, adapter=
+    mteb.evaluate(model, mteb.get_tasks(tasks=["Flickr30kT2IRetrieval"]))
+
+``mteb.get_model("e5v-jax/e5-v", path="e5-v")`` does the same after the import; for every model with
+images, mteb then wants its extra ``mteb[image]`` installed, though nothing here uses torchvision.
+
+The name is its own, so that results do not mix with those of mteb's PyTorch implementation of the
+checkpoint (``royokong/e5-v``), whose prompt for text with image differs from the authors'.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from mteb.abstasks.task_metadata import TaskMetadata
+from mteb.models.abs_encoder import AbsEncoder
+from mteb.models.model_implementations import MODEL_REGISTRY
+from mteb.models.model_meta import ModelMeta, ScoringFunction
+from mteb.types import BatchedInput, PromptType
+from torch.utils.data import DataLoader
+
+from e5v_jax import E5V
+
+NAME = "e5v-jax/e5-v"
+_IMAGES_AT_ONCE = 64  # bounds decoded images
+
+
+class MtebEncoder(AbsEncoder):
+    """mteb's encoder interface over :class:`e5v_jax.E5V`."""
+
+    def __init__(
+        self,
+        model_name: str = NAME,
+        revision: str | None = None,
+        *,
+        device: str | None = None,
+        path: str | Path | None = None,
+        model: E5V | None = None,
+        **options: Any,
+    ) -> None:
+        """Load ``path`` with ``options`` of :meth:`E5V.from_pretrained`, or wrap ``model``.
+
+        ``device`` is mteb's and means nothing here: JAX uses the devices it has.
+
+        Raises:
+            ValueError: neither ``path`` nor ``model`` is given, or both.
+        """
+        if (path is None) == (model is None):
+            raise ValueError(f"{model_name}: give path=, the folder of the checkpoint, or model=")
+        self.model = E5V.from_pretrained(path, **options) if model is None else model  # type: ignore[arg-type]
+        self.mteb_model_meta = META.model_copy(update={"revision": revision})
+
+    def encode(
+        self,
+        inputs: DataLoader[BatchedInput],
+        *,
+        task_metadata: TaskMetadata,
+        hf_split: str,
+        hf_subset: str,
+        prompt_type: PromptType | None = None,
+        **kwargs: Any,
+    ) -> np.ndarray:
+        """float32 [N, D], unit length: texts, images, or where a row has both, the two fused.
+
+        mteb has put a document's title in front of its text and an instruction behind a query.
+
+        Raises:
+            ValueError: a batch has neither text nor image, or an input is bad.
+        """
+        batch_size = kwargs.get("batch_size", 32)
+        vectors: list[np.ndarray] = []
+        waiting: list[Any] = []
+
+        def embed() -> None:
+            vectors.append(
+                self.model.encode(waiting, batch_size=batch_size, show_progress_bar=False)
+            )
+            waiting.clear()
+
+        for batch in inputs:
+            waiting += split_batch(batch)
+            if len(waiting) >= _IMAGES_AT_ONCE:
+                embed()
+        if waiting:
+            embed()
+        return np.concatenate(vectors)
+
+
+def split_batch(batch: BatchedInput) -> list[dict[str, Any]]:
+    """The rows of an mteb batch as inputs of :meth:`E5V.encode`.
+
+    An image whose text is blank is an image alone: fused data sets have such rows.
+
+    Raises:
+        ValueError: it has neither text nor image.
+    """
+    columns = {name: batch[name] for name in ("text", "image") if name in batch}  # type: ignore[literal-required]
+    if not columns:
+        raise ValueError(f"a batch with {', '.join(batch)}: expected text, image or both")
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    for row in rows:
+        if "image" in row and not (row.get("text") or "").strip():
+            row.pop("text", None)
+    return rows
+
+
+META = ModelMeta(
+    loader=MtebEncoder,
+    name=NAME,
+    revision=None,
+    release_date="2024-07-17",
+    languages=["eng-Latn"],
+    n_parameters=8355276800,
+    memory_usage_mb=15936,
+    max_tokens=8192,
+    embed_dim=4096,
+    license=None,
+    open_weights=True,
+    public_training_code="https://github.com/kongds/E5-V",
+    public_training_data="https://huggingface.co/datasets/princeton-nlp/datasets-for-simcse",
+    framework=["JAX"],
+    reference="https://huggingface.co/royokong/e5-v",
+    similarity_fn_name=ScoringFunction.COSINE,
+    use_instructions=True,
+    training_datasets=set(),
+    adapted_from="royokong/e5-v",
+    modalities=["image", "text"],
+)
+MODEL_REGISTRY[NAME] = META
