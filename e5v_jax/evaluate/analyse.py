@@ -56,6 +56,12 @@ _GAP_HEADINGS = (
     "image R@1",
     "text R@1",
 )
+_NOTE = (
+    "Prompts are always inside the chat template: `no prompt` is the bare text or image in it. "
+    "Blank images are grey and of the same size. Alignment and uniformity are Wang & Isola's "
+    "(2020; alpha 2, t 2), the centroid distance is Liang et al.'s modality gap (2022); recall in "
+    "percent. Plots show the first caption of each image."
+)
 _STS_HEADINGS = ("model", "prompt", "pairs", "Spearman", "95 % interval")
 
 
@@ -151,6 +157,7 @@ def analyse(args: AnalyseArgs) -> None:
                 cells = [_cells(row) for row in found]
                 print_table(headings, cells, caption=title)
                 text += f"\n## {title}\n\n{markdown_table(headings, cells)}"
+        text += f"\n{_NOTE}\n"
         for projection in PROJECTIONS if panels else ():
             draw_projection(projection, panels, folder / projection.file)
             text += f"\n![{projection.title}]({projection.file})\n"

@@ -59,28 +59,34 @@ def draw_projection(projection: Projection, panels: Sequence[Panel], path: Path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    placed = [projection.place(np.concatenate([p.texts, p.images])) for p in panels]  # [C + N, 2]
+    low, high = min(points.min() for points in placed), max(points.max() for points in placed)
+    margin = 0.05 * (high - low)
     columns = min(len(panels), 4)
     rows = -(-len(panels) // columns)
-    figure = Figure(figsize=(3.6 * columns, 3.6 * rows + 0.7), layout="constrained")
+    figure = Figure(figsize=(3.6 * columns, 3.6 * rows + 0.9), layout="constrained")
     FigureCanvasAgg(figure)  # no display needed
     grid = figure.subplots(rows, columns, squeeze=False)
     for axis in grid.flat[len(panels) :]:
         axis.set_visible(False)
-    for axis, panel in zip(grid.flat, panels, strict=False):
-        points = projection.place(np.concatenate([panel.texts, panel.images]))  # [C + N, 2]
-        texts, images = points[: len(panel.texts)], points[len(panel.texts) :]
+    for axis, panel, points in zip(grid.flat, panels, placed, strict=False):
         size = float(np.clip(4000 / len(points), 4, 24))
-        axis.scatter(*texts.T, s=size, c=_TEXT, alpha=0.6, linewidths=0, label="texts")
-        axis.scatter(
-            *images.T, s=size, c=_IMAGE, alpha=0.6, linewidths=0, marker="s", label="images"
-        )
+        for kind, colour, marker, part in (
+            ("texts", _TEXT, "o", points[: len(panel.texts)]),
+            ("images", _IMAGE, "s", points[len(panel.texts) :]),
+        ):
+            axis.scatter(
+                *part.T, s=size, c=colour, marker=marker, alpha=0.6, linewidths=0, label=kind
+            )
         axis.set_title(panel.title, fontsize=10)
         axis.set_xlabel(projection.axes[0], fontsize=8)
         axis.set_ylabel(projection.axes[1], fontsize=8)
         axis.tick_params(labelsize=7)
-        if not projection.axes[0]:
-            axis.set_xticks([])
-            axis.set_yticks([])
+        if projection.axes[0]:  # the same scale everywhere, so that gaps can be compared by eye
+            axis.set(xlim=(low - margin, high + margin), ylim=(low - margin, high + margin))
+            axis.set_aspect("equal")
+        else:  # t-SNE: only who is near whom means anything
+            axis.set(xticks=[], yticks=[])
     figure.suptitle(projection.title, fontsize=12)
     handles, labels = grid.flat[0].get_legend_handles_labels()
     figure.legend(
