@@ -124,7 +124,8 @@ def test_paired_difference() -> None:
     half = 196 * np.sqrt(0.05 * 0.95 / 500)  # far narrower than of two unpaired halves (6.2)
     assert low == pytest.approx(5 - half, abs=0.4) and high == pytest.approx(5 + half, abs=0.4)
     assert p == pytest.approx(2 / (RESAMPLES + 1))  # the least that so many resamples can say
-    assert compare(hits(second), hits(first))[0] == pytest.approx(-5)
+    worse = compare(hits(second), hits(first))
+    assert worse == pytest.approx((-5, -high, -low, p))  # the same the other way round
 
 
 def test_equal_runs_do_not_differ() -> None:

@@ -129,6 +129,8 @@ def test_removed_item_is_no_answer() -> None:
     assert rank_positives(scores, eye, [np.array([1])], removed=np.array([0])).better == 1
     assert top_k(scores, eye, 3).tolist() == [[0, 2, 1]]
     assert top_k(scores, eye, 3, removed=np.array([0])).tolist() == [[2, 1, 3]]
+    below = rank_positives(-scores, eye, [np.array([1])], removed=np.array([3]))
+    assert below == (0, 1, 1)  # also where all cosines are negative
     with pytest.raises(ValueError, match="query 0 has no positive in the gallery"):
         rank_positives(scores, eye, [np.array([0])], removed=np.array([0]))
 
