@@ -113,7 +113,7 @@ class _Stack:
 
 
 def _read_sharded(
-    source: WeightSource, path: str, leaf: jax.ShapeDtypeStruct, mesh: Mesh
+    source: WeightSource, path: str, leaf: jax.Array | jax.ShapeDtypeStruct, mesh: Mesh
 ) -> jax.Array:
     """Read one (stacked) parameter; each device receives only its slice."""
     sharding = param_sharding(path, leaf.shape, mesh)

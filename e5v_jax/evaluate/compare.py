@@ -1,6 +1,7 @@
 """``python -m e5v_jax.evaluate --compare RUN_A RUN_B``: are two runs different?"""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from e5v_jax.evaluate.report import markdown_table, print_table, read_scores
@@ -49,5 +50,5 @@ def compare_runs(first: Path, second: Path, *, output: Path | None = None) -> No
             (folder / "comparison.md").write_text(f"{text}\n{_NOTE}.\n", encoding="utf-8")
 
 
-def _tasks(run: dict[tuple[str, str], object]) -> str:
+def _tasks(run: Iterable[tuple[str, str]]) -> str:
     return ", ".join(dict.fromkeys(task for task, _ in run)) or "nothing"

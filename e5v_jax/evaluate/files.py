@@ -43,10 +43,12 @@ def _image_column(file: Path, column: str, group: int) -> list[bytes]:
     import pyarrow.parquet as pq
 
     table = pq.ParquetFile(file).read_row_group(group, columns=[column])
-    found = [None if cell is None else cell.get("bytes") for cell in table[column].to_pylist()]
-    for row, content in enumerate(found):
+    found = []
+    for row, cell in enumerate(table[column].to_pylist()):
+        content = None if cell is None else cell.get("bytes")
         if not content:
             raise ValueError(f"{file}, row group {group}, row {row}: column {column} has no bytes")
+        found.append(content)
     return found
 
 

@@ -47,11 +47,11 @@ def rank_positives(
     parts = []
     for start in range(0, len(queries), _CHUNK):
         scores = _scores(queries[start : start + _CHUNK], gallery)  # [C, G]
-        rows = np.arange(len(scores))
         if removed is not None:
+            rows = np.arange(len(scores))
             scores[rows, removed[start : start + _CHUNK]] = -np.inf
         right = np.zeros(scores.shape, bool)
-        for row in rows:
+        for row in range(len(scores)):
             right[row, positives[start + row]] = True
         best = np.where(right, scores, -np.inf).max(axis=1, keepdims=True)  # [C, 1]
         if not np.isfinite(best).all():

@@ -13,14 +13,14 @@ checkpoint (``royokong/e5-v``), whose prompt for text with image differs from th
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Unpack, cast
 
 import numpy as np
 from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_implementations import MODEL_REGISTRY
 from mteb.models.model_meta import ModelMeta, ScoringFunction
-from mteb.types import BatchedInput, PromptType
+from mteb.types import BatchedInput, EncodeKwargs, PromptType
 from torch.utils.data import DataLoader
 
 from e5v_jax import E5V
@@ -31,6 +31,8 @@ _IMAGES_AT_ONCE = 64  # bounds decoded images
 
 class MtebEncoder(AbsEncoder):
     """mteb's encoder interface over :class:`e5v_jax.E5V`."""
+
+    mteb_model_meta: ModelMeta
 
     def __init__(
         self,
@@ -62,7 +64,7 @@ class MtebEncoder(AbsEncoder):
         hf_split: str,
         hf_subset: str,
         prompt_type: PromptType | None = None,
-        **kwargs: Any,
+        **kwargs: Unpack[EncodeKwargs],
     ) -> np.ndarray:
         """float32 [N, D], unit length: texts, images, or where a row has both, the two fused.
 
@@ -98,7 +100,8 @@ def split_batch(batch: BatchedInput) -> list[dict[str, Any]]:
     Raises:
         ValueError: it has neither text nor image.
     """
-    columns = {name: batch[name] for name in ("text", "image") if name in batch}  # type: ignore[literal-required]
+    found = cast(dict[str, list[Any]], batch)  # a union of typed dicts, one for each modality
+    columns = {name: found[name] for name in ("text", "image") if name in found}
     if not columns:
         raise ValueError(f"a batch with {', '.join(batch)}: expected text, image or both")
     rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]

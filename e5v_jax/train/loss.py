@@ -88,8 +88,9 @@ def contrastive_loss(
     for dim in (*matryoshka_dims, vectors.shape[1]):  # accuracy is that of all dimensions, the last
         unit = l2_normalize(vectors[:, :dim])
         anchor, positive, *rest = jnp.split(unit, columns)  # each [B, dim]
+        hard_negative = rest[0] if rest else None
         forward = info_nce(
-            anchor, positive, *(rest or [None]), temperature=temperature, excluded=excluded
+            anchor, positive, hard_negative, temperature=temperature, excluded=excluded
         )
         loss = forward.loss
         if bidirectional:
