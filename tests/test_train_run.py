@@ -10,121 +10,40 @@ import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import jax
 import numpy as np
 import pytest
-from hf_models import RECIPES, Case, Recipe, build_llava, build_text
-from orbax.checkpoint import v1 as ocp
+from hf_models import RECIPES, Case, build_llava, build_text
 from peft import PeftModel
 from tensorboardX.proto.event_pb2 import Event, SessionLog
+from training_runs import (
+    BATCH,
+    RECIPE,
+    ROOT,
+    ROWS,
+    STEPS,
+    command,
+    config,
+    make_folder,
+    read_metrics,
+    read_state,
+    words,
+    write_csv,
+)
 
 from convert import from_hf
 from e5v_jax import E5V
 from e5v_jax.converted import ConvertedFolder
-from e5v_jax.model.layers import LoRAConfig
 from e5v_jax.train.__main__ import main
-from e5v_jax.train.config import DataConfig, OptimizerConfig, TrainConfig
+from e5v_jax.train.config import OptimizerConfig, TrainConfig
 from e5v_jax.train.loop import train
 
-ROOT = Path(__file__).parents[1]
-ROWS, BATCH, EPOCHS, STEPS = 42, 8, 2, 10
 SENTENCES = ["A dog sits.", "the cat sleeps all day", "seven"]
-RECIPE = Recipe(
-    template="chatml",
-    text={
-        "vocab_size": 261,
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-    },
-    seed=12,
-)
-
-
-def write_csv(file: Path, rows: int = ROWS) -> Path:
-    lines = [f"dog {i} runs,the dog {i} moves,{i} cats sleep" for i in range(rows)]
-    file.write_text("\n".join(["sent0,sent1,hard_neg", *lines]) + "\n")
-    return file
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds ``base``, a tiny random converted model, and ``data.csv``."""
-    folder = tmp_path_factory.mktemp("run")
-    build_text(RECIPE, folder / "hf")
-    from_hf.convert(from_hf.Args(str(folder / "hf"), folder / "base"))
-    write_csv(folder / "data.csv")
-    return folder
-
-
-def config(folder: Path, output: Path, **changes: Any) -> TrainConfig:
-    """A run of ten small steps."""
-    cfg = TrainConfig(
-        model=folder / "base",
-        output=output,
-        data=DataConfig(path=(folder / "data.csv",), length_groups=1),
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
-        lora=LoRAConfig(rank=2, alpha=4.0),
-        batch_size=BATCH,
-        num_epochs=EPOCHS,
-        dtype="float32",
-        remat="none",
-        log_every=1,
-        checkpoint_every=3,
-    )
-    return dataclasses.replace(cfg, **changes)
-
-
-def words(folder: Path, output: Path) -> list[str]:
-    """The same run from the command line, with dropout: flags over a configuration file."""
-    flags: dict[str, object] = {
-        "config": ROOT / "configs" / "demo.py",
-        "model": folder / "base",
-        "output": output,
-        "data.path": folder / "data.csv",
-        "data.length-groups": 1,
-        "optimizer.learning-rate": 3e-3,
-        "optimizer.warmup-steps": 2,
-        "lora.rank": 2,
-        "lora.alpha": 4.0,
-        "lora.dropout": 0.1,
-        "batch-size": BATCH,
-        "remat": "none",
-        "checkpoint-every": 3,
-    }
-    return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
-
-
-# Runs the command, and kills it when Python is about to do the given thing to the given path.
-KILLED_AT = """
-import os, runpy, signal, sys
-
-event, end = sys.argv[1:3]
-
-def hook(name, args):
-    if name == event and str(args[0]).endswith(end):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-sys.addaudithook(hook)
-sys.argv = ["train", *sys.argv[3:]]
-runpy.run_module("e5v_jax.train", run_name="__main__", alter_sys=True)
-"""
-
-
-def command(
-    argv: Sequence[str], *, cache: Path, kill: tuple[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """``python -m e5v_jax.train`` in a process of its own; compiled programs are shared."""
-    start = ["-m", "e5v_jax.train"] if kill is None else ["-c", KILLED_AT, *kill]
-    return subprocess.run(
-        [sys.executable, *start, *argv],
-        cwd=ROOT,
-        env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)},
-        capture_output=True,
-        text=True,
-    )
+    return make_folder(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
@@ -142,16 +61,6 @@ def finished(folder: Path, cache: Path) -> Path:
     assert lines[-1].startswith(f"step {STEPS}/{STEPS}  loss ")
     assert "triplets/s" in lines[-1] and "tokens/s" in lines[-1] and "ETA" in lines[-1]
     return folder / "finished"
-
-
-def read_metrics(run: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-
-
-def read_state(run: Path, step: int) -> list[np.ndarray]:
-    """Every array of a checkpoint: parameters and optimizer state."""
-    with ocp.training.Checkpointer(run / "checkpoints") as checkpointer:
-        return [np.asarray(x) for x in jax.tree.leaves(checkpointer.load(step))]
 
 
 def test_killed_and_resumed_is_bit_equal(folder: Path, finished: Path, cache: Path) -> None:
@@ -234,7 +143,7 @@ def test_metrics_and_tensorboard(finished: Path) -> None:
 def test_flags_override_the_configuration_file(folder: Path, finished: Path) -> None:
     found = json.loads((finished / "run.json").read_text())
     demo = runpy.run_path(str(ROOT / "configs" / "demo.py"))["get_config"]()
-    expected = dataclasses.asdict(demo)
+    expected = json.loads(json.dumps(dataclasses.asdict(demo), default=str))
     expected |= {"model": str(folder / "base"), "output": str(finished), "batch_size": BATCH}
     expected |= {"remat": "none", "checkpoint_every": 3}
     expected["data"] |= {"path": [str(folder / "data.csv")], "length_groups": 1}
@@ -340,10 +249,12 @@ def test_resuming_a_finished_run_changes_nothing(finished: Path, folder: Path) -
     [
         (["--batch-size", "7"], "batch_size was 8 and is now 7"),
         (["--seed", "1"], "seed was 42 and is now 1"),
+        (["--max-steps", "4"], "max_steps was None and is now 4"),
+        (["--loss.temperature", "0.1"], "loss.temperature was 0.05 and is now 0.1"),
         (["--lora.rank", "3"], "lora was {'rank': 2"),
         (["--data.max-tokens", "5"], "data.max_tokens was 32 and is now 5"),
-        (["--data.path", "other.csv"], "the data's fingerprint was"),
-        (["--model", "other"], "the base model's hash was"),
+        (["--data.path", "other.csv"], "data_fingerprint was"),
+        (["--model", "other"], "base_hash was"),
     ],
 )
 def test_resume_refuses_another_run(
@@ -416,8 +327,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(
     with pytest.raises(ValueError, match=r"^step 2: the loss is nan") as info:
         train(cfg)
     message = str(info.value)
-    assert f"rows {folder / 'data.csv'}:" in message
-    assert message.endswith(", ...: lower the learning rate, then --resume from step 1")
+    assert "--resume from step 1, the last good checkpoint, with a lower learning rate" in message
+    assert message.count(f"{folder / 'data.csv'}:") == BATCH
     assert [line["step"] for line in read_metrics(run)] == [1]
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["1"]
     assert not (run / "adapter").exists()
@@ -452,16 +363,13 @@ def test_help_documents_every_field() -> None:
 
     def flags(cls: type, prefix: str = "") -> Iterator[str]:
         for field in dataclasses.fields(cls):
-            nested = {
-                "data": DataConfig,
-                "optimizer": OptimizerConfig,
-                "lora": LoRAConfig,
-            }.get(field.name)
             name = f"{prefix}{field.name.replace('_', '-')}"
-            if nested is None or prefix:
-                yield name
+            made = field.default_factory
+            nested = None if made is dataclasses.MISSING else made()
+            if dataclasses.is_dataclass(nested):
+                yield from flags(type(nested), f"{name}.")
             else:
-                yield from flags(nested, f"{name}.")
+                yield name
 
     for name in flags(TrainConfig):
         assert f"--{name}" in done.stdout, name

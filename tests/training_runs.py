@@ -1,0 +1,124 @@
+"""A tiny training run, for the tests that start, kill and compare whole runs."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from hf_models import Recipe, build_text
+from orbax.checkpoint import v1 as ocp
+
+from convert import from_hf
+from e5v_jax.model.layers import LoRAConfig
+from e5v_jax.train.config import DataConfig, OptimizerConfig, TrainConfig
+
+ROOT = Path(__file__).parents[1]
+ROWS, BATCH, EPOCHS, STEPS = 42, 8, 2, 10
+RECIPE = Recipe(
+    template="chatml",
+    text={
+        "vocab_size": 261,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+    },
+    seed=12,
+)
+
+
+def write_csv(file: Path, rows: int = ROWS) -> Path:
+    lines = [f"dog {i} runs,the dog {i} moves,{i} cats sleep" for i in range(rows)]
+    file.write_text("\n".join(["sent0,sent1,hard_neg", *lines]) + "\n")
+    return file
+
+
+def make_folder(folder: Path) -> Path:
+    """Fill ``folder`` with ``base``, a tiny random converted model, and ``data.csv``."""
+    build_text(RECIPE, folder / "hf")
+    from_hf.convert(from_hf.Args(str(folder / "hf"), folder / "base"))
+    write_csv(folder / "data.csv")
+    return folder
+
+
+def config(folder: Path, output: Path, **changes: Any) -> TrainConfig:
+    """A run of ten small steps."""
+    cfg = TrainConfig(
+        model=folder / "base",
+        output=output,
+        data=DataConfig(path=(folder / "data.csv",), length_groups=1),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=2),
+        lora=LoRAConfig(rank=2, alpha=4.0),
+        batch_size=BATCH,
+        num_epochs=EPOCHS,
+        dtype="float32",
+        remat="none",
+        log_every=1,
+        checkpoint_every=3,
+    )
+    return dataclasses.replace(cfg, **changes)
+
+
+def words(folder: Path, output: Path) -> list[str]:
+    """The same run from the command line, with dropout: flags over a configuration file."""
+    flags: dict[str, object] = {
+        "config": ROOT / "configs" / "demo.py",
+        "model": folder / "base",
+        "output": output,
+        "data.path": folder / "data.csv",
+        "data.length-groups": 1,
+        "optimizer.learning-rate": 3e-3,
+        "optimizer.warmup-steps": 2,
+        "lora.rank": 2,
+        "lora.alpha": 4.0,
+        "lora.dropout": 0.1,
+        "batch-size": BATCH,
+        "remat": "none",
+        "checkpoint-every": 3,
+    }
+    return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
+
+
+# Runs the command, and kills it when Python is about to do the given thing to the given path.
+KILLED_AT = """
+import os, runpy, signal, sys
+
+event, end = sys.argv[1:3]
+
+def hook(name, args):
+    if name == event and str(args[0]).endswith(end):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(hook)
+sys.argv = ["train", *sys.argv[3:]]
+runpy.run_module("e5v_jax.train", run_name="__main__", alter_sys=True)
+"""
+
+
+def command(
+    argv: Sequence[str], *, cache: Path, kill: tuple[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """``python -m e5v_jax.train`` in a process of its own; compiled programs are shared."""
+    start = ["-m", "e5v_jax.train"] if kill is None else ["-c", KILLED_AT, *kill]
+    return subprocess.run(
+        [sys.executable, *start, *argv],
+        cwd=ROOT,
+        env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def read_state(run: Path, step: int) -> list[np.ndarray]:
+    """Every array of a checkpoint: parameters and optimizer state."""
+    with ocp.training.Checkpointer(run / "checkpoints") as checkpointer:
+        return [np.asarray(x) for x in jax.tree.leaves(checkpointer.load(step))]
