@@ -3,9 +3,10 @@
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +39,9 @@ def write_csv(file: Path, rows: int = ROWS) -> Path:
     return file
 
 
-def make_folder(folder: Path) -> Path:
+def make_folder(folder: Path, **text: int) -> Path:
     """Fill ``folder`` with ``base``, a tiny random converted model, and ``data.csv``."""
-    build_text(RECIPE, folder / "hf")
+    build_text(dataclasses.replace(RECIPE, text={**RECIPE.text, **text}), folder / "hf")
     from_hf.convert(from_hf.Args(str(folder / "hf"), folder / "base"))
     write_csv(folder / "data.csv")
     return folder
@@ -84,34 +85,52 @@ def words(folder: Path, output: Path) -> list[str]:
     return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
 
 
-# Runs the command, and kills it when Python is about to do the given thing to the given path.
-KILLED_AT = """
+# Runs the command, and signals it when Python is about to do the given thing to the given path.
+SIGNALLED_AT = """
 import os, runpy, signal, sys
 
-event, end = sys.argv[1:3]
+event, end, number = sys.argv[1:4]
 
 def hook(name, args):
     if name == event and str(args[0]).endswith(end):
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), int(number))
 
 sys.addaudithook(hook)
-sys.argv = ["train", *sys.argv[3:]]
+sys.argv = ["train", *sys.argv[4:]]
 runpy.run_module("e5v_jax.train", run_name="__main__", alter_sys=True)
 """
 
 
-def command(
-    argv: Sequence[str], *, cache: Path, kill: tuple[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
-    """``python -m e5v_jax.train`` in a process of its own; compiled programs are shared."""
-    start = ["-m", "e5v_jax.train"] if kill is None else ["-c", KILLED_AT, *kill]
-    return subprocess.run(
-        [sys.executable, *start, *argv],
+def start(
+    argv: Sequence[str],
+    *,
+    cache: Path,
+    signal_at: tuple[str, str] | None = None,
+    signal_number: int = signal.SIGKILL,
+    env: Mapping[str, str] | None = None,
+) -> subprocess.Popen[str]:
+    """``python -m e5v_jax.train`` in a process of its own; compiled programs are shared.
+
+    With ``signal_at``, an audit event of Python and the end of its path, it signals itself there.
+    """
+    program = ["-m", "e5v_jax.train"]
+    if signal_at is not None:
+        program = ["-c", SIGNALLED_AT, *signal_at, str(int(signal_number))]
+    return subprocess.Popen(
+        [sys.executable, *program, *argv],
         cwd=ROOT,
-        env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache)},
-        capture_output=True,
+        env={**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache), **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def command(argv: Sequence[str], **options: Any) -> subprocess.CompletedProcess[str]:
+    """:func:`start`, and wait for the end."""
+    process = start(argv, **options)
+    out, err = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def read_metrics(run: Path) -> list[dict[str, float]]:
@@ -122,3 +141,11 @@ def read_state(run: Path, step: int) -> list[np.ndarray]:
     """Every array of a checkpoint: parameters and optimizer state."""
     with ocp.training.Checkpointer(run / "checkpoints") as checkpointer:
         return [np.asarray(x) for x in jax.tree.leaves(checkpointer.load(step))]
+
+
+def assert_same_end(run: Path, expected: Path, step: int) -> None:
+    """Both runs ended with the same bits: parameters, optimizer state, exported adapter."""
+    for mine, other in zip(read_state(run, step), read_state(expected, step), strict=True):
+        assert mine.tobytes() == other.tobytes()
+    weights = "adapter/adapter_model.safetensors"
+    assert (run / weights).read_bytes() == (expected / weights).read_bytes()
