@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
+from qwix import QArray
 
-from e5v_jax.model.quantized import Quantization, dense_kernel, quantize_kernel
+from e5v_jax.model.quantized import Quantization, quantize_kernel, quantized_matmul
 
 
 class LoRAParam(nnx.Param):
@@ -95,8 +96,11 @@ class Linear(nnx.Module):
         leading = x.shape[:-1]
         # 2-D operands: XLA's CPU backend runs a training step of them a quarter faster than 3-D
         x = x.reshape(-1, x.shape[-1]).astype(dtype)  # [N, in]
-        kernel = dense_kernel(self.kernel.get_value(), dtype)  # [in, out]
-        y = jnp.matmul(x, kernel, precision=precision)  # [N, out]
+        kernel = self.kernel.get_value()  # [in, out]
+        if isinstance(kernel, QArray):
+            y = quantized_matmul(x, kernel, precision)  # [N, out]
+        else:
+            y = jnp.matmul(x, kernel.astype(dtype), precision=precision)  # [N, out]
         if self.use_bias:
             y = y + self.bias[...].astype(dtype)
         if self.lora is not None:

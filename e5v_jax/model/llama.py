@@ -10,7 +10,6 @@ from flax import nnx
 from e5v_jax.config import TextConfig
 from e5v_jax.model.attention import attention
 from e5v_jax.model.layers import Linear, LoRAConfig, Precision, RMSNorm, apply_rope, rope_angles
-from e5v_jax.model.quantized import DEQUANTIZED
 
 Remat = Literal["none", "dots", "full"]
 """What a backward pass keeps of each layer: everything, matmul outputs, or only its input."""
@@ -125,10 +124,7 @@ class Llama(nnx.Module):
             layer, key = layer_and_key
             return layer(h, angles, key), None
 
-        if remat == "none" and self.precision.quantization is not None:
-            everything_else = jax.checkpoint_policies.save_anything_except_these_names
-            body = jax.checkpoint(body, prevent_cse=False, policy=everything_else(DEQUANTIZED))
-        elif remat == "full":
+        if remat == "full":
             body = jax.checkpoint(body, prevent_cse=False)
         elif remat == "dots":
             keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable

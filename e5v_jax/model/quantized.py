@@ -11,7 +11,6 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import qwix
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from qwix import QArray
 
@@ -19,8 +18,6 @@ Quantization = Literal["nf4", "int8"]
 """nf4: 4-bit NormalFloat, a scale per 64 inputs of each output. int8: a scale per output."""
 
 NF4_TILE = 64
-DEQUANTIZED = "dequantized_kernel"
-"""What a backward pass must never keep: it would be the whole model in full precision."""
 
 
 def quantize_kernel(kernel: jax.Array, quantization: Quantization) -> QArray:
@@ -40,12 +37,35 @@ def quantize_kernel(kernel: jax.Array, quantization: Quantization) -> QArray:
     return qwix.quantize(kernel, "nf4", tiled_axes={0: NF4_TILE}, channelwise_axes=(1,))
 
 
-def dense_kernel(kernel: jax.Array | QArray, dtype: DTypeLike) -> jax.Array:
-    """The kernel [in, out] in ``dtype``, dequantised if need be."""
-    if not isinstance(kernel, QArray):
-        return kernel.astype(dtype)
-    dense = qwix.dequantize(kernel).astype(dtype)  # code x scale in fp32, then the cast
-    return checkpoint_name(dense, DEQUANTIZED)
+def dense_kernel(kernel: QArray, dtype: DTypeLike) -> jax.Array:
+    """The kernel [in, out] in ``dtype``."""
+    return qwix.dequantize(kernel).astype(dtype)  # code x scale in fp32, then the cast
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def quantized_matmul(x: jax.Array, kernel: QArray, precision: jax.lax.Precision) -> jax.Array:
+    """[N, in] times a frozen quantised kernel: [N, out] in the dtype of ``x``.
+
+    The backward pass dequantises again. What JAX would keep instead, each layer's dense kernel, is
+    the whole model in full precision.
+    """
+    return jnp.matmul(x, dense_kernel(kernel, x.dtype), precision=precision)
+
+
+def _forward(
+    x: jax.Array, kernel: QArray, precision: jax.lax.Precision
+) -> tuple[jax.Array, QArray]:
+    return quantized_matmul(x, kernel, precision), kernel
+
+
+def _backward(
+    precision: jax.lax.Precision, kernel: QArray, gradient: jax.Array
+) -> tuple[jax.Array, None]:
+    dense = dense_kernel(kernel, gradient.dtype)
+    return jnp.matmul(gradient, dense.T, precision=precision), None  # the kernel is frozen
+
+
+quantized_matmul.defvjp(_forward, _backward)
 
 
 @partial(jax.jit, static_argnums=1)
