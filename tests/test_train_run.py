@@ -36,6 +36,7 @@ from convert import from_hf
 from e5v_jax import E5V
 from e5v_jax.converted import ConvertedFolder
 from e5v_jax.train.__main__ import main
+from e5v_jax.train.checkpoint import check_same_run, read_run_info
 from e5v_jax.train.config import OptimizerConfig, TrainConfig
 from e5v_jax.train.loop import train
 
@@ -277,6 +278,21 @@ def test_resume_refuses_another_run(
     assert error.startswith(f"error: {finished}: cannot resume: {message}")
     assert error.count("\n") == 1
     assert snapshot(finished) == before
+
+
+def test_a_change_can_be_allowed(finished: Path, folder: Path) -> None:
+    info = read_run_info(finished)
+    info["config"]["optimizer"]["learning_rate"] = 1e-4
+    with pytest.raises(
+        ValueError, match=r"accept it with --allow-change optimizer\.learning_rate$"
+    ):
+        check_same_run(finished, info)
+    check_same_run(finished, info, allowed=("optimizer.learning_rate",))
+    with pytest.raises(ValueError, match=r"^--allow-change colour: expected one of base_hash, "):
+        check_same_run(finished, info, allowed=("colour",))
+    info["config"]["lora"]["rank"] = 3
+    with pytest.raises(ValueError, match=r"^--allow-change lora: expected one of "):
+        check_same_run(finished, info, allowed=("lora",))
 
 
 def snapshot(folder: Path) -> dict[str, tuple[int, int]]:

@@ -1,0 +1,69 @@
+"""STS-B dev inside a run: the score is that of the finished model, and the best one is left."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from training_runs import STEPS, config, make_folder, read_metrics
+
+from e5v_jax import E5V
+from e5v_jax.evaluate.sts import load_task, score_tasks
+from e5v_jax.train.config import EvaluationConfig, OptimizerConfig
+from e5v_jax.train.loop import train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model, training data, and 70 scored pairs of the same kind."""
+    folder = make_folder(tmp_path_factory.mktemp("run"))
+    file = folder / "sts" / "STS" / "STSBenchmark" / "sts-dev.csv"
+    file.parent.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    lines = []
+    for i in range(70):
+        kept = int(rng.integers(0, 6))
+        first = rng.choice(["dog", "cat", "cow", "hen", "fox"], 5)
+        second = np.where(np.arange(5) < kept, first, "owl")
+        score = f"{np.clip(kept + rng.uniform(-0.4, 0.4), 0, 5):.2f}"
+        lines.append(f"made\tup\t2026\t{i}\t{score}\t{' '.join(first)}\t{' '.join(second)}")
+    file.write_text("\n".join(lines) + "\n")
+    return folder
+
+
+def test_the_best_checkpoint_is_what_the_run_leaves(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    train(
+        config(
+            folder,
+            run,
+            evaluation=EvaluationConfig(data=folder / "sts"),
+            # too fast: the score goes up and down, and the best is not the last
+            optimizer=OptimizerConfig(learning_rate=0.05, warmup_steps=0),
+            checkpoint_every=2,
+            keep_checkpoints=1,
+        )
+    )
+    scores = {int(x["step"]): x["stsb_dev"] for x in read_metrics(run) if "stsb_dev" in x}
+    assert list(scores) == [2, 4, 6, 8, STEPS]
+    best = max(scores, key=lambda step: (scores[step], step))
+    assert best != STEPS, scores
+    assert f"best checkpoint: step {best}, STS-B dev {scores[best]:.2f}" in capsys.readouterr().out
+    kept = {p.name for p in (run / "checkpoints").iterdir()}
+    assert kept == {str(best), str(STEPS)}
+
+    def embed(adapter: Path) -> E5V:
+        return E5V.from_pretrained(folder / "base", dtype="float32", adapter=adapter)
+
+    pairs = {"stsb-dev": load_task(folder / "sts", "stsb-dev", stride=1)}
+    for adapter, step in ((run / "adapter", best), (run / "checkpoints" / str(STEPS), STEPS)):
+        model = embed(adapter)
+        found = score_tasks(lambda texts, m=model: m.encode(texts, prompt_name="sts"), pairs)
+        assert found["stsb-dev"].spearman == pytest.approx(scores[step], abs=0.05)
+
+
+def test_missing_pairs_stop_the_run_before_it_begins(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"sts-dev\.csv"):
+        train(config(folder, tmp_path / "run", evaluation=EvaluationConfig(data=tmp_path)))
+    assert not (tmp_path / "run").exists()
