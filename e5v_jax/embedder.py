@@ -2,10 +2,14 @@
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Literal, Self
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
@@ -16,11 +20,15 @@ from convert.hf_source import open_source, resolve
 from convert.peft import Adapter, is_peft, read_adapter
 from e5v_jax.config import ModelConfig
 from e5v_jax.converted import ConvertedFolder, WeightSource, is_converted
-from e5v_jax.encode.encoder import Encoder
-from e5v_jax.encode.inputs import Input, choose_prompt, prepare
+from e5v_jax.encode.compilation import use_compilation_cache
+from e5v_jax.encode.encoder import Encoder, Statistics
+from e5v_jax.encode.inputs import Input, InputError, choose_prompt, measure
+from e5v_jax.encode.stream import BatchLimits, encode_stream
 from e5v_jax.loading import load_model
+from e5v_jax.model.attention import Implementation
 from e5v_jax.model.layers import Precision
 from e5v_jax.model.llava_next import LlavaNext
+from e5v_jax.model.quantized import Quantization
 from e5v_jax.prompts import (
     IMAGE_PLACEHOLDER,
     TEMPLATES,
@@ -31,6 +39,9 @@ from e5v_jax.sharding import make_mesh
 from e5v_jax.train.checkpoint import find_run, read_run_adapter
 
 Dtype = Literal["bfloat16", "float16", "float32"]
+_DECODING_THREADS = 4  # Pillow decodes and resizes without Python's lock
+_MAX_BATCHED_TOKENS = {"cpu": 1024}  # beyond, activations leave the caches
+_MAX_BATCHED_TOKENS_ACCELERATOR = 16384
 
 
 class E5V:
@@ -49,6 +60,7 @@ class E5V:
         *,
         mesh: Mesh,
         template: str | None = None,
+        attn_implementation: Implementation = "auto",
     ) -> None:
         """Wrap a loaded model; ``template`` names the chat template, None asks the tokenizer.
 
@@ -62,7 +74,12 @@ class E5V:
         self.tokenizer = tokenizer
         self.template = detect_template(tokenizer, config.text.model_type, override=template)
         self._forbidden = forbidden_pattern(tokenizer, TEMPLATES[self.template])
-        self._encoder = Encoder(model, mesh, pad_id=0)  # any id: padding is never seen
+        self._encoder = Encoder(
+            model,
+            mesh,
+            pad_id=0,  # any id: padding is never seen
+            attn_implementation=attn_implementation,
+        )
 
     @classmethod
     def from_pretrained(
@@ -74,6 +91,8 @@ class E5V:
         adapter: str | Path | None = None,
         template: str | None = None,
         revision: str | None = None,
+        quantize: Quantization | None = None,
+        attn_implementation: Implementation = "auto",
     ) -> Self:
         """Load a converted folder, a Hugging Face folder or GGUF file, or a hub id.
 
@@ -85,10 +104,15 @@ class E5V:
                 the adapter that the converted folder carries, if any.
             template: chat template name, see ``e5v_jax.prompts.TEMPLATES``; None chooses.
             revision: branch, tag or commit of a hub id.
+            quantize: "int8" or "nf4" stores the decoder's kernels so; arithmetic stays in dtype.
+            attn_implementation: "xla", "cudnn" (GPU) or "splash" (TPU); "auto" chooses.
+
+        JAX's persistent compilation cache is switched on, see ``e5v_jax.encode.compilation``.
 
         Raises:
             FileNotFoundError, ValueError: one line that names the file, key or option.
         """
+        use_compilation_cache()
         folder = resolve(str(path), revision)
         source: WeightSource
         if folder.is_dir() and is_converted(folder):
@@ -100,7 +124,7 @@ class E5V:
         lora = None if adapter is None else load_adapter(Path(adapter), source.config)
         if mesh is None:
             mesh = make_mesh(data=-1, fsdp=1)
-        precision = Precision(param=jnp.dtype(dtype), compute=jnp.dtype(dtype))
+        precision = Precision(jnp.dtype(dtype), jnp.dtype(dtype), quantize)
         model = load_model(
             source,
             precision=precision,
@@ -108,17 +132,29 @@ class E5V:
             lora=None if lora is None else lora.lora,
             lora_values=None if lora is None else lora.values,
         )
-        return cls(model, source.config, load_tokenizer(folder), mesh=mesh, template=template)
+        return cls(
+            model,
+            source.config,
+            load_tokenizer(folder),
+            mesh=mesh,
+            template=template,
+            attn_implementation=attn_implementation,
+        )
 
     def encode(
         self,
         inputs: Input | Sequence[Input],
         prompt_name: str | None = None,
         prompt: str | None = None,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         normalize_embeddings: bool = True,
         truncate_dim: int | None = None,
         show_progress_bar: bool | None = None,
+        *,
+        max_num_batched_tokens: int | None = None,
+        pool: Executor | None = None,
+        on_error: Callable[[InputError], None] | None = None,
+        on_batch: Callable[[int], None] = lambda done: None,
     ) -> np.ndarray:
         """Embed inputs; order kept. Argument names follow sentence-transformers.
 
@@ -127,16 +163,22 @@ class E5V:
                 and/or ``image``, or a sequence of these.
             prompt_name: a name in ``e5v_jax.prompts.PROMPTS``; None chooses by input kind.
             prompt: an instruction of your own with ``<sent>`` and/or ``<image>``.
-            batch_size: most items per device batch.
+            batch_size: most items per device batch; None leaves it to max_num_batched_tokens.
             normalize_embeddings: L2-normalise, after truncation.
             truncate_dim: keep only the first dimensions.
-            show_progress_bar: None shows it on a terminal when there is more than one batch.
+            show_progress_bar: None shows it on a terminal when there are many inputs.
+            max_num_batched_tokens: most positions per device batch; None is 1024 on a CPU, 16384
+                on a GPU or TPU. Less takes less memory.
+            pool: where images are decoded, ahead of the device; None is a few threads. A
+                ``ProcessPoolExecutor`` must start its processes by "spawn", as JAX has threads.
+            on_error: hears of each bad input, whose vector is then zero.
+            on_batch: hears how many inputs each finished batch had.
 
         Returns:
             float32 [N, D]; [D] for a single input that is not a sequence.
 
         Raises:
-            ValueError: a bad input, "input 3: ...", or a bad prompt.
+            ValueError: a bad input, "input 3: ...", without on_error; a bad prompt.
         """
         single = isinstance(inputs, str | bytes) or not isinstance(inputs, Sequence)
         items: Sequence[Input] = [inputs] if single else inputs  # type: ignore[list-item, assignment]
@@ -144,26 +186,48 @@ class E5V:
             raise ValueError(
                 f"truncate_dim {truncate_dim}: expected 1 to {self.config.text.hidden_size}"
             )
-        prepared = prepare(
-            items,
+        bound_measure = partial(
+            measure,
             cfg=self.config,
             tokenizer=self.tokenizer,
             choice=choose_prompt(TEMPLATES[self.template], prompt_name, prompt),
             forbidden=self._forbidden,
         )
-        if show_progress_bar is None:
-            show_progress_bar = sys.stderr.isatty() and len(items) > batch_size
-        with Progress(disable=not show_progress_bar, transient=True) as progress:
-            task = progress.add_task("encoding", total=len(items))
-            vectors = self._encoder.encode(
-                prepared,
-                batch_size=batch_size,
-                on_batch=lambda done: progress.advance(task, done),
+        if max_num_batched_tokens is None:
+            max_num_batched_tokens = _MAX_BATCHED_TOKENS.get(
+                jax.default_backend(), _MAX_BATCHED_TOKENS_ACCELERATOR
             )
-        vectors = vectors.reshape(len(items), self.config.text.hidden_size)[:, :truncate_dim]
+        if show_progress_bar is None:
+            show_progress_bar = sys.stderr.isatty() and len(items) > 32
+        with (
+            Progress(disable=not show_progress_bar, transient=True) as progress,
+            nullcontext(pool) if pool else ThreadPoolExecutor(_DECODING_THREADS) as decoding,
+        ):
+            task = progress.add_task("encoding", total=len(items))
+
+            def advance(done: int) -> None:
+                progress.advance(task, done)
+                on_batch(done)
+
+            vectors = encode_stream(
+                items,
+                encoder=self._encoder,
+                measure=lambda window, on_error: bound_measure(window, on_error=on_error),
+                cfg=self.config,
+                limits=BatchLimits(batch_size, max_num_batched_tokens),
+                pool=decoding,
+                on_error=on_error,
+                on_batch=advance,
+            )
+        vectors = vectors[:, :truncate_dim]
         if normalize_embeddings:
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         return vectors[0] if single else vectors
+
+    @property
+    def statistics(self) -> Statistics:
+        """Items, tokens, padding and compilations of all calls to :meth:`encode` so far."""
+        return self._encoder.statistics
 
     @staticmethod
     def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:

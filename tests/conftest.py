@@ -15,6 +15,8 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 if TYPE_CHECKING:
     from hf_models import Case
 
+os.environ.setdefault("E5V_COMPILATION_CACHE", "off")  # tests do not write to the home folder
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:

@@ -6,9 +6,10 @@ Tiles stay uint8 on the host; the device rescales and normalises them with the c
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,7 @@ MAX_IMAGE_PIXELS = 89_478_485
 NEWLINE = -1  # in image_token_index: the image_newline vector, not a tile feature
 
 Size = tuple[int, int]  # (height, width)
+T = TypeVar("T")
 
 
 class ImageError(ValueError):
@@ -55,6 +57,15 @@ def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
             for it (only ICO files are: Pillow does so on opening, up to its own limit).
         TypeError: ``source`` is none of the above types.
     """
+    return _open(source, lambda image: image.convert("RGB"))
+
+
+def image_size(source: str | Path | bytes | Image.Image) -> Size:
+    """(height, width) that :func:`load_image` will find, from the header; the same errors."""
+    return _open(source, lambda image: (image.height, image.width))
+
+
+def _open(source: str | Path | bytes | Image.Image, read: Callable[[Image.Image], T]) -> T:
     if not isinstance(source, str | Path | bytes | Image.Image):
         raise TypeError(
             f"an image must be a path, bytes or a PIL image, not {type(source).__name__}"
@@ -64,9 +75,11 @@ def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
         raise ImageError(f"{name}: URLs are not fetched; download the image and give its path")
     try:
         if isinstance(source, Image.Image):
-            return _decode(source, name)
+            _check_pixels(source, name)
+            return read(source)
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return _decode(image, name)
+            _check_pixels(image, name)
+            return read(image)
     except ImageError:
         raise
     except FileNotFoundError as error:
@@ -77,11 +90,6 @@ def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
         raise ImageError(f"{name}: too large to decode: {_one_line(error)}") from error
     except Exception as error:  # Pillow's decoders raise almost anything on broken data
         raise ImageError(f"{name}: cannot be read as an image: {_one_line(error)}") from error
-
-
-def _decode(image: Image.Image, name: str) -> Image.Image:
-    _check_pixels(image, name)
-    return image.convert("RGB")
 
 
 def _check_pixels(image: Image.Image, name: str) -> None:

@@ -1,7 +1,7 @@
 """What a user may pass to ``encode``, turned into token ids and tiles."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,16 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from e5v_jax.config import ModelConfig
-from e5v_jax.data.images import NEWLINE, TiledImage, image_token_index, load_image, tile_image
+from e5v_jax.data.images import (
+    NEWLINE,
+    Size,
+    image_size,
+    image_token_index,
+    load_image,
+    num_image_tokens,
+    select_best_resolution,
+    tile_image,
+)
 from e5v_jax.data.text import encode_batch, expand_image_tokens
 from e5v_jax.prompts import PROMPTS, check_text, fill, slots
 
@@ -28,6 +37,18 @@ class InputError(ValueError):
         super().__init__(f"input {position}: {reason}")
         self.position = position
         self.reason = reason
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One item whose place in a batch is known: tokenised, its image not yet decoded."""
+
+    position: int  # in the call
+    ids: list[int]  # one placeholder for the image
+    length: int  # tokens, the image's included
+    source: ImageSource | str | None = None
+    image_size: Size | None = None  # pixels (height, width)
+    num_tiles: int = 0
 
 
 @dataclass(frozen=True)
@@ -107,9 +128,54 @@ def split_input(item: Input) -> tuple[str | None, ImageSource | str | None]:
     )
 
 
-def _fill_and_tile(
+def measure(
+    inputs: Sequence[Input],
+    *,
+    cfg: ModelConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    choice: PromptChoice,
+    forbidden: re.Pattern[str],
+    on_error: Callable[[InputError], None] | None = None,
+) -> list[Measured]:
+    """Fill prompts, tokenise, read the sizes of images; order kept.
+
+    Args:
+        inputs: what to embed.
+        cfg: the model's.
+        tokenizer: the model's.
+        choice: which instruction an input gets.
+        forbidden: see :func:`e5v_jax.prompts.forbidden_pattern`.
+        on_error: hears of each bad input, which is then left out; without it the first one raises.
+
+    Raises:
+        InputError: a bad input; it has its position, and the message is "input 3: ...".
+        ValueError: the tokenizer does not fit.
+    """
+
+    def fail(position: int, error: ValueError) -> None:
+        if on_error is None:
+            raise InputError(position, str(error)) from error
+        on_error(InputError(position, str(error)))
+
+    filled: list[tuple[int, str, ImageSource | str | None, Size | None]] = []
+    for position, item in enumerate(inputs):
+        try:
+            filled.append((position, *_fill(item, choice, forbidden, cfg)))
+        except ValueError as error:
+            fail(position, error)
+    measured = []
+    all_ids = encode_batch(tokenizer, [string for _, string, _, _ in filled])
+    for ids, (position, _, source, size) in zip(all_ids, filled, strict=True):
+        try:
+            measured.append(_measure(position, ids, source, size, cfg))
+        except ValueError as error:
+            fail(position, error)
+    return measured
+
+
+def _fill(
     item: Input, choice: PromptChoice, forbidden: re.Pattern[str], cfg: ModelConfig
-) -> tuple[str, TiledImage | None]:
+) -> tuple[str, ImageSource | str | None, Size | None]:
     text, source = split_input(item)
     if source is not None and cfg.vision is None:
         raise ValueError("this is a text-only model: it cannot embed images")
@@ -120,14 +186,74 @@ def _fill_and_tile(
         have, want = ("an image", "none") if source is not None else ("no image", "one")
         raise ValueError(f"the input has {have}, the prompt {instruction!r} takes {want}")
     filled = fill(instruction, template=choice.template, text=text)
-    if source is None or cfg.vision is None:
-        return filled, None
-    # tiled at once: a photograph takes many times the memory of its tiles
-    return filled, tile_image(
-        load_image(source),
+    return filled, source, None if source is None else image_size(source)
+
+
+def _measure(
+    position: int,
+    ids: list[int],
+    source: ImageSource | str | None,
+    size: Size | None,
+    cfg: ModelConfig,
+) -> Measured:
+    if size is None:
+        measured = Measured(position, ids, len(ids))
+    else:
+        assert cfg.vision is not None and cfg.image_token_id is not None
+        tokens = num_image_tokens(
+            size,
+            grid_pinpoints=cfg.image_grid_pinpoints,
+            image_size=cfg.vision.image_size,
+            patch_size=cfg.vision.patch_size,
+        )
+        length = len(ids) - 1 + tokens
+        tiles = num_tiles(size, cfg.vision.image_size, cfg.image_grid_pinpoints)
+        measured = Measured(position, ids, length, source, size, tiles)
+    if measured.length > cfg.text.max_position_embeddings:
+        raise ValueError(
+            f"{measured.length} tokens, the model takes at most "
+            f"{cfg.text.max_position_embeddings}: shorten the text"
+        )
+    return measured
+
+
+def num_tiles(size: Size, tile_size: int, grid_pinpoints: Sequence[Size]) -> int:
+    """Tiles of an image of ``size`` (height, width) pixels, the whole image's own included."""
+    height, width = select_best_resolution(size, grid_pinpoints)
+    return 1 + (height // tile_size) * (width // tile_size)
+
+
+def load(item: Measured, cfg: ModelConfig) -> Prepared:
+    """Decode and tile the image of an item, if it has one; for a worker, ahead of the device.
+
+    Raises:
+        ValueError: the image cannot be decoded.
+    """
+    if item.source is None:
+        return Prepared(item.ids)
+    assert cfg.vision is not None and cfg.image_token_id is not None
+    tiled = tile_image(
+        load_image(item.source),
         image_size=cfg.vision.image_size,
         grid_pinpoints=cfg.image_grid_pinpoints,
     )
+    if tiled.original_size != item.image_size:
+        raise ValueError(
+            f"the image's header says {item.image_size} (height, width), its data "
+            f"{tiled.original_size}: save it again"
+        )
+    rows = image_token_index(
+        tiled.original_size,
+        grid_pinpoints=cfg.image_grid_pinpoints,
+        image_size=cfg.vision.image_size,
+        patch_size=cfg.vision.patch_size,
+    )
+    start = item.ids.index(cfg.image_token_id)
+    expanded = expand_image_tokens(item.ids, cfg.image_token_id, [len(rows)])
+    newline = len(tiled.tiles) * cfg.vision.num_patches  # the row after the last tile feature
+    image_index = np.full(len(expanded), -1, np.int32)
+    image_index[start : start + len(rows)] = np.where(rows == NEWLINE, newline, rows)
+    return Prepared(expanded, image_index, tiled.tiles, cfg.vision.num_patches)
 
 
 def prepare(
@@ -138,49 +264,15 @@ def prepare(
     choice: PromptChoice,
     forbidden: re.Pattern[str],
 ) -> list[Prepared]:
-    """Fill prompts, tokenise, tile images; order kept.
+    """:func:`measure` and :func:`load` in one; all images in memory.
 
     Raises:
-        InputError: a bad input; it has its position, and the message is "input 3: ...".
-        ValueError: the tokenizer does not fit.
+        InputError, ValueError: as :func:`measure`; a broken image is an InputError too.
     """
-    filled: list[str] = []
-    images: list[TiledImage | None] = []
-    for position, item in enumerate(inputs):
-        try:
-            string, image = _fill_and_tile(item, choice, forbidden, cfg)
-        except ValueError as error:
-            raise InputError(position, str(error)) from error
-        filled.append(string)
-        images.append(image)
     prepared = []
-    all_ids = encode_batch(tokenizer, filled)
-    for position, (ids, image) in enumerate(zip(all_ids, images, strict=True)):
+    for item in measure(inputs, cfg=cfg, tokenizer=tokenizer, choice=choice, forbidden=forbidden):
         try:
-            item_ = Prepared(ids) if image is None else _with_image(ids, image, cfg)
+            prepared.append(load(item, cfg))
         except ValueError as error:
-            raise InputError(position, str(error)) from error
-        if len(item_.ids) > cfg.text.max_position_embeddings:
-            raise InputError(
-                position,
-                f"{len(item_.ids)} tokens, the model takes at most "
-                f"{cfg.text.max_position_embeddings}: shorten the text",
-            )
-        prepared.append(item_)
+            raise InputError(item.position, str(error)) from error
     return prepared
-
-
-def _with_image(ids: list[int], tiled: TiledImage, cfg: ModelConfig) -> Prepared:
-    assert cfg.vision is not None and cfg.image_token_id is not None
-    rows = image_token_index(
-        tiled.original_size,
-        grid_pinpoints=cfg.image_grid_pinpoints,
-        image_size=cfg.vision.image_size,
-        patch_size=cfg.vision.patch_size,
-    )
-    start = ids.index(cfg.image_token_id)
-    expanded = expand_image_tokens(ids, cfg.image_token_id, [len(rows)])
-    newline = len(tiled.tiles) * cfg.vision.num_patches  # the row after the last tile feature
-    image_index = np.full(len(expanded), -1, np.int32)
-    image_index[start : start + len(rows)] = np.where(rows == NEWLINE, newline, rows)
-    return Prepared(expanded, image_index, tiled.tiles, cfg.vision.num_patches)

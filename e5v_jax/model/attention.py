@@ -1,18 +1,103 @@
-"""Scaled dot-product attention behind one function."""
+"""Scaled dot-product attention behind one function: XLA, cuDNN's flash kernel, TPU's splash kernel.
+
+Chosen by device, dtype and shape while a program is traced; :func:`use_attention` overrides that.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
 
 from e5v_jax.model.layers import Precision
+from e5v_jax.sharding import BATCH_SPEC
+
+Implementation = Literal["auto", "xla", "cudnn", "splash"]
+"""auto: cudnn on a GPU and splash on a TPU where they apply and pay, else xla."""
+
+SPLASH_BLOCK = 128
+"""Splash attention needs a multiple of this many positions and of head features."""
+_CUDNN_MIN_LENGTH = 128  # the logits of shorter texts are small: one fused XLA loop
+
+_implementation: ContextVar[Implementation] = ContextVar("attention", default="auto")
+
+
+@contextmanager
+def use_attention(implementation: Implementation) -> Iterator[None]:
+    """Programs traced inside use this implementation wherever it computes what is asked.
+
+    The kernels take causal attention only; the tower's, and that of the last layer's one query,
+    are XLA's on every device.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if implementation not in get_args(Implementation):
+        raise ValueError(
+            f"attn_implementation {implementation!r}: expected one of "
+            f"{', '.join(get_args(Implementation))}"
+        )
+    token = _implementation.set(implementation)
+    try:
+        yield
+    finally:
+        _implementation.reset(token)
 
 
 def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, is_causal: bool, precision: Precision
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    is_causal: bool,
+    precision: Precision,
+    key_lengths: jax.Array | None = None,
 ) -> jax.Array:
     """Attention of q [B, T, N, H] over k, v [B, S, K, H] -> [B, T, N, H]; N is a multiple of K.
 
     Right-padded batches need no mask: under the causal one, no real token sees what is right of it.
+    With ``key_lengths`` int [B], keys from there on are not seen either.
+
+    Raises:
+        ValueError: splash was asked for, and the shape does not fit it.
     """
+    chosen = _implementation.get()
+    if not is_causal or key_lengths is not None:
+        chosen = "xla"
+    elif chosen == "auto":
+        chosen = _choose(q, jax.default_backend())
+    if chosen == "splash":
+        return _splash(q, k, v, interpret=jax.default_backend() != "tpu")
+    if chosen == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    return _xla(q, k, v, is_causal=is_causal, key_lengths=key_lengths, precision=precision)
+
+
+def _choose(q: jax.Array, backend: str) -> Implementation:
+    """What causal attention of queries [B, T, N, H] runs on."""
+    _, t, _, h = q.shape
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    if backend == "gpu" and half and t >= _CUDNN_MIN_LENGTH and h % 8 == 0 and h <= 128:
+        return "cudnn"
+    if backend == "tpu" and q.dtype != jnp.float16 and t % SPLASH_BLOCK == 0 == h % SPLASH_BLOCK:
+        return "splash"
+    return "xla"
+
+
+def _xla(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    is_causal: bool,
+    key_lengths: jax.Array | None,
+    precision: Precision,
+) -> jax.Array:
     b, t, n, h = q.shape
     s, kv_heads = k.shape[1], k.shape[2]
     q = q.reshape(b, t, kv_heads, n // kv_heads, h)  # [B, T, K, G, H]
@@ -23,6 +108,60 @@ def attention(
     if is_causal:
         visible = jnp.arange(t)[:, None] >= jnp.arange(s)[None, :]  # [T, S]
         logits = jnp.where(visible, logits, jnp.finfo(jnp.float32).min)
+    if key_lengths is not None:
+        visible = jnp.arange(s)[None, :] < key_lengths[:, None]  # [B, S]
+        logits = jnp.where(visible[:, None, None, None], logits, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     out = jnp.einsum("bkgts,bskh->btkgh", weights, v, precision=precision.matmul)
     return out.reshape(b, t, n, h)
+
+
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool) -> jax.Array:
+    """Causal splash attention; under a mesh each device does its own rows and heads."""
+    t, h = q.shape[1], q.shape[3]
+    if t % SPLASH_BLOCK or h % SPLASH_BLOCK:
+        raise ValueError(
+            f"attn_implementation splash needs sequences and heads that are multiples of "
+            f"{SPLASH_BLOCK}, found {t} positions and heads of {h}: choose auto or xla"
+        )
+    local = partial(_splash_local, interpret=interpret)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return local(q, k, v)
+    spec = P(*BATCH_SPEC, None, "tensor", None)
+    return jax.shard_map(local, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)(
+        q, k, v
+    )
+
+
+def _splash_local(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool) -> jax.Array:
+    # here and not above: only TPU programs need it
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel,
+        splash_attention_mask,
+    )
+
+    b, t, n, h = q.shape
+    groups = n // k.shape[2]
+    mask = splash_attention_mask.MultiHeadMask(
+        [splash_attention_mask.CausalMask((t, t)) for _ in range(groups)]
+    )
+    block = next(size for size in (512, 256, SPLASH_BLOCK) if t % size == 0)
+    blocks = splash_attention_kernel.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    kernel = splash_attention_kernel.make_splash_mqa_single_device(
+        mask, block_sizes=blocks, interpret=interpret
+    )
+    scaled = (q.astype(jnp.float32) * np.float32(h**-0.5)).astype(q.dtype)  # it does not scale
+    grouped = scaled.reshape(b, t, -1, groups, h).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
+    keys, values = (x.transpose(0, 2, 1, 3) for x in (k, v))  # [B, K, T, H]
+    out = jax.vmap(jax.vmap(kernel))(grouped, keys, values)  # [B, K, G, T, H]
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)

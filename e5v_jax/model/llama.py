@@ -10,9 +10,15 @@ from flax import nnx
 from e5v_jax.config import TextConfig
 from e5v_jax.model.attention import attention
 from e5v_jax.model.layers import Linear, LoRAConfig, Precision, RMSNorm, apply_rope, rope_angles
+from e5v_jax.sharding import split_batch
 
 Remat = Literal["none", "dots", "full"]
 """What a backward pass keeps of each layer: everything, matmul outputs, or only its input."""
+
+
+def take(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Position ``index`` [B] of each row: [B, T, D] -> [B, D]."""
+    return jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
 
 
 class Attention(nnx.Module):
@@ -39,6 +45,19 @@ class Attention(nnx.Module):
         q, k = apply_rope(q, angles), apply_rope(k, angles)
         out = attention(q, k, v, is_causal=True, precision=self.precision)  # [B, T, N, H]
         return self.o_proj(out.reshape(b, t, -1), dropout_key=keys[3])
+
+    def at(self, x: jax.Array, angles: jax.Array, index: jax.Array) -> jax.Array:
+        """What ``self(x)`` has at position ``index`` [B] of each row: [B, T, D] -> [B, D]."""
+        b, t, _ = x.shape
+        q = self.q_proj(take(x, index)).reshape(1, b, -1, self.head_dim)  # [1, B, N, H]
+        k = self.k_proj(x).reshape(b, t, -1, self.head_dim)  # [B, T, K, H]
+        v = self.v_proj(x).reshape(b, t, -1, self.head_dim)  # [B, T, K, H]
+        q = apply_rope(q, angles[index]).swapaxes(0, 1)  # [B, 1, N, H]
+        k = apply_rope(k, angles)
+        out = attention(
+            q, k, v, is_causal=False, key_lengths=index + 1, precision=self.precision
+        )  # [B, 1, N, H]
+        return self.o_proj(out.reshape(b, -1))
 
 
 class SwiGLU(nnx.Module):
@@ -79,6 +98,14 @@ class DecoderLayer(nnx.Module):
         x = x + self.self_attn(self.input_layernorm(x), angles, keys[:4])
         return x + self.mlp(self.post_attention_layernorm(x), keys[4:])
 
+    def at(self, x: jax.Array, angles: jax.Array, index: jax.Array) -> jax.Array:
+        """What ``self(x)`` has at position ``index`` [B] of each row: [B, T, D] -> [B, D].
+
+        Of the other positions only keys and values are computed.
+        """
+        pooled = take(x, index) + self.self_attn.at(self.input_layernorm(x), angles, index)
+        return pooled + self.mlp(self.post_attention_layernorm(pooled), [None] * 3)
+
 
 class Llama(nnx.Module):
     """Token embedding, decoder layers and final norm; there is no ``lm_head``."""
@@ -111,9 +138,7 @@ class Llama(nnx.Module):
 
         The caller gathers the pooled token first and norms only that one.
         """
-        angles = rope_angles(
-            jnp.arange(x.shape[1]), head_dim=self.cfg.head_dim, theta=self.cfg.rope_theta
-        )  # [T, H/2]
+        angles = self._angles(x.shape[1])
         keys = None
         if dropout_key is not None:
             keys = jax.random.split(dropout_key, self.cfg.num_hidden_layers)
@@ -122,7 +147,7 @@ class Llama(nnx.Module):
             h: jax.Array, layer_and_key: tuple[DecoderLayer, jax.Array | None]
         ) -> tuple[jax.Array, None]:
             layer, key = layer_and_key
-            return layer(h, angles, key), None
+            return split_batch(layer(split_batch(h), angles, key)), None
 
         if remat == "full":
             body = jax.checkpoint(body, prevent_cse=False)
@@ -131,3 +156,30 @@ class Llama(nnx.Module):
             body = jax.checkpoint(body, prevent_cse=False, policy=keep)
         x, _ = jax.lax.scan(body, x, (self.layers, keys))
         return x
+
+    def at(self, x: jax.Array, index: jax.Array) -> jax.Array:
+        """What ``self(x)`` has at position ``index`` [B] of each row: [B, T, D] -> [B, D].
+
+        The last layer is computed for that position only. For inference: nothing is kept for a
+        backward pass.
+        """
+        angles = self._angles(x.shape[1])
+        last = self.cfg.num_hidden_layers - 1
+
+        def layer(i: jax.Array | int) -> DecoderLayer:
+            # indexed, not sliced: a slice of all layers but the last would be a copy of them
+            taken: DecoderLayer = jax.tree.map(
+                lambda stack: jax.lax.dynamic_index_in_dim(stack, i, keepdims=False), self.layers
+            )
+            return taken
+
+        def body(i: jax.Array, h: jax.Array) -> jax.Array:
+            return split_batch(layer(i)(split_batch(h), angles, None))
+
+        x = jax.lax.fori_loop(0, last, body, x)
+        return layer(last).at(x, angles, index)
+
+    def _angles(self, length: int) -> jax.Array:
+        return rope_angles(
+            jnp.arange(length), head_dim=self.cfg.head_dim, theta=self.cfg.rope_theta
+        )  # [T, H/2]

@@ -11,7 +11,7 @@ from flax import nnx
 from e5v_jax.config import ModelConfig
 from e5v_jax.model.clip import ClipVision, exact_gelu
 from e5v_jax.model.layers import Linear, LoRAConfig, Precision
-from e5v_jax.model.llama import Llama, Remat
+from e5v_jax.model.llama import Llama, Remat, take
 
 Array = jax.Array | np.ndarray
 """Batches are built in NumPy and placed on devices as they are."""
@@ -29,8 +29,8 @@ class ImageBatch(NamedTuple):
 
     input_ids: Array  # int32 [B, L]; 0 where image_index >= 0
     last_index: Array  # int32 [B]
-    image_index: Array  # int32 [B, L]: -1 = text, k < T*P = tile feature k, T*P = newline
-    tiles: Array  # uint8 [T, S, S, 3]
+    image_index: Array  # int32 [B, L]: -1 = text, i < K*P = feature i of its tiles, K*P = newline
+    tiles: Array  # uint8 [B*K, S, S, 3], K for each row
 
 
 class Projector(nnx.Module):
@@ -75,19 +75,22 @@ class LlavaNext(nnx.Module):
             )
             self.image_newline = nnx.Param(newline)
 
-    def image_features(self, tiles: Array) -> jax.Array:
-        """uint8 tiles [T, S, S, 3] -> rows [T*P + 1, D]: projected patches, then the newline."""
-        features = self.multi_modal_projector(self.vision_tower(tiles))  # [T, P, D]
-        features = features.reshape(-1, features.shape[-1])  # [T*P, D]
-        newline = self.image_newline[...].astype(features.dtype)[None]  # [1, D]
-        return jnp.concatenate([features, newline])
+    def image_features(self, tiles: Array, batch_size: int) -> jax.Array:
+        """uint8 tiles [B*K, S, S, 3] -> [B, K*P + 1, D]: projected patches, then the newline."""
+        features = self.multi_modal_projector(self.vision_tower(tiles))  # [B*K, P, D]
+        features = features.reshape(batch_size, -1, features.shape[-1])  # [B, K*P, D]
+        newline = self.image_newline[...].astype(features.dtype)  # [D]
+        newline = jnp.broadcast_to(newline, (batch_size, 1, newline.shape[0]))
+        return jnp.concatenate([features, newline], axis=1)
 
     def merge(self, batch: ImageBatch) -> jax.Array:
-        """Decoder inputs [B, L, D]: a gather from token embeddings and image rows."""
+        """Decoder inputs [B, L, D]: a gather from token embeddings and image features."""
         x = self.language_model.embed(batch.input_ids)  # [B, L, D]
-        rows = self.image_features(batch.tiles)  # [T*P + 1, D]
+        features = self.image_features(batch.tiles, x.shape[0])  # [B, K*P + 1, D]
         is_image = batch.image_index >= 0  # [B, L]
-        image = rows[jnp.maximum(batch.image_index, 0)]  # [B, L, D]
+        index = jnp.maximum(batch.image_index, 0)[..., None]  # [B, L, 1]
+        # row by row: on several devices each gathers from its own images only
+        image = jnp.take_along_axis(features, index, axis=1)  # [B, L, D]
         return jnp.where(is_image[..., None], image, x)
 
     def __call__(
@@ -98,13 +101,21 @@ class LlavaNext(nnx.Module):
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """Embed a batch -> fp32 [B, D]: final-norm output at the last token, not yet normalised."""
-        if isinstance(batch, ImageBatch):
-            x = self.merge(batch)
-        else:
-            x = self.language_model.embed(batch.input_ids)
+        x = self._decoder_inputs(batch)
         x = self.language_model(x, remat=remat, dropout_key=dropout_key)  # [B, L, D]
-        pooled = jnp.take_along_axis(x, batch.last_index[:, None, None], axis=1)[:, 0]  # [B, D]
+        pooled = take(x, jnp.asarray(batch.last_index))  # [B, D]
         return self.language_model.norm(pooled).astype(jnp.float32)
+
+    def encode(self, batch: TextBatch | ImageBatch) -> jax.Array:
+        """The same vectors [B, D] without what only training needs: see :meth:`Llama.at`."""
+        x = self._decoder_inputs(batch)
+        pooled = self.language_model.at(x, jnp.asarray(batch.last_index))  # [B, D]
+        return self.language_model.norm(pooled).astype(jnp.float32)
+
+    def _decoder_inputs(self, batch: TextBatch | ImageBatch) -> jax.Array:
+        if isinstance(batch, ImageBatch):
+            return self.merge(batch)
+        return self.language_model.embed(batch.input_ids)  # [B, L, D]
 
 
 def l2_normalize(x: jax.Array) -> jax.Array:
