@@ -126,3 +126,16 @@ def _place(tree: T, sharding: NamedSharding) -> T:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Batch arrays are split along their first axis over ``data`` and ``fsdp``."""
     return NamedSharding(mesh, BATCH_SPEC)
+
+
+def split_batch(x: jax.Array) -> jax.Array:
+    """Keep activations [B, ...] split along the batch, in a program traced under a mesh.
+
+    Without it XLA may split the features instead, as ``fsdp`` splits the weights, and add up every
+    matmul's result over all devices: four times the traffic of gathering the weights.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    rest = [P.UNCONSTRAINED] * (x.ndim - 1)
+    return jax.lax.with_sharding_constraint(x, P(*BATCH_SPEC, *rest))

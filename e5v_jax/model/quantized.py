@@ -18,6 +18,24 @@ Quantization = Literal["nf4", "int8"]
 """nf4: 4-bit NormalFloat, a scale per 64 inputs of each output. int8: a scale per output."""
 
 NF4_TILE = 64
+NF4_VALUES = (  # of the codes 0 to 15 (QLoRA, appendix E)
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
 
 
 def quantize_kernel(kernel: jax.Array, quantization: Quantization) -> QArray:
@@ -38,8 +56,22 @@ def quantize_kernel(kernel: jax.Array, quantization: Quantization) -> QArray:
 
 
 def dense_kernel(kernel: QArray, dtype: DTypeLike) -> jax.Array:
-    """The kernel [in, out] in ``dtype``."""
-    return qwix.dequantize(kernel).astype(dtype)  # code x scale in fp32, then the cast
+    """The kernel [in, out] in ``dtype``; the bits are those of ``qwix.dequantize``."""
+    if kernel.qtype != "nf4":
+        return qwix.dequantize(kernel).astype(dtype)  # code x scale in fp32, then the cast
+    # qwix looks each code up in a table of the flattened kernel: on a TPU a gather per weight, in
+    # fp32 through main memory, and on several devices the whole kernel on each. Selects fuse into
+    # what reads them, and stay split.
+    bits = kernel.qvalue.astype(jnp.int32)  # [in, out]
+    values = [jnp.float32(value) for value in NF4_VALUES]
+    for bit in range(4):
+        is_set = ((bits >> bit) & 1) == 1
+        values = [
+            jnp.where(is_set, high, low)
+            for low, high in zip(values[::2], values[1::2], strict=True)
+        ]
+    tiled = values[0].reshape(-1, NF4_TILE, bits.shape[1])  # [in / 64, 64, out]
+    return (tiled * kernel.scale[:, None]).reshape(bits.shape).astype(dtype)  # in fp32, then cast
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2,))

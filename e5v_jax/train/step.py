@@ -138,6 +138,9 @@ def make_train_step(
     trainable and optimizer state are placed like ``state``, the first ones.
     """
 
+    placement = jax.tree.map(lambda x: x.sharding, state)
+    mesh = jax.tree.leaves(placement)[0].mesh.abstract_mesh
+
     def step(
         trainable: nnx.State,
         opt_state: optax.OptState,
@@ -146,20 +149,20 @@ def make_train_step(
         key: jax.Array,
     ) -> tuple[nnx.State, optax.OptState, Metrics]:
         def loss_fn(trainable: nnx.State) -> tuple[jax.Array, jax.Array]:
-            return pair_loss(
-                nnx.merge(graphdef, trainable, frozen),
-                batch,
-                columns=columns,
-                loss=loss,
-                chunk_size=chunk_size,
-                remat=remat,
-                dropout_key=key if dropout else None,
-            )
+            with jax.sharding.use_abstract_mesh(mesh):  # for sharding.split_batch
+                return pair_loss(
+                    nnx.merge(graphdef, trainable, frozen),
+                    batch,
+                    columns=columns,
+                    loss=loss,
+                    chunk_size=chunk_size,
+                    remat=remat,
+                    dropout_key=key if dropout else None,
+                )
 
         (value, accuracy), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
         metrics = Metrics(value, accuracy, optax.tree.norm(grads))
         updates, opt_state = optimizer.update(grads, opt_state, trainable)
         return optax.apply_updates(trainable, updates), opt_state, metrics
 
-    placement = jax.tree.map(lambda x: x.sharding, state)
     return jax.jit(step, donate_argnums=(0, 1), out_shardings=(*placement, None))
