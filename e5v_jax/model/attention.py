@@ -25,6 +25,7 @@ SPLASH_BLOCK = 128
 _CUDNN_MIN_LENGTH = 128  # the logits of shorter texts are small: one fused XLA loop
 
 _implementation: ContextVar[Implementation] = ContextVar("attention", default="auto")
+_platform: ContextVar[str | None] = ContextVar("platform", default=None)
 
 
 @contextmanager
@@ -49,6 +50,16 @@ def use_attention(implementation: Implementation) -> Iterator[None]:
         _implementation.reset(token)
 
 
+@contextmanager
+def compile_for(platform: str) -> Iterator[None]:
+    """Programs traced inside are for ``platform`` (tpu, gpu or cpu), whatever this process has."""
+    token = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
+
+
 def attention(
     q: jax.Array,
     k: jax.Array,
@@ -67,12 +78,13 @@ def attention(
         ValueError: splash was asked for, and the shape does not fit it.
     """
     chosen = _implementation.get()
+    platform = _platform.get() or jax.default_backend()
     if not is_causal or key_lengths is not None:
         chosen = "xla"
     elif chosen == "auto":
-        chosen = _choose(q, jax.default_backend())
+        chosen = _choose(q, platform)
     if chosen == "splash":
-        return _splash(q, k, v, interpret=jax.default_backend() != "tpu")
+        return _splash(q, k, v, interpret=platform != "tpu")
     if chosen == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
     return _xla(q, k, v, is_causal=is_causal, key_lengths=key_lengths, precision=precision)
