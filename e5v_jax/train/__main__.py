@@ -1,4 +1,4 @@
-"""``python -m e5v_jax.train --config FILE [--field value ...]``."""
+"""``python -m e5v_jax.train --config FILE [--field value ...] [--dry-run --topology v5e:4x8]``."""
 
 import runpy
 import sys
@@ -36,6 +36,13 @@ def main(argv: list[str]) -> None:
                 default = read_config(Path(value if equals else argv[i + 1]))
             argv = argv[:i] + argv[i + (1 if equals else 2) :]
             break
+    if "--dry-run" in argv:
+        # here, not above: training itself needs none of it
+        from e5v_jax.dryrun.run import TrainDryRun, as_dry_run, dry_run_train
+
+        argv = [word for word in argv if word != "--dry-run"]
+        dry_default = None if default is None else as_dry_run(default)
+        cli.run(dry_run_train, TrainDryRun, default=dry_default, argv=argv)
     cli.run(train, TrainConfig, default=default, argv=argv)
 
 

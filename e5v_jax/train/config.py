@@ -85,7 +85,8 @@ class TrainConfig:
     """One training run. The defaults are the paper's recipe (section 4.1 and the released code).
 
     On the command line --config FILE takes other defaults from a Python file: what its get_config()
-    returns. The flags below override single fields.
+    returns. The flags below override single fields. --dry-run --topology v5e:4x8 only says what the
+    step would need on those chips (--dry-run --help).
     """
 
     model: Path

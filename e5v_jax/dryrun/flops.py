@@ -1,0 +1,162 @@
+"""Floating-point operations: counted in the traced program, and by hand from the architecture."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from e5v_jax.config import ModelConfig, VisionConfig
+from e5v_jax.model.layers import LoRAConfig
+from e5v_jax.model.llama import Remat
+
+
+def traced_flops(jaxpr: Any) -> float:
+    """FLOPs of all matmuls and convolutions of a jaxpr, each as often as its loops run it.
+
+    Of the whole program, over all devices: 2 per multiply-add. Element-wise work is left out, as in
+    the hand count. (XLA's own cost analysis counts the body of a loop once.)
+
+    Raises:
+        ValueError: a matmul in a loop of unknown length, or an unknown kernel.
+    """
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if name == "dot_general":
+            (contracting, _), _ = eqn.params["dimension_numbers"]
+            inner = math.prod(eqn.invars[0].aval.shape[i] for i in contracting)
+            total += 2.0 * inner * math.prod(eqn.outvars[0].aval.shape)
+        elif name == "conv_general_dilated":
+            out_features = eqn.params["dimension_numbers"].rhs_spec[0]
+            kernel = eqn.invars[1].aval.shape
+            per_output = math.prod(kernel) // kernel[out_features]
+            total += 2.0 * per_output * math.prod(eqn.outvars[0].aval.shape)
+        elif name == "pallas_call":
+            total += _kernel_flops(eqn)
+        elif name == "shard_map":  # its shapes are those of one device
+            total += eqn.params["mesh"].size * traced_flops(eqn.params["jaxpr"])
+        elif name == "cond":
+            total += max(traced_flops(branch) for branch in eqn.params["branches"])
+        elif name == "while":
+            if traced_flops(eqn.params["body_jaxpr"]):
+                raise ValueError("matmuls in a loop of unknown length")
+        else:
+            times = eqn.params["length"] if name == "scan" else 1
+            total += times * sum(traced_flops(j) for j in _inner(eqn.params))
+    return total
+
+
+def _kernel_flops(eqn: Any) -> float:
+    """Of splash attention's forward kernel, which skips what the causal mask hides: half."""
+    name = eqn.params["name"]
+    if "splash" not in name or "dq" in name or "dkv" in name:
+        raise ValueError(f"unknown Pallas kernel {name}: give its FLOPs here")
+    out = max((v.aval.shape for v in eqn.outvars), key=math.prod)  # [..., T, H]
+    return 0.5 * 4.0 * math.prod(out) * out[-2]
+
+
+def _inner(params: dict[str, Any]) -> list[Any]:
+    """Jaxprs among the parameters of an equation."""
+    found = []
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+        value = params.get(name)
+        if value is not None:
+            found.append(value.jaxpr if isinstance(value, jax.extend.core.ClosedJaxpr) else value)
+    return found
+
+
+@dataclass(frozen=True)
+class HandCount:
+    """FLOPs of one forward pass by formula: 2 per weight and token, and the attention's."""
+
+    decoder: float  # all linear maps of the decoder
+    lora: float
+    attention: float  # scores and their product with the values; half of it under the causal mask
+    vision: float  # tower and projector
+    down: float  # the base's part of decoder in the last linear map of each layer
+
+    @property
+    def forward(self) -> float:
+        """All of it."""
+        return self.decoder + self.lora + self.attention + self.vision
+
+
+def decoder_matmul_parameters(model: ModelConfig) -> int:
+    """Weights of the decoder's linear maps; 6.98e9 of Llama-3-8B (no embedding, no lm_head)."""
+    text = model.text
+    heads = (2 * text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim
+    layer = text.hidden_size * heads + 3 * text.hidden_size * text.intermediate_size
+    return text.num_hidden_layers * layer
+
+
+def lora_parameters(model: ModelConfig, lora: LoRAConfig) -> int:
+    """Weights of the factors of all seven linear maps of every layer."""
+    text = model.text
+    d, f = text.hidden_size, text.intermediate_size
+    q = text.num_attention_heads * text.head_dim
+    kv = text.num_key_value_heads * text.head_dim
+    ends = (d + q) + 2 * (d + kv) + (q + d) + 3 * (d + f)
+    return text.num_hidden_layers * lora.rank * ends
+
+
+def vision_flops(model: ModelConfig, tiles: int) -> float:
+    """Tower and projector over ``tiles`` tiles."""
+    if model.vision is None or not tiles:
+        return 0.0
+    vision: VisionConfig = model.vision
+    d, positions = vision.hidden_size, vision.num_patches + 1
+    block = 2 * (4 * d * d + 2 * d * vision.intermediate_size) * positions
+    block += 4 * d * positions * positions
+    patches = 2 * 3 * vision.patch_size**2 * d * vision.num_patches
+    width = model.text.hidden_size
+    projector = 2 * (d * width + width * width) * vision.num_patches
+    return float(tiles * (model.num_vision_layers * block + patches + projector))
+
+
+def count_forward(
+    model: ModelConfig,
+    *,
+    rows: int,
+    length: int,
+    lora: LoRAConfig | None = None,
+    tiles: int = 0,
+    causal_half: bool = False,
+    pooled_only: bool = False,
+) -> HandCount:
+    """One forward pass over ``rows`` sequences of ``length`` positions, padding included.
+
+    ``causal_half`` counts only the scores that the mask lets through, as a kernel that skips blocks
+    does; a plain matmul computes all of them. ``pooled_only`` leaves out of the last layer what
+    only other tokens than the pooled one need, as the encoder does: all but its keys and values.
+    """
+    tokens = rows * length
+    text = model.text
+    keys_values = 2 * text.hidden_size * text.num_key_value_heads * text.head_dim
+    layer = decoder_matmul_parameters(model) // text.num_hidden_layers
+    skipped = 2.0 * (layer - keys_values) * (tokens - rows) if pooled_only else 0.0
+    layers = text.num_hidden_layers - (1 if pooled_only else 0)  # one query costs next to nothing
+    scores = 4.0 * layers * text.num_attention_heads * text.head_dim
+    return HandCount(
+        decoder=2.0 * decoder_matmul_parameters(model) * tokens - skipped,
+        lora=0.0 if lora is None else 2.0 * lora_parameters(model, lora) * tokens,
+        attention=scores * tokens * length * (0.5 if causal_half else 1.0),
+        vision=vision_flops(model, tiles),
+        down=2.0 * text.num_hidden_layers * text.hidden_size * text.intermediate_size * tokens,
+    )
+
+
+def train_flops(forward: HandCount, *, frozen_base: bool, remat: Remat, chunked: bool) -> float:
+    """A step by hand: forward, backward, and what is computed again.
+
+    The backward pass costs one forward for the activations' gradients and one for those of trained
+    weights: of a frozen base only its LoRA factors. Attention has two operands, both with a
+    gradient. Full rematerialisation computes each layer once more, up to its last linear map, whose
+    output no gradient needs; gradient caching computes each chunk once more before that.
+    """
+    decoder = forward.decoder * (2 if frozen_base else 3)
+    rest = (forward.lora + forward.attention) * 3
+    again = forward.forward if chunked else 0.0
+    if remat == "full":
+        again += forward.forward - forward.down
+    return decoder + rest + again

@@ -1,0 +1,124 @@
+"""A slice of chips by name: ``v5e:4x8``, ``v5p:2x2x4``, ``gpu:h100:8``, ``cpu``."""
+
+import math
+import os
+import re
+from dataclasses import dataclass
+
+import jax
+import jaxlib
+from jax.experimental import topologies
+
+from e5v_jax.dryrun.chips import GPUS, TPUS, Chip
+
+INSTALL_LIBTPU = "pip install 'jax[tpu]=={version}' (or, in this checkout, pip install -e '.[tpu]')"
+
+_LIBTPU_ENVIRONMENT = {
+    # it would ask the cloud that it is not in which machine this is, for a minute
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    # it would refuse to load while another process compiles
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_STDERR_LOG_LEVEL": "3",
+}
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Chips of one kind and how they are connected."""
+
+    name: str  # as given
+    chip: Chip | None  # None: the CPU of this machine
+    shape: tuple[int, ...]  # chips along each axis
+
+    @property
+    def chips(self) -> int:
+        """How many chips there are."""
+        return math.prod(self.shape)
+
+    @property
+    def is_tpu(self) -> bool:
+        """Whether its programs are compiled by libtpu."""
+        return self.chip is not None and self.chip.name in TPUS
+
+    @property
+    def collective_bandwidth(self) -> float:
+        """Bytes/s in or out of one chip in an all-gather or reduce-scatter over all of them.
+
+        A ring along each axis of more than one chip sends both ways at once; all axes work at a
+        time. Without wrap-around (a mesh, as small slices are) a chip at the end has one way
+        only, and that is what the ring waits for: so each axis counts one link, not two.
+        """
+        if self.chip is None or self.chips == 1:
+            return math.inf
+        if self.chip.torus_axes == 0:
+            return self.chip.link_bandwidth
+        wrapped = {2: 16, 3: 4}[self.chip.torus_axes]  # sides at which an axis closes to a ring
+        links = sum(2 if side >= wrapped else 1 for side in self.shape if side > 1)
+        return links * self.chip.link_bandwidth
+
+
+def parse_topology(name: str) -> Topology:
+    """Read the name of a slice.
+
+    Raises:
+        ValueError: no such chip, or not its number of axes.
+    """
+    if name == "cpu":
+        return Topology(name, None, (1,))
+    kind, _, rest = name.partition(":")
+    if kind == "gpu":
+        model, _, count = rest.partition(":")
+        if model not in GPUS or not re.fullmatch(r"[1-9]\d*", count):
+            raise ValueError(
+                f"topology {name!r}: expected gpu:MODEL:COUNT with MODEL one of {', '.join(GPUS)}"
+            )
+        return Topology(name, GPUS[model], (int(count),))
+    if kind not in TPUS:
+        raise ValueError(
+            f"topology {name!r}: expected CHIP:SIDES such as v5e:4x8, with CHIP one of "
+            f"{', '.join(TPUS)}; gpu:MODEL:COUNT; or cpu"
+        )
+    chip = TPUS[kind]
+    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", rest) or rest.count("x") + 1 != chip.torus_axes:
+        example = {2: "4x8", 3: "2x2x4"}[chip.torus_axes]
+        raise ValueError(
+            f"topology {name!r}: {kind} chips are connected along {chip.torus_axes} axes, "
+            f"expected a name such as {kind}:{example}"
+        )
+    return Topology(name, chip, tuple(map(int, rest.split("x"))))
+
+
+def compile_devices(topology: Topology) -> list[jax.Device]:
+    """Devices to compile for: they take programs, and run none (``cpu`` does run them).
+
+    Raises:
+        ImportError: libtpu is missing, or does not go with this jaxlib.
+        ValueError: there is no such slice.
+    """
+    if topology.chip is None:
+        return jax.devices("cpu")[:1]
+    for variable, value in _LIBTPU_ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    options: dict[str, tuple[int, ...] | str] = {}
+    if topology.chips == 1:
+        options["chips_per_host_bounds"] = (1, 1, 1)
+    if topology.chip.name == "v4":
+        options["chip_config_name"] = "megacore"  # one device a chip, as JAX has it on a v4
+    install = INSTALL_LIBTPU.format(version=jax.__version__)
+    try:
+        description = topologies.get_topology_desc(
+            platform="tpu", topology_name=topology.name, **options
+        )
+    except Exception as error:  # whatever libtpu has to say, of any class
+        text = str(error)
+        if "libtpu" in text.lower() or "not installed" in text:
+            raise ImportError(
+                "compiling for a TPU needs the libtpu that goes with jaxlib "
+                f"{jaxlib.__version__}: {install}"
+            ) from error
+        raise ValueError(
+            f"topology {topology.name!r}: libtpu knows no such slice: {text.splitlines()[0]}"
+        ) from error
+    return list(description.devices)
