@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,9 +17,10 @@ from PIL import Image
 
 from convert import from_hf
 from e5v_jax import E5V, cli
-from e5v_jax.encode.__main__ import Args, encode, label
+from e5v_jax.encode.__main__ import encode, label
 from e5v_jax.encode.files import IMAGE_SUFFIXES, make_item, read_items
 from e5v_jax.encode.inputs import InputError
+from e5v_jax.encode.options import Args
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -165,7 +167,7 @@ def test_options_reach_the_model(
     sizes = []
     original = E5V.encode
 
-    def spy(self: E5V, *args: Any, batch_size: int, **kwargs: Any) -> np.ndarray:
+    def spy(self: E5V, *args: Any, batch_size: int | None, **kwargs: Any) -> np.ndarray:
         sizes.append(batch_size)
         return original(self, *args, batch_size=batch_size, **kwargs)
 
@@ -173,13 +175,24 @@ def test_options_reach_the_model(
     code, _, _ = command("--model", "m", "--text", "a dog", "two cats")
     assert code == 0
     flags = ["--dtype", "float32", "--adapter", "lora", "--template", "chatml", "--batch-size", "3"]
+    flags += ["--quantize", "int8", "--attn-implementation", "xla"]
     code, _, _ = command("--model", "other", "--text", "a dog", "two cats", *flags)
     assert code == 0
+    meshes = [dict(call.pop("mesh").shape) for call in load_calls]
+    assert meshes == 2 * [{"data": len(jax.devices()), "fsdp": 1, "tensor": 1}]
+    plain = {"dtype": "bfloat16", "adapter": None, "template": None, "quantize": None}
     assert load_calls == [
-        {"path": "m", "dtype": "bfloat16", "adapter": None, "template": None},
-        {"path": "other", "dtype": "float32", "adapter": Path("lora"), "template": "chatml"},
+        {"path": "m", **plain, "attn_implementation": "auto"},
+        {
+            "path": "other",
+            "dtype": "float32",
+            "adapter": Path("lora"),
+            "template": "chatml",
+            "quantize": "int8",
+            "attn_implementation": "xla",
+        },
     ]
-    assert sizes == [32, 3]
+    assert sizes == [None, 3]
 
 
 @pytest.mark.usefixtures("load_calls")
@@ -341,7 +354,7 @@ BAD_FILES = [
     (
         "a.tsv",
         b"a",
-        "a.tsv: unknown suffix '.tsv', expected .txt, .jsonl, .csv or a folder of images",
+        "a.tsv: unknown suffix '.tsv', expected .txt, .jsonl, .csv, .parquet or a folder of images",
     ),
     ("a.txt", None, "a.txt: no such file or folder"),
 ]
@@ -451,7 +464,7 @@ def test_bad_flag_is_named(
     ("output", "message"),
     [
         ("old.npy", "old.npy: already exists; choose another name or delete it"),
-        ("old.txt", "old.txt: expected a name that ends in .npy or .parquet"),
+        ("old.txt", "old.txt: expected a name that ends in .npy or .parquet, or a folder"),
         ("none/a.npy", "none: no such folder; create it first"),
     ],
 )

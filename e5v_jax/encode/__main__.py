@@ -1,70 +1,53 @@
 """``python -m e5v_jax.encode --model DIR --text "a dog" "a cat" --image dog.jpg``."""
 
+import logging
+import multiprocessing
 import sys
 import warnings
-from dataclasses import dataclass
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tyro
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from e5v_jax import cli
-from e5v_jax.encode.files import Item, check_output, make_item, read_items, write_vectors
+from e5v_jax.encode.files import Item, list_folder, make_item, read_items, scan_items
+from e5v_jax.encode.options import Args, check
+from e5v_jax.encode.vectors import check_output, write_vectors
+
+if TYPE_CHECKING:
+    from e5v_jax import E5V
 
 MAX_SHOWN = 20
 """Largest similarity table; more inputs need an output file."""
 _LABEL_WIDTH = 32
 
 
-@dataclass(frozen=True)
-class Args:
-    """Embed texts and images: write the vectors to a file, or show how similar they are."""
-
-    model: str
-    """Converted folder, Hugging Face folder or GGUF file, or a hub id."""
-    text: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
-    """Texts to embed."""
-    image: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
-    """Image files to embed, after the texts."""
-    input: Path | None = None
-    """Instead of --text and --image: a folder of images, or a file: .txt (one text a line), .jsonl
-    (keys text and/or image, and any id) or .csv (columns of the same names). Image paths are
-    relative to the file's folder."""
-    output: Path | None = None
-    """File to write, .npy (float32 [N, D]) or .parquet (id, embedding); must not exist. Without it,
-    the cosine similarities of at most 20 inputs are shown."""
-    prompt_name: str | None = None
-    """Instruction by name: text, image, sts, text_image, cirr_gallery or cirr_query; by
-    default chosen by what an input has."""
-    prompt: str | None = None
-    """Instruction of your own, with <sent> where the text goes and <image> for the image."""
-    template: str | None = None
-    """Chat template: llama3, mistral, phi3, chatml or vicuna; by default told from the model."""
-    adapter: Path | None = None
-    """LoRA to apply: a run folder of e5v_jax.train, one of its checkpoints, or a PEFT folder."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Precision of weights and arithmetic."""
-    batch_size: int = 32
-    """Inputs per device batch."""
-    truncate_dim: int | None = None
-    """Keep only the first dimensions."""
-    normalize: bool = True
-    """Scale the vectors to length 1, after truncation."""
-
-
 def encode(args: Args) -> None:
-    """Embed and write or print; ``args.output`` appears only when whole.
+    """Embed and write or print; an output file or shard appears only when whole.
 
     Raises:
         cli.UsageError: flags that do not go together, or a value that cannot be.
         ValueError, OSError: one line naming the file and line, or the flag.
     """
-    _check_flags(args)
+    check(args)
+    with warnings.catch_warnings():
+        # Pillow's two lines about an image that is then refused in one
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        if args.is_bulk:
+            encode_to_folder(args)
+        else:
+            encode_in_memory(args)
+
+
+def encode_in_memory(args: Args) -> None:
+    """Inputs that fit in memory, to one file or to the terminal."""
     # All of it before the model, which may take minutes to load.
     if args.output is not None:
         check_output(args.output)
@@ -74,37 +57,16 @@ def encode(args: Args) -> None:
             f"{len(items)} input{'s' * (len(items) > 1)} and no --output: give a file to write "
             f"to, or 2 to {MAX_SHOWN} inputs to compare"
         )
+    model = load_model(args)
 
     # Here, not above: they load JAX and transformers, which --help and the errors so far do not
     # need.
     from e5v_jax import E5V
-    from e5v_jax.encode.inputs import InputError, choose_prompt
-    from e5v_jax.prompts import TEMPLATES
+    from e5v_jax.encode.inputs import InputError
 
-    if args.template is not None and args.template not in TEMPLATES:
-        raise cli.UsageError(
-            f"--template: unknown {args.template!r}, expected one of {', '.join(TEMPLATES)}"
-        )
     try:
-        choose_prompt("{}", args.prompt_name, args.prompt)
-    except ValueError as error:
-        raise cli.UsageError(str(error)) from error
-
-    model = E5V.from_pretrained(
-        args.model, dtype=args.dtype, adapter=args.adapter, template=args.template
-    )
-    try:
-        with warnings.catch_warnings():
-            # Pillow's two lines about an image that is then refused in one
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            vectors = model.encode(
-                [item.value for item in items],
-                prompt_name=args.prompt_name,
-                prompt=args.prompt,
-                batch_size=args.batch_size,
-                normalize_embeddings=args.normalize,
-                truncate_dim=args.truncate_dim,
-            )
+        with decoding_pool(args.num_workers) as pool:
+            vectors = model.encode([item.value for item in items], pool=pool, **options(args))
     except InputError as error:
         raise ValueError(f"{items[error.position].where}: {error.reason}") from error
     if args.output is None:
@@ -115,14 +77,128 @@ def encode(args: Args) -> None:
         print(f"{args.output}: {rows} vector{'s' * (rows > 1)} of {dims} dimensions, float32")
 
 
-def _check_flags(args: Args) -> None:
-    for flag, value in (("--batch-size", args.batch_size), ("--truncate-dim", args.truncate_dim)):
-        if value is not None and value < 1:
-            raise cli.UsageError(f"{flag}: {value}, expected at least 1")
-    if args.prompt_name is not None and args.prompt is not None:
-        raise cli.UsageError("give --prompt-name or --prompt, not both")
-    if (args.input is None) == (not args.text and not args.image):
-        raise cli.UsageError("give --input, or --text and --image: one of the two")
+def encode_to_folder(args: Args) -> None:
+    """Any number of inputs, to shards; see e5v_jax/encode/bulk.py."""
+    assert args.input is not None and args.output is not None
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("e5v_jax").setLevel(logging.INFO)
+    if args.input.is_dir():
+        tell_left_out(args.input, list_folder(args.input)[1])
+    scan = scan_items(args.input, allow_errors=args.on_error == "skip")
+
+    from e5v_jax.train.distributed import initialize, is_first, wait_for_all
+
+    initialize(distributed=args.distributed)  # before anything else of JAX
+
+    import jax
+
+    from convert.hf_source import resolve
+    from e5v_jax.encode import bulk
+    from e5v_jax.encode.progress import bulk_progress
+    from e5v_jax.evaluate.cache import model_key
+
+    how = bulk.BulkOptions(args.shard_size, args.format, args.embedding_dtype, args.on_error)
+    arguments = options(args)
+    manifest = bulk.describe(
+        how,
+        input=str(args.input),
+        input_rows=scan.rows,
+        input_sha256=scan.fingerprint,
+        model=args.model,
+        model_sha256=model_key(resolve(args.model, None), args.adapter),
+        adapter=None if args.adapter is None else str(args.adapter),
+        template=args.template,
+        dtype=args.dtype,
+        quantize=args.quantize,
+        attn_implementation=args.attn_implementation,
+        device=jax.devices()[0].device_kind,
+        **arguments,
+    )
+    if is_first():
+        bulk.start_output(args.output, manifest)
+    wait_for_all("the output folder is there")
+    model = load_model(args)
+    share = bulk.Share(jax.process_index(), jax.process_count())
+    with (
+        decoding_pool(args.num_workers) as pool,
+        bulk_progress(scan.rows // share.count, model.statistics) as progress,
+    ):
+        bulk.encode_shards(
+            model,
+            args.input,
+            args.output,
+            options=how,
+            encode=arguments,
+            progress=progress,
+            share=share,
+            pool=pool,
+        )
+    wait_for_all("all shards are written")
+    if is_first():
+        result = bulk.finish_output(args.output, scan.rows, how)
+        print(
+            f"{args.output}: {result['embedded']} of {result['rows']} rows embedded in "
+            f"{result['shards']} shard{'s' * (result['shards'] > 1)}, {progress.summary()}"
+        )
+        if result["failed"]:
+            print(f"{result['failed']} failed: see {args.output / 'failed.jsonl'}")
+
+
+def load_model(args: Args) -> "E5V":
+    """The model the flags ask for, on this process's devices.
+
+    Raises:
+        cli.UsageError: an unknown template, prompt or mesh.
+        FileNotFoundError, ValueError: it cannot be loaded.
+    """
+    import jax
+
+    from e5v_jax import E5V
+    from e5v_jax.encode.inputs import choose_prompt
+    from e5v_jax.prompts import TEMPLATES
+    from e5v_jax.sharding import make_mesh
+
+    if args.template is not None and args.template not in TEMPLATES:
+        raise cli.UsageError(
+            f"--template: unknown {args.template!r}, expected one of {', '.join(TEMPLATES)}"
+        )
+    try:
+        choose_prompt("{}", args.prompt_name, args.prompt)
+        mesh = make_mesh(-1, args.fsdp, args.tensor, devices=jax.local_devices())
+    except ValueError as error:
+        raise cli.UsageError(str(error)) from error
+    return E5V.from_pretrained(
+        args.model,
+        dtype=args.dtype,
+        adapter=args.adapter,
+        template=args.template,
+        quantize=args.quantize,
+        attn_implementation=args.attn_implementation,
+        mesh=mesh,
+    )
+
+
+def options(args: Args) -> dict[str, Any]:
+    """Arguments of ``E5V.encode``."""
+    return {
+        "prompt_name": args.prompt_name,
+        "prompt": args.prompt,
+        "batch_size": args.batch_size,
+        "max_num_batched_tokens": args.max_num_batched_tokens,
+        "normalize_embeddings": args.normalize,
+        "truncate_dim": args.truncate_dim,
+    }
+
+
+@contextmanager
+def decoding_pool(num_workers: int) -> Iterator[Executor | None]:
+    """Processes that decode images; None leaves it to threads."""
+    if num_workers == 0:
+        yield None
+        return
+    spawn = multiprocessing.get_context("spawn")  # JAX has threads, which a fork would lose
+    with ProcessPoolExecutor(num_workers, mp_context=spawn) as pool:
+        yield pool
 
 
 def collect_items(args: Args) -> list[Item]:
@@ -133,10 +209,7 @@ def collect_items(args: Args) -> list[Item]:
     """
     if args.input is not None:
         items, skipped = read_items(args.input)
-        if skipped:
-            more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
-            names = ", ".join(skipped[:3]) + more
-            print(f"{args.input}: left out, not an image file: {names}", file=sys.stderr)
+        tell_left_out(args.input, skipped)
         return items
     texts = [text for group in args.text for text in group]
     images = [image for group in args.image for image in group]
@@ -149,13 +222,20 @@ def collect_items(args: Args) -> list[Item]:
     ]
 
 
+def tell_left_out(folder: Path, names: list[str]) -> None:
+    """Say which entries of a folder are no images."""
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        print(
+            f"{folder}: left out, not an image file: {', '.join(names[:3])}{more}", file=sys.stderr
+        )
+
+
 def label(item: Item) -> str:
     """An input in a few printable words."""
     image, text = item.value.get("image"), item.value.get("text")
-    parts = ([Path(image).name] if image is not None else []) + (
-        [str(text)] if text is not None else []
-    )
-    words = " ".join(" + ".join(parts).split())
+    name = [] if image is None else ["image" if isinstance(image, bytes) else Path(image).name]
+    words = " ".join(" + ".join(name + ([] if text is None else [str(text)])).split())
     words = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in words)
     return words if len(words) <= _LABEL_WIDTH else words[: _LABEL_WIDTH - 1] + "…"
 

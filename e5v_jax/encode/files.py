@@ -1,19 +1,18 @@
-"""Files of the encode command: inputs from text, jsonl or csv or an image folder; vectors out."""
+"""Inputs of the encode command: rows of text, jsonl, csv and parquet files, folders of images."""
 
-import csv
-import io
-import json
+import glob
+import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
+from e5v_jax.data.rows import read_lines, read_rows
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """What a folder is searched for; an image named by path may have any suffix."""
-OUTPUT_SUFFIXES = (".npy", ".parquet")
 COLUMNS = ("id", "text", "image")
+_TABLES = (".txt", ".jsonl", ".csv", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,19 @@ class Item:
     where: str
     """Where a person finds it, for messages: ``file:line`` or the flag."""
     id: str
-    value: dict[str, str | Path]
+    value: dict[str, str | Path | bytes]
     """``text`` and/or ``image``, as :meth:`e5v_jax.E5V.encode` takes it."""
+    error: str | None = None
+    """Why it cannot be embedded, if that is known without a model; then it has no value."""
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What there is to embed, read once without keeping it."""
+
+    rows: int
+    fingerprint: str
+    """sha256 (hex) over ids, texts, image paths and the sizes of images given as bytes."""
 
 
 def make_item(
@@ -35,228 +45,191 @@ def make_item(
     What needs no model is checked here: a model may take minutes to load.
 
     Raises:
-        ValueError: neither text nor image, an empty one, a URL.
-        FileNotFoundError: no such image.
+        ValueError: neither text nor image, an empty one, a URL, no such image.
     """
-    value: dict[str, str | Path] = {}
+    try:
+        return Item(where, id, _value(text, image, folder))
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}") from None
+
+
+def _value(
+    text: str | None, image: str | bytes | None, folder: Path
+) -> dict[str, str | Path | bytes]:
+    value: dict[str, str | Path | bytes] = {}
     if text is not None:
         if not text.strip():
-            raise ValueError(f"{where}: the text is empty")
+            raise ValueError("the text is empty")
         value["text"] = text
-    if image is not None:
+    if isinstance(image, bytes):
+        value["image"] = image
+    elif image is not None:
         if not image.strip():
-            raise ValueError(f"{where}: image is empty")
+            raise ValueError("image is empty")
         if "://" in image:
-            raise ValueError(
-                f"{where}: image {image}: URLs are not fetched; download it and give its path"
-            )
+            raise ValueError(f"image {image}: URLs are not fetched; download it and give its path")
         value["image"] = folder / image
         if not os.path.exists(folder / image):  # unlike Path.exists, False for any odd string
-            raise FileNotFoundError(f"{where}: image {folder / image}: no such file")
+            raise ValueError(f"image {folder / image}: no such file")
     if not value:
-        raise ValueError(f"{where}: neither text nor image is given")
-    return Item(where, id, value)
+        raise ValueError("neither text nor image is given")
+    return value
 
 
 def read_items(source: Path) -> tuple[list[Item], list[str]]:
-    """Inputs of a folder of images or a file, in order, and the names of a folder's other entries.
+    """All inputs of ``source`` in memory, and the names of a folder's other entries.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`iterate_items`, and for a bad row too.
+    """
+    items = []
+    for item in iterate_items(source):
+        if item.error is not None:
+            raise ValueError(f"{item.where}: {item.error}")
+        items.append(item)
+    return items, list_folder(source)[1] if source.is_dir() else []
+
+
+def scan_items(source: Path, *, allow_errors: bool) -> Scan:
+    """Read all inputs once; with ``allow_errors`` bad rows count as rows.
+
+    Raises:
+        FileNotFoundError, ValueError: as :func:`iterate_items`, and without ``allow_errors`` for a
+            bad row too.
+    """
+    digest, rows = hashlib.sha256(), 0
+    for item in iterate_items(source):
+        if item.error is not None and not allow_errors:
+            raise ValueError(f"{item.where}: {item.error}")
+        image = item.value.get("image")
+        parts = (item.id, item.value.get("text"), len(image) if isinstance(image, bytes) else image)
+        digest.update(repr(tuple(map(str, parts))).encode("utf-8", "surrogatepass"))
+        rows += 1
+    return Scan(rows, digest.hexdigest())
+
+
+def iterate_items(source: Path) -> Iterator[Item]:
+    """Inputs of a folder of images, of a file, or of all that a glob pattern matches, in order.
 
     - .txt: one text a line.
     - .jsonl: an object a line with ``text`` and/or ``image`` and any ``id``; null is not given.
     - .csv: columns ``text`` and/or ``image`` and any ``id``; where there are both, an empty cell is
       not given.
+    - .parquet: columns as for .csv; ``image`` may also be the bytes of a file, or as Hugging Face's
+      datasets have it, a struct with ``bytes`` and ``path``.
 
     Image paths are relative to the file's folder. Lines count from 1, and the number of the line on
-    which it starts is the id of a row that has none. In a folder, the file name is the id.
+    which it starts is the id of a row that has none. In a folder, the file name is the id. What a
+    pattern (say ``photos/**/*.jpg``) matches is sorted; ids are paths, of rows path:number.
 
     Raises:
-        FileNotFoundError: no such file, folder or image.
-        ValueError: one line naming file and line, and what is wrong there.
+        FileNotFoundError: no such file or folder.
+        ValueError: one line naming file and line, and what is wrong there with the file as a whole;
+            what is wrong with one row only is the ``error`` of its item.
     """
-    if not source.exists():
-        raise FileNotFoundError(f"{source}: no such file or folder")
+    places: dict[str, str] = {}
+    for item in _iterate(source):
+        if item.id in places:
+            reason = f"id {item.id!r} is taken: see {places[item.id]}"
+            yield Item(item.where, item.id, {}, item.error or reason)
+        else:
+            places[item.id] = item.where
+            yield item
+    if not places:
+        raise ValueError(f"{source}: nothing to embed")
+
+
+def _iterate(source: Path) -> Iterator[Item]:
     if source.is_dir():
-        return _read_folder(source)
-    reader = _READERS.get(source.suffix.lower())
-    if reader is None:
+        for name in list_folder(source)[0]:
+            yield Item(str(source), name, {"image": source / name})
+    elif source.exists() or not glob.has_magic(str(source)):
+        yield from _iterate_file(source, prefix="")
+    else:
+        for match in map(Path, sorted(glob.glob(str(source), recursive=True))):
+            if match.suffix.lower() in _TABLES:
+                yield from _iterate_file(match, prefix=f"{match}:")
+            elif match.name.lower().endswith(IMAGE_SUFFIXES):
+                yield Item(str(source), str(match), {"image": match})
+
+
+def list_folder(folder: Path) -> tuple[list[str], list[str]]:
+    """Names of a folder's images and of its other entries, hidden ones left out, sorted.
+
+    Raises:
+        ValueError: there is no image.
+    """
+    images: list[str] = []
+    others: list[str] = []
+    for name in sorted(entry.name for entry in folder.iterdir()):
+        if not name.startswith("."):
+            is_image = name.lower().endswith(IMAGE_SUFFIXES) and (folder / name).is_file()
+            (images if is_image else others).append(name)
+    if not images:
+        raise ValueError(f"{folder}: no image file ({', '.join(IMAGE_SUFFIXES)})")
+    return images, others
+
+
+def _iterate_file(file: Path, *, prefix: str) -> Iterator[Item]:
+    if not file.exists():
+        raise FileNotFoundError(f"{file}: no such file or folder")
+    suffix = file.suffix.lower()
+    if suffix not in _TABLES:
         raise ValueError(
-            f"{source}: unknown suffix {source.suffix!r}, expected {', '.join(_READERS)} or a "
+            f"{file}: unknown suffix {file.suffix!r}, expected {', '.join(_TABLES)} or a "
             "folder of images"
         )
-    lines: dict[str, str] = {}
-    items = []
-    for item in reader(source, _decode(source)):
-        if item.id in lines:
-            raise ValueError(f"{item.where}: id {item.id!r} is taken: see {lines[item.id]}")
-        lines[item.id] = item.where
-        items.append(item)
-    if not items:
-        raise ValueError(f"{source}: nothing to embed")
-    return items, []
+    if suffix == ".txt":
+        for number, line in read_lines(file):
+            text = line.removesuffix("\n").removesuffix("\r")
+            yield _item(file, number, {"text": text}, prefix)
+        return
+    for number, values in read_rows(file, _check_columns):
+        if suffix == ".csv" and isinstance(values, dict):
+            for column, other in (("text", "image"), ("image", "text")):
+                if not values.get(column) and values.get(other):
+                    values.pop(column, None)
+        yield _item(file, number, values, prefix)
 
 
-def _read_folder(folder: Path) -> tuple[list[Item], list[str]]:
-    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
-    items: list[Item] = []
-    others: list[str] = []
-    for name in names:
-        if name.lower().endswith(IMAGE_SUFFIXES) and (folder / name).is_file():
-            items.append(Item(str(folder), name, {"image": folder / name}))
-        else:
-            others.append(name)
-    if not items:
-        raise ValueError(f"{folder}: no image file ({', '.join(IMAGE_SUFFIXES)})")
-    return items, others
-
-
-def _decode(file: Path) -> str:
-    data = file.read_bytes()
+def _item(file: Path, number: int, values: dict[str, object] | ValueError, prefix: str) -> Item:
+    where, id = f"{file}:{number}", f"{prefix}{number}"
     try:
-        return data.decode("utf-8-sig")  # spreadsheets put a BOM in front
-    except UnicodeDecodeError as error:
-        data = error.object  # without the BOM
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{file}:{line}: not UTF-8 (byte 0x{data[error.start]:02x}): save the file as UTF-8"
-        ) from None
+        if isinstance(values, ValueError):
+            raise values
+        given = {key: _cell(key, value) for key, value in values.items() if value is not None}
+        found = given.get("id", id)
+        assert isinstance(found, str)
+        if not found.strip():
+            raise ValueError("the id is empty")
+        id = found
+        text = given.get("text")
+        assert text is None or isinstance(text, str)
+        return Item(where, id, _value(text, given.get("image"), file.parent))
+    except ValueError as error:
+        return Item(where, id, {}, str(error))
 
 
-def _lines(text: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines; str.splitlines would also split at characters that may be in a text."""
-    lines = text.removesuffix("\n").split("\n") if text else []
-    return enumerate((line.removesuffix("\r") for line in lines), start=1)
+def _cell(key: str, value: object) -> str | bytes:
+    if key not in COLUMNS:  # not ignored: a misspelt one would change the embedding
+        raise ValueError(f"unknown key {key!r}, expected {', '.join(COLUMNS)}")
+    if key == "id" and type(value) is int:
+        return str(value)
+    if key == "image" and isinstance(value, dict) and set(value) == {"bytes", "path"}:
+        value = value["path"] if value["bytes"] is None else value["bytes"]
+    if isinstance(value, str) or (key == "image" and isinstance(value, bytes)):
+        return value
+    raise ValueError(f"{key} is of type {type(value).__name__}, not a string")
 
 
-def _read_txt(file: Path, content: str) -> Iterator[Item]:
-    for number, line in _lines(content):
-        yield make_item(f"{file}:{number}", str(number), text=line, image=None)
-
-
-def _read_jsonl(file: Path, content: str) -> Iterator[Item]:
-    for number, line in _lines(content):
-        where = f"{file}:{number}"
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: broken json: {error.msg}, column {error.colno}") from None
-        except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
-            raise ValueError(f"{where}: broken json: {error}") from None
-        if not isinstance(row, dict):
-            raise ValueError(f'{where}: expected an object, as {{"text": "a dog"}}')
-        values = {"id": str(number)}
-        for key, value in row.items():
-            if key not in COLUMNS:
-                raise ValueError(f"{where}: unknown key {key!r}, expected {', '.join(COLUMNS)}")
-            if key == "id" and type(value) is int:
-                value = str(value)
-            if not isinstance(value, str | None):
-                raise ValueError(f"{where}: {key} is of type {type(value).__name__}, not a string")
-            if value is not None:
-                values[key] = value
-        yield _make_row(where, values, file.parent)
-
-
-def _read_csv(file: Path, content: str) -> Iterator[Item]:
-    # strict: otherwise a stray quote silently swallows what follows it
-    reader = csv.reader(io.StringIO(content, newline=""), strict=True)
-    header: list[str] | None = None
-    while True:
-        number = reader.line_num + 1
-        where = f"{file}:{number}"
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            raise ValueError(f"{where}: broken csv: {error}") from None
-        if row is None:
-            return
-        if not row:
-            continue
-        if header is None:
-            header = row
-            _check_header(where, header)
-            continue
-        if len(row) != len(header):
-            raise ValueError(f"{where}: {len(row)} fields, expected {len(header)}: {header}")
-        values = {"id": str(number), **dict(zip(header, row, strict=True))}
-        for column, other in (("text", "image"), ("image", "text")):
-            if not values.get(column) and values.get(other):
-                values.pop(column, None)
-        yield _make_row(where, values, file.parent)
-
-
-def _check_header(where: str, header: list[str]) -> None:
+def _check_columns(where: str, header: list[str]) -> None:
     if "text" not in header and "image" not in header:
         raise ValueError(f"{where}: no column text or image; found {header}")
     for column in header:
-        if column not in COLUMNS:  # not ignored: a misspelt one would change the embedding
+        if column not in COLUMNS:
             raise ValueError(
                 f"{where}: unknown column {column!r}, expected {', '.join(COLUMNS)}: rename or "
                 "remove it"
             )
         if header.count(column) > 1:
             raise ValueError(f"{where}: column {column} is there twice")
-
-
-def _make_row(where: str, values: dict[str, str], folder: Path) -> Item:
-    if not values["id"].strip():
-        raise ValueError(f"{where}: the id is empty")
-    return make_item(
-        where, values["id"], text=values.get("text"), image=values.get("image"), folder=folder
-    )
-
-
-_READERS: dict[str, Callable[[Path, str], Iterator[Item]]] = {
-    ".txt": _read_txt,
-    ".jsonl": _read_jsonl,
-    ".csv": _read_csv,
-}
-
-
-def check_output(path: Path) -> None:
-    """Refuse an output that could not be written, before anything is computed.
-
-    Raises:
-        ValueError: a suffix other than .npy and .parquet.
-        FileExistsError: it exists.
-        FileNotFoundError: its folder does not.
-        PermissionError: its folder cannot be written to.
-    """
-    if path.suffix not in OUTPUT_SUFFIXES:
-        raise ValueError(f"{path}: expected a name that ends in {' or '.join(OUTPUT_SUFFIXES)}")
-    if path.exists():
-        raise FileExistsError(f"{path}: already exists; choose another name or delete it")
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"{path.parent}: no such folder; create it first")
-    if not os.access(path.parent, os.W_OK):
-        raise PermissionError(f"{path.parent}: no permission to write there")
-
-
-def write_vectors(path: Path, ids: list[str], vectors: np.ndarray) -> None:
-    """Write fp32 vectors [N, D]; ``path`` appears only when whole.
-
-    .npy holds the array, .parquet the columns ``id`` (string) and ``embedding`` (a list of D fp32).
-
-    Raises:
-        OSError: the disk is full or the like.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            if path.suffix == ".npy":
-                np.save(file, vectors.astype(np.float32))
-            else:
-                _write_parquet(file, ids, vectors.astype(np.float32))
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_parquet(file: io.BufferedWriter, ids: list[str], vectors: np.ndarray) -> None:
-    # here and not above: the import takes a while and .npy does not need it
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    embeddings = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
-    pq.write_table(pa.table({"id": pa.array(ids, pa.string()), "embedding": embeddings}), file)

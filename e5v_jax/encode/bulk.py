@@ -1,0 +1,236 @@
+"""Any number of inputs into a folder of shards, which a killed run goes on with.
+
+    manifest.json        what was embedded, how, and with what; at the end, how many rows
+    shard-00000.parquet  columns id and embedding; or .npy, with the ids in shard-00000.ids.json
+    failed.jsonl         with --on-error skip: id, place and reason of each row left out
+
+A shard is a fixed range of input rows, embedded by itself and renamed when whole. So its bytes do
+not depend on where a run was killed, nor on how many processes shared the work.
+"""
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from e5v_jax import __version__
+from e5v_jax.encode.files import Item, iterate_items
+from e5v_jax.encode.inputs import InputError
+from e5v_jax.encode.progress import BulkProgress
+from e5v_jax.encode.vectors import write_json, write_vectors, write_whole
+
+if TYPE_CHECKING:
+    from e5v_jax import E5V
+
+FORMAT_VERSION = 1
+_NOT_COMPARED = ("versions", "result")
+
+
+@dataclass(frozen=True)
+class BulkOptions:
+    """How shards are cut and written; a run can only be resumed with the same."""
+
+    shard_size: int
+    """Input rows of a shard."""
+    format: Literal["parquet", "npy"]
+    embedding_dtype: Literal["float32", "float16"]
+    on_error: Literal["raise", "skip"]
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which of the processes that share the work this one is."""
+
+    index: int = 0
+    count: int = 1
+
+
+def start_output(output: Path, manifest: dict[str, Any]) -> None:
+    """Make the folder with its manifest, or see that one there is of the same run.
+
+    What a killed run was writing is removed.
+
+    Raises:
+        ValueError: the folder is another run's, or none of ours; one line naming what differs.
+    """
+    path = output / "manifest.json"
+    if not path.exists():
+        if output.exists() and any(not is_temporary(entry) for entry in output.iterdir()):
+            raise ValueError(f"{output}: not empty and no output of this command; choose another")
+        output.mkdir(parents=True, exist_ok=True)
+    else:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        for key in sorted((found.keys() | manifest.keys()) - set(_NOT_COMPARED)):
+            if found.get(key) != manifest.get(key):
+                raise ValueError(
+                    f"{output}: begun with {key} {found.get(key)!r}, this run has "
+                    f"{manifest.get(key)!r}; choose another --output or delete it"
+                )
+    for entry in output.iterdir():
+        if is_temporary(entry):
+            entry.unlink()
+    if not path.exists():
+        write_json(path, manifest)
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether a killed run may have left this half-written."""
+    return path.name.startswith(".") and path.name.endswith(".tmp")
+
+
+def encode_shards(
+    model: "E5V",
+    source: Path,
+    output: Path,
+    *,
+    options: BulkOptions,
+    encode: dict[str, Any],
+    progress: BulkProgress,
+    share: Share = Share(),
+    pool: Executor | None = None,
+) -> None:
+    """Embed this process's shards that are not there yet.
+
+    Args:
+        model: what embeds.
+        source: see :func:`e5v_jax.encode.files.iterate_items`.
+        output: the folder that :func:`start_output` made.
+        options: as in its manifest.
+        encode: arguments of :meth:`E5V.encode`.
+        progress: is told what is done.
+        share: every process takes another part.
+        pool: decodes images, see :meth:`E5V.encode`.
+
+    Raises:
+        ValueError: without ``on_error`` skip, the first bad row; shards before it are kept.
+        OSError: the disk is full or the like.
+    """
+    for number, items in enumerate(_chunks(iterate_items(source), options.shard_size)):
+        if number % share.count != share.index:
+            continue
+        path = shard_path(output, number, options)
+        if path.exists():
+            progress.found(len(items))
+        else:
+            _encode_shard(model, items, path, options, encode, progress, pool)
+
+
+def shard_path(output: Path, number: int, options: BulkOptions) -> Path:
+    """The file whose presence says that shard ``number`` is whole."""
+    return output / f"shard-{number:05d}.{options.format}"
+
+
+def _chunks(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
+    while chunk := list(islice(items, size)):
+        yield chunk
+
+
+def _encode_shard(
+    model: "E5V",
+    items: list[Item],
+    path: Path,
+    options: BulkOptions,
+    encode: dict[str, Any],
+    progress: BulkProgress,
+    pool: Executor | None,
+) -> None:
+    reasons = {row: item.error for row, item in enumerate(items) if item.error is not None}
+    usable = [row for row in range(len(items)) if row not in reasons]
+
+    def note(error: InputError) -> None:
+        reasons[usable[error.position]] = error.reason
+
+    skip = options.on_error == "skip"
+    try:
+        vectors = model.encode(
+            [items[row].value for row in usable],
+            on_error=note if skip else None,
+            on_batch=progress.encoded,
+            pool=pool,
+            show_progress_bar=False,
+            **encode,
+        )  # [N, D]
+    except InputError as error:
+        raise ValueError(f"{items[usable[error.position]].where}: {error.reason}") from error
+    if reasons and not skip:
+        row = min(reasons)
+        raise ValueError(f"{items[row].where}: {reasons[row]}")
+    progress.failed(len(reasons))
+    if reasons:
+        lines = [
+            json.dumps({"id": items[row].id, "where": items[row].where, "reason": reason}) + "\n"
+            for row, reason in sorted(reasons.items())
+        ]
+        write_whole(_failed_path(path), lambda file: file.write("".join(lines).encode()))
+    good = [position for position, row in enumerate(usable) if row not in reasons]
+    ids = [items[usable[position]].id for position in good]
+    if options.format == "npy":
+        write_json(path.with_suffix(".ids.json"), ids)
+    # last: it says that all of the shard is there
+    write_vectors(path, ids, vectors[good].astype(options.embedding_dtype))
+
+
+def _failed_path(shard: Path) -> Path:
+    return shard.with_suffix(".failed.jsonl")
+
+
+def finish_output(output: Path, rows: int, options: BulkOptions) -> dict[str, int]:
+    """When all processes are through: join what failed, and complete the manifest.
+
+    Returns:
+        Rows, embedded rows, failed rows and shards.
+
+    Raises:
+        RuntimeError: a shard is missing.
+    """
+    shards = -(-rows // options.shard_size)
+    failed: list[bytes] = []
+    for number in range(shards):
+        path = shard_path(output, number, options)
+        if not path.exists():
+            raise RuntimeError(f"{path}: missing; start the command again to make it")
+        if _failed_path(path).exists():
+            failed += _failed_path(path).read_bytes().splitlines(keepends=True)
+    if options.on_error == "skip":
+        write_whole(output / "failed.jsonl", lambda file: file.write(b"".join(failed)))
+    result = {
+        "rows": rows,
+        "embedded": rows - len(failed),
+        "failed": len(failed),
+        "shards": shards,
+    }
+    path = output / "manifest.json"
+    manifest = json.loads(path.read_text(encoding="utf-8"))
+    write_json(path, {**manifest, "result": result})
+    return result
+
+
+def describe(options: BulkOptions, **about: Any) -> dict[str, Any]:
+    """The manifest of a run."""
+    versions = {name: version(name) for name in ("jax", "numpy", "pillow", "transformers")}
+    versions["e5v_jax"] = __version__
+    return {"format_version": FORMAT_VERSION, **about, **asdict(options), "versions": versions}
+
+
+def read_embeddings(output: Path) -> tuple[list[str], np.ndarray]:
+    """All ids and vectors [N, D] of a finished or unfinished output folder, in input order."""
+    ids: list[str] = []
+    parts: list[np.ndarray] = []
+    for path in sorted(output.glob("shard-*")):
+        if path.suffix == ".npy":
+            ids += json.loads(path.with_suffix(".ids.json").read_text(encoding="utf-8"))
+            parts.append(np.load(path))
+        elif path.suffix == ".parquet":
+            import pyarrow.parquet as pq
+
+            table = pq.read_table(path)
+            ids += table["id"].to_pylist()
+            flat = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            parts.append(flat.reshape(len(table), table.schema.field("embedding").type.list_size))
+    return ids, np.concatenate(parts)

@@ -1,0 +1,95 @@
+"""Flags of ``python -m e5v_jax.encode``, and which of them go together."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from e5v_jax import cli
+
+
+@dataclass(frozen=True)
+class Args:
+    """Embed texts and images: write the vectors, or show how similar they are."""
+
+    model: str
+    """Converted folder, Hugging Face folder or GGUF file, or a hub id."""
+    text: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
+    """Texts to embed."""
+    image: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
+    """Image files to embed, after the texts."""
+    input: Path | None = None
+    """Instead of --text and --image: a folder of images, a file or a glob pattern: .txt (one text a
+    line), .jsonl (keys text and/or image, and any id), .csv or .parquet (columns of the same names;
+    in parquet, image may be bytes). Image paths are relative to the file's folder."""
+    output: Path | None = None
+    """File to write, .npy (float32 [N, D]) or .parquet (id, embedding), which must not exist; or
+    for many inputs a folder of shards, with which a killed run goes on. Without it, the cosine
+    similarities of at most 20 inputs are shown."""
+    prompt_name: str | None = None
+    """Instruction by name: text, image, sts, text_image, cirr_gallery or cirr_query; by
+    default chosen by what an input has."""
+    prompt: str | None = None
+    """Instruction of your own, with <sent> where the text goes and <image> for the image."""
+    template: str | None = None
+    """Chat template: llama3, mistral, phi3, chatml or vicuna; by default told from the model."""
+    adapter: Path | None = None
+    """LoRA to apply: a run folder of e5v_jax.train, one of its checkpoints, or a PEFT folder."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """Precision of weights and arithmetic."""
+    quantize: Literal["int8", "nf4"] | None = None
+    """Store the decoder's weights in 8 or 4 bits: less memory, slightly other vectors."""
+    attn_implementation: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """Attention: cudnn is for GPUs, splash for TPUs; auto chooses."""
+    batch_size: int | None = None
+    """Most inputs per device batch; by default only the tokens count."""
+    max_num_batched_tokens: int | None = None
+    """Most tokens per device batch, padding included; by default 1024 on a CPU, else 16384."""
+    truncate_dim: int | None = None
+    """Keep only the first dimensions."""
+    normalize: bool = True
+    """Scale the vectors to length 1, after truncation."""
+    fsdp: int = 1
+    """Devices over which weights and batch are split; the rest share batches."""
+    tensor: int = 1
+    """Devices over which heads and MLP columns are split."""
+    num_workers: int = 0
+    """Processes that decode images, ahead of the device; 0 is a few threads."""
+    format: Literal["parquet", "npy"] = "parquet"
+    """Of the shards; with npy, ids are in a .json beside."""
+    embedding_dtype: Literal["float32", "float16"] = "float32"
+    """Of the vectors in the shards."""
+    shard_size: int = 4096
+    """Input rows of a shard; a killed run loses at most this many."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """At a row that cannot be embedded: stop, or go on and list it in failed.jsonl."""
+    distributed: bool = False
+    """Share the work with other processes that the environment does not announce by itself."""
+
+    @property
+    def is_bulk(self) -> bool:
+        """Whether ``output`` is a folder of shards."""
+        return self.output is not None and (not self.output.suffix or self.output.is_dir())
+
+
+def check(args: Args) -> None:
+    """Raises:
+    cli.UsageError: flags that do not go together, or a value that cannot be.
+    """
+    for flag in ("batch_size", "max_num_batched_tokens", "truncate_dim", "shard_size", "tensor"):
+        value = getattr(args, flag)
+        if value is not None and value < 1:
+            raise cli.UsageError(f"--{flag.replace('_', '-')}: {value}, expected at least 1")
+    if args.num_workers < 0:
+        raise cli.UsageError(f"--num-workers: {args.num_workers}, expected at least 0")
+    if args.prompt_name is not None and args.prompt is not None:
+        raise cli.UsageError("give --prompt-name or --prompt, not both")
+    if (args.input is None) == (not args.text and not args.image):
+        raise cli.UsageError("give --input, or --text and --image: one of the two")
+    if args.is_bulk and args.input is None:
+        raise cli.UsageError("an output folder needs --input; for --text and --image name a file")
+    defaults = Args(model="")
+    for flag in ("format", "embedding_dtype", "shard_size", "on_error", "distributed"):
+        if not args.is_bulk and getattr(args, flag) != getattr(defaults, flag):
+            raise cli.UsageError(f"--{flag.replace('_', '-')} needs --output with a folder")

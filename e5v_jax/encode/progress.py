@@ -1,0 +1,77 @@
+"""The progress of a bulk run: rates, padding and time left, on a terminal or as log lines."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from e5v_jax.encode.encoder import Statistics
+
+_logger = logging.getLogger("e5v_jax")
+_EVERY = 30.0  # seconds between log lines where there is no terminal
+
+
+class BulkProgress:
+    """Counts rows; ``statistics`` are the model's."""
+
+    def __init__(self, progress: Progress, rows: int, statistics: Statistics) -> None:
+        """Start counting ``rows`` of this process."""
+        self._progress = progress
+        self._task = progress.add_task("encoding", total=rows, rates="")
+        self._statistics = statistics
+        self._tokens = statistics.tokens
+        self._start = self._logged = time.monotonic()
+        self._rows, self._done, self._encoded = rows, 0, 0
+
+    def found(self, rows: int) -> None:
+        """Rows of a shard that an earlier run made."""
+        self._advance(rows)
+
+    def failed(self, rows: int) -> None:
+        """Rows that cannot be embedded."""
+        self._advance(rows)
+
+    def encoded(self, rows: int) -> None:
+        """Rows of a finished batch."""
+        self._encoded += rows
+        self._advance(rows)
+
+    def summary(self) -> str:
+        """Items and tokens a second, and the part of all positions that was padding."""
+        seconds = max(time.monotonic() - self._start, 1e-9)
+        tokens = self._statistics.tokens - self._tokens
+        return (
+            f"{self._encoded / seconds:.1f} items/s, {tokens / seconds:.0f} tokens/s, "
+            f"{100 * self._statistics.padding:.1f} % padding"
+        )
+
+    def _advance(self, rows: int) -> None:
+        self._done += rows
+        self._progress.update(self._task, advance=rows, rates=self.summary())
+        now = time.monotonic()
+        if self._progress.disable and now - self._logged >= _EVERY:
+            self._logged = now
+            left = (now - self._start) / self._encoded * (self._rows - self._done)
+            _logger.info(
+                "%d of %d rows, %s, %.0f s left", self._done, self._rows, self.summary(), left
+            )
+
+
+@contextmanager
+def bulk_progress(rows: int, statistics: Statistics) -> Iterator[BulkProgress]:
+    """A bar on a terminal, else a log line every half minute."""
+    columns = (
+        TextColumn("{task.completed} of {task.total}"),
+        BarColumn(),
+        TextColumn("{task.fields[rates]}"),
+        TimeRemainingColumn(),
+    )
+    console = Console(stderr=True)
+    with Progress(
+        *columns, console=console, disable=not sys.stderr.isatty(), transient=True
+    ) as progress:
+        yield BulkProgress(progress, rows, statistics)

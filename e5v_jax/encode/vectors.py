@@ -1,0 +1,73 @@
+"""Vector files: one .npy or .parquet, there only when whole."""
+
+import io
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+OUTPUT_SUFFIXES = (".npy", ".parquet")
+
+
+def check_output(path: Path) -> None:
+    """Refuse an output file that could not be written, before anything is computed.
+
+    Raises:
+        ValueError: a suffix other than .npy and .parquet.
+        FileExistsError: it exists.
+        FileNotFoundError: its folder does not.
+        PermissionError: its folder cannot be written to.
+    """
+    if path.suffix not in OUTPUT_SUFFIXES:
+        raise ValueError(
+            f"{path}: expected a name that ends in {' or '.join(OUTPUT_SUFFIXES)}, or a folder"
+        )
+    if path.exists():
+        raise FileExistsError(f"{path}: already exists; choose another name or delete it")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"{path.parent}: no such folder; create it first")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"{path.parent}: no permission to write there")
+
+
+def write_vectors(path: Path, ids: list[str], vectors: np.ndarray) -> None:
+    """Write vectors [N, D] in their dtype; ``path`` appears only when whole.
+
+    .npy holds the array, .parquet the columns ``id`` (string) and ``embedding`` (a list of D
+    numbers).
+
+    Raises:
+        OSError: the disk is full or the like.
+    """
+    if path.suffix == ".npy":
+        write_whole(path, lambda file: np.save(file, vectors))
+    else:
+        write_whole(path, lambda file: _write_parquet(file, ids, vectors))
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write ``value`` as json; ``path`` appears only when whole."""
+    data = json.dumps(value, indent=1, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    write_whole(path, lambda file: file.write(data + b"\n"))
+
+
+def write_whole(path: Path, write: Callable[[io.BufferedWriter], object]) -> None:
+    """Let ``write`` fill a file under a temporary name, then give it its own."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write_parquet(file: io.BufferedWriter, ids: list[str], vectors: np.ndarray) -> None:
+    # here and not above: the import takes a while and .npy does not need it
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    embeddings = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
+    pq.write_table(pa.table({"id": pa.array(ids, pa.string()), "embedding": embeddings}), file)

@@ -1,0 +1,113 @@
+"""Attention: every implementation computes the same, and which one is chosen."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from e5v_jax.model import attention as module
+from e5v_jax.model.attention import Implementation, attention, use_attention
+from e5v_jax.model.layers import Precision
+from e5v_jax.sharding import BATCH_SPEC, make_mesh
+
+FP32 = Precision(jnp.float32, jnp.float32)
+
+
+def qkv(t: int = 256, heads: int = 4, kv_heads: int = 2, h: int = 128) -> list[jax.Array]:
+    keys = jax.random.split(jax.random.key(0), 3)
+    return [
+        jax.random.normal(key, (2, t, n, h))
+        for key, n in zip(keys, (heads, kv_heads, kv_heads), strict=True)
+    ]
+
+
+def run(implementation: Implementation, arrays: list[jax.Array]) -> np.ndarray:
+    with use_attention(implementation):
+        return np.asarray(
+            jax.jit(lambda q, k, v: attention(q, k, v, is_causal=True, precision=FP32))(*arrays)
+        )
+
+
+def expected(q: jax.Array, k: jax.Array, v: jax.Array) -> np.ndarray:
+    """Head by head in NumPy, fp64."""
+    out = np.zeros(q.shape)
+    for b, n in np.ndindex(q.shape[0], q.shape[2]):
+        group = n // (q.shape[2] // k.shape[2])
+        queries, keys, values = (
+            np.asarray(x[b, :, i], np.float64) for x, i in ((q, n), (k, group), (v, group))
+        )
+        logits = queries @ keys.T / np.sqrt(q.shape[3])
+        logits[np.triu_indices(len(logits), 1)] = -np.inf
+        weights = np.exp(logits - logits.max(axis=1, keepdims=True))
+        out[b, :, n] = weights @ values / weights.sum(axis=1, keepdims=True)
+    return out
+
+
+@pytest.mark.parametrize("implementation", ["xla", "splash"])
+def test_grouped_heads_and_causal_mask(implementation: Implementation) -> None:
+    """On a CPU, splash runs in Pallas's interpret mode."""
+    arrays = qkv()
+    np.testing.assert_allclose(run(implementation, arrays), expected(*arrays), atol=3e-6)
+
+
+def test_splash_on_a_mesh() -> None:
+    """Rows and heads split over devices: each its own part."""
+    if jax.device_count() < 4:
+        pytest.skip("needs 4 devices: tests/test_encode_mesh.py runs it with virtual ones")
+    mesh = make_mesh(data=2, fsdp=1, tensor=2, devices=jax.devices()[:4])
+    arrays = qkv()
+    spec = P(*BATCH_SPEC, None, "tensor", None)
+    placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x in arrays]
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        found = run("splash", placed)
+    np.testing.assert_allclose(found, run("xla", arrays), atol=3e-6)
+
+
+def test_key_lengths() -> None:
+    """Keys from there on are not seen; the kernels leave that to XLA."""
+    q, k, v = qkv(t=8, h=16)
+    lengths = jnp.array([3, 8])
+    for implementation in ("xla", "splash"):
+        with use_attention(implementation):
+            found = attention(q[:, :1], k, v, is_causal=False, key_lengths=lengths, precision=FP32)
+        for b in range(2):
+            cut = slice(int(lengths[b]))
+            alone = attention(
+                q[b : b + 1, :1],
+                k[b : b + 1, cut],
+                v[b : b + 1, cut],
+                is_causal=False,
+                precision=FP32,
+            )
+            np.testing.assert_allclose(found[b], alone[0], atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "t", "h", "chosen"),
+    [
+        ("cpu", jnp.bfloat16, 256, 128, "xla"),
+        ("gpu", jnp.bfloat16, 256, 128, "cudnn"),
+        ("gpu", jnp.float32, 256, 128, "xla"),  # cuDNN has no fp32
+        ("gpu", jnp.bfloat16, 40, 128, "xla"),
+        ("gpu", jnp.bfloat16, 256, 256, "xla"),
+        ("tpu", jnp.bfloat16, 256, 128, "splash"),
+        ("tpu", jnp.float32, 2944, 128, "splash"),
+        ("tpu", jnp.bfloat16, 40, 128, "xla"),
+        ("tpu", jnp.bfloat16, 256, 64, "xla"),
+    ],
+)
+def test_choice(backend: str, dtype: jnp.dtype, t: int, h: int, chosen: str) -> None:
+    assert module._choose(jax.ShapeDtypeStruct((1, t, 4, h), dtype), backend) == chosen
+
+
+def test_what_cannot_be() -> None:
+    with (
+        pytest.raises(ValueError, match="'flash': expected one of auto, xla, cudnn, splash"),
+        use_attention("flash"),  # type: ignore[arg-type]
+    ):
+        pass
+    with pytest.raises(ValueError, match="multiples of 128, found 40 positions and heads of 128"):
+        run("splash", qkv(t=40))
+    assert module._implementation.get() == "auto"  # also after an error

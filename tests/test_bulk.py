@@ -1,0 +1,405 @@
+"""The encode command into a folder: inputs of every kind, shards, resuming, rows that fail."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hf_models import RECIPES, build_llava, picture
+from PIL import Image
+
+from convert import from_hf
+from e5v_jax import E5V, cli
+from e5v_jax.encode.__main__ import encode
+from e5v_jax.encode.bulk import read_embeddings
+from e5v_jax.encode.options import Args
+
+Command = Callable[..., tuple[int, str, str]]
+TEXTS = [f"Text number {i}: {'very ' * (i % 7)}short." for i in range(23)]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    build_llava(RECIPES["llama-gqa"], folder / "hf")
+    from_hf.convert(from_hf.Args(str(folder / "hf"), folder / "converted"))
+    return folder / "converted"
+
+
+@pytest.fixture(scope="module")
+def model(model_folder: Path) -> E5V:
+    return E5V.from_pretrained(model_folder, dtype="float32")
+
+
+@pytest.fixture
+def command(
+    capsys: pytest.CaptureFixture[str],
+    model: E5V,
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> Command:
+    """Run the command in this process, with the model that is loaded and compiled."""
+    monkeypatch.setattr(E5V, "from_pretrained", lambda *_, **__: model)
+    monkeypatch.chdir(tmp_path)
+
+    def run(*argv: str | Path) -> tuple[int, str, str]:
+        words = ["--model", str(model_folder), "--output", "out", *map(str, argv)]
+        with pytest.raises(SystemExit) as exit_:
+            cli.run(encode, Args, argv=words)
+        assert isinstance(exit_.value.code, int)
+        return exit_.value.code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    file = tmp_path / "texts.txt"
+    file.write_text("\n".join(TEXTS))
+    return file
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+# --- what is written -----------------------------------------------------------------------------
+
+
+def test_shards(command: Command, model: E5V, texts: Path) -> None:
+    code, out, _ = command("--input", texts, "--shard-size", "10")
+    assert code == 0
+    assert out.startswith("out: 23 of 23 rows embedded in 3 shards, ")
+    assert "items/s" in out and "tokens/s" in out and "% padding" in out
+    names = ["manifest.json", *(f"shard-{i:05d}.parquet" for i in range(3))]
+    assert sorted(contents(Path("out"))) == names
+    table = pq.read_table(sorted(Path("out").glob("*.parquet")))
+    assert table.schema.field("id").type == pa.string()
+    assert table.schema.field("embedding").type == pa.list_(pa.float32(), 64)
+    assert table["id"].to_pylist() == [str(i) for i in range(1, 24)]
+    ids, vectors = read_embeddings(Path("out"))
+    assert ids == table["id"].to_pylist()
+    np.testing.assert_allclose(vectors, model.encode(TEXTS), atol=1e-6)
+    manifest = json.loads(Path("out/manifest.json").read_text())
+    assert manifest["result"] == {"rows": 23, "embedded": 23, "failed": 0, "shards": 3}
+    assert set(manifest["versions"]) >= {"jax", "e5v_jax"}
+    assert len(manifest["model_sha256"]) == len(manifest["input_sha256"]) == 64
+
+
+def test_npy_and_float16(command: Command, model: E5V, texts: Path) -> None:
+    flags = ["--format", "npy", "--embedding-dtype", "float16", "--truncate-dim", "8"]
+    assert command("--input", texts, "--shard-size", "20", *flags)[0] == 0
+    first = np.load("out/shard-00000.npy")
+    assert (first.dtype, first.shape) == (np.float16, (20, 8))
+    assert json.loads(Path("out/shard-00001.ids.json").read_text()) == ["21", "22", "23"]
+    ids, vectors = read_embeddings(Path("out"))
+    assert ids == [str(i) for i in range(1, 24)]
+    np.testing.assert_allclose(vectors, model.encode(TEXTS, truncate_dim=8), atol=1e-3)
+
+
+def test_parquet_of_half_precision_is_read_back(command: Command, texts: Path) -> None:
+    assert command("--input", texts, "--embedding-dtype", "float16")[0] == 0
+    table = pq.read_table("out/shard-00000.parquet")
+    assert table.schema.field("embedding").type == pa.list_(pa.float16(), 64)
+    assert read_embeddings(Path("out"))[1].dtype == np.float16
+
+
+def png(image: Image.Image) -> bytes:
+    data = io.BytesIO()
+    image.save(data, "PNG")
+    return data.getvalue()
+
+
+def test_parquet_input(command: Command, model: E5V) -> None:
+    """Images as bytes, as paths and as the struct of Hugging Face's datasets."""
+    images = [picture(40, 30, seed=i) for i in range(3)]
+    images[1].save("b.png")
+    bytes_ = pa.array([png(images[0]), None], pa.binary())
+    pq.write_table(pa.table({"id": [7, 8], "text": [None, "a dog"], "image": bytes_}), "a.parquet")
+    structs = [{"bytes": None, "path": "b.png"}, {"bytes": png(images[2]), "path": None}]
+    pq.write_table(pa.table({"image": structs}), "b.parquet")
+    code, _, err = command("--input", "*.parquet")
+    assert code == 0, err
+    ids, vectors = read_embeddings(Path("out"))
+    assert ids == ["7", "8", "b.parquet:1", "b.parquet:2"]
+    expected = model.encode([images[0], "a dog", images[1], images[2]])
+    np.testing.assert_allclose(vectors, expected, atol=1e-6)
+
+
+def test_glob_of_images(command: Command, model: E5V) -> None:
+    for name, seed in (("p/x/2.png", 2), ("p/1.png", 1)):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        picture(30, 40, seed=seed).save(name)
+    assert command("--input", "p/**/*.png", "--shard-size", "1")[0] == 0
+    ids, vectors = read_embeddings(Path("out"))
+    assert ids == ["p/1.png", "p/x/2.png"]
+    np.testing.assert_allclose(vectors, model.encode([Path(name) for name in ids]), atol=1e-6)
+
+
+# --- rows that fail ------------------------------------------------------------------------------
+
+
+def ugly_images(folder: Path) -> dict[str, str | None]:
+    """Images as they are found, and why each cannot be embedded (None: it can)."""
+    folder.mkdir()
+    photo = picture(60, 90, seed=3)
+    photo.save(folder / "plain.png")
+    data = (folder / "plain.png").read_bytes()
+    (folder / "corrupt.png").write_bytes(data[:60] + bytes(40) + data[100:])
+    (folder / "truncated.png").write_bytes(data[: len(data) // 2])
+    (folder / "text.png").write_text("not an image")
+    (folder / "empty.png").write_bytes(b"")
+    Image.new("1", (10_000, 10_000)).save(folder / "bomb.png")
+    photo.convert("CMYK").save(folder / "cmyk.jpg")
+    photo.quantize(16).save(folder / "palette.png")
+    photo.quantize(16).save(folder / "animated.gif", save_all=True, append_images=[photo])
+    deep = np.arange(60 * 90, dtype=np.uint16).reshape(60, 90) * 12
+    Image.fromarray(deep).save(folder / "deep.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turn by 90 degrees
+    photo.save(folder / "rotated.jpg", exif=exif)
+    photo.convert("RGBA").save(folder / "alpha.png")
+    Image.new("RGB", (1, 1), "red").save(folder / "pixel.png")
+    return {
+        "corrupt.png": "cannot be read as an image",
+        "truncated.png": "cannot be read as an image",
+        "text.png": "not an image in a format that Pillow reads",
+        "empty.png": "not an image in a format that Pillow reads",
+        "bomb.png": "10000x10000 pixels, more than the",
+        "plain.png": None,
+        "cmyk.jpg": None,
+        "palette.png": None,
+        "animated.gif": None,
+        "deep.png": None,
+        "rotated.jpg": None,
+        "alpha.png": None,
+        "pixel.png": None,
+    }
+
+
+def test_ugly_images(command: Command, model: E5V, tmp_path: Path) -> None:
+    """Embedded as the reference would, ``Image.open(path).convert("RGB")``, or listed."""
+    expected = ugly_images(tmp_path / "photos")
+    code, out, err = command("--input", "photos", "--on-error", "skip", "--shard-size", "4")
+    assert code == 0, err
+    bad = sorted(name for name, reason in expected.items() if reason)
+    assert out.endswith(f"{len(bad)} failed: see out/failed.jsonl\n")
+    rows = [json.loads(line) for line in Path("out/failed.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == bad
+    for row in rows:
+        assert expected[row["id"]] in row["reason"] and row["where"] == "photos"
+    ids, vectors = read_embeddings(Path("out"))
+    assert ids == sorted(name for name, reason in expected.items() if reason is None)
+    for name, vector in zip(ids, vectors, strict=True):
+        opened = Image.open(tmp_path / "photos" / name).convert("RGB")
+        np.testing.assert_allclose(vector, model.encode(opened), atol=1e-6, err_msg=name)
+
+
+def test_bad_rows_are_listed_by_place(command: Command, tmp_path: Path) -> None:
+    rows = ['{"text": "a"}', '{"text": 5}', "{", '{"text": "a <image>"}', '{"image": "no.png"}']
+    rows += ['{"id": "1", "text": "b"}', '{"text": "c"}', '{"image": "http://x/y.png"}']
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    code, _, err = command("--input", "a.jsonl", "--on-error", "skip")
+    assert code == 0, err
+    failed = [json.loads(line) for line in Path("out/failed.jsonl").read_text().splitlines()]
+    assert [row["where"] for row in failed] == [f"a.jsonl:{i}" for i in (2, 3, 4, 5, 6, 8)]
+    reasons = ["of type int", "broken json", "'<image>'", "no such file", "is taken", "not fetched"]
+    for row, reason in zip(failed, reasons, strict=True):
+        assert reason in row["reason"], row
+    assert read_embeddings(Path("out"))[0] == ["1", "7"]
+
+
+def test_raise_keeps_the_shards_before(command: Command, texts: Path) -> None:
+    lines = [*TEXTS[:15], "my <image> of", *TEXTS[15:]]
+    texts.write_text("\n".join(lines))
+    code, _, err = command("--input", texts, "--shard-size", "10")
+    assert code == 1
+    assert err.splitlines()[-1].startswith(f"error: {texts}:16: the text contains '<image>'")
+    assert sorted(contents(Path("out"))) == ["manifest.json", "shard-00000.parquet"]
+
+
+# --- resuming ------------------------------------------------------------------------------------
+
+
+def test_resumes_where_it_was(command: Command, texts: Path, monkeypatch: Any) -> None:
+    """A shard that is there is not made again; what is missing or half-written is."""
+    flags = ("--input", texts, "--shard-size", "5")
+    assert command(*flags)[0] == 0
+    whole = contents(Path("out"))
+    Path("out/shard-00003.parquet").unlink()
+    Path("out/.shard-00003.parquet.1.tmp").write_bytes(b"half")
+    counts = []
+    original = E5V.encode
+    monkeypatch.setattr(
+        E5V,
+        "encode",
+        lambda self, items, **kw: counts.append(len(items)) or original(self, items, **kw),
+    )
+    assert command(*flags)[0] == 0
+    assert counts == [5]
+    assert contents(Path("out")) == whole
+
+
+@pytest.mark.parametrize(
+    ("flags", "key"),
+    [
+        (["--shard-size", "6"], "shard_size"),
+        (["--prompt-name", "sts"], "prompt_name"),
+        (["--no-normalize"], "normalize_embeddings"),
+        (["--embedding-dtype", "float16"], "embedding_dtype"),
+        (["--dtype", "float32"], "dtype"),
+    ],
+)
+def test_another_run_is_refused(command: Command, texts: Path, flags: list[str], key: str) -> None:
+    assert command("--input", texts, "--shard-size", "5")[0] == 0
+    whole = contents(Path("out"))
+    words = ["--input", texts, *([] if key == "shard_size" else ["--shard-size", "5"]), *flags]
+    code, _, err = command(*words)
+    assert code == 1 and f"error: out: begun with {key} " in err
+    assert contents(Path("out")) == whole
+
+
+def test_changed_input_is_refused(command: Command, texts: Path) -> None:
+    assert command("--input", texts)[0] == 0
+    texts.write_text("\n".join([*TEXTS[:-1], "something else"]))
+    code, _, err = command("--input", texts)
+    assert code == 1 and "begun with input_sha256" in err
+
+
+def test_a_folder_of_something_else_is_refused(command: Command, texts: Path) -> None:
+    Path("out").mkdir()
+    Path("out/notes.txt").write_text("mine")
+    code, _, err = command("--input", texts)
+    assert code == 1 and "not empty and no output of this command" in err
+    assert sorted(contents(Path("out"))) == ["notes.txt"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--text", "a"], "an output folder needs --input"),
+        (["--input", "texts.txt", "--shard-size", "0"], "--shard-size: 0, expected at least 1"),
+        (["--input", "texts.txt", "--output", "a.npy", "--on-error", "skip"], "--on-error needs"),
+        (["--input", "texts.txt", "--tensor", "3"], "mesh data=-1 fsdp=1 tensor=3 does not fit"),
+    ],
+)
+def test_wrong_usage(command: Command, texts: Path, words: list[str], message: str) -> None:
+    code, _, err = command(*words)
+    assert code == 2 and err.splitlines()[-1].startswith(f"error: {message}"), err
+
+
+# --- killed for real -----------------------------------------------------------------------------
+
+
+def start(model_folder: Path, source: Path, output: Path, *flags: str) -> subprocess.Popen[str]:
+    words = ["--model", model_folder, "--input", source, "--output", output, "--shard-size", "3"]
+    words += ["--dtype", "float32", "--on-error", "skip", *flags]
+    return subprocess.Popen(
+        [sys.executable, "-m", "e5v_jax.encode", *map(str, words)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Texts and images, some of them bad."""
+    folder = tmp_path_factory.mktemp("mixed")
+    names = ugly_images(folder / "photos")
+    rows = [{"image": f"photos/{name}"} for name in names]
+    rows += [{"text": text} for text in TEXTS]
+    rows += [{"text": "smaller", "image": "photos/plain.png"}, {"text": " "}]
+    order = np.random.default_rng(1).permutation(len(rows))
+    (folder / "rows.jsonl").write_text("\n".join(json.dumps(rows[i]) for i in order))
+    return folder / "rows.jsonl"
+
+
+@pytest.fixture(scope="module")
+def whole(model_folder: Path, mixed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of an uninterrupted run of one process."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    process = start(model_folder, mixed, output)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return output
+
+
+def kill_until_done(
+    model_folder: Path, source: Path, output: Path, *, kills: int, seconds: float
+) -> int:
+    """Run again and again, SIGKILL it ``kills`` times; how many kills found it at work."""
+    rng = np.random.default_rng(7)
+    hit = 0
+    for _ in range(kills):
+        process = start(model_folder, source, output)
+        before = len(list(output.glob("shard-*"))) if output.exists() else 0
+        deadline = time.monotonic() + 60
+        # until it is past loading: a kill before that would test nothing
+        while len(list(output.glob("shard-*"))) <= before and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, seconds))
+        hit += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    process = start(model_folder, source, output)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    return hit
+
+
+def check_killed_run(
+    model_folder: Path, mixed: Path, whole: Path, tmp_path: Path, *, kills: int, seconds: float
+) -> None:
+    hit = kill_until_done(model_folder, mixed, tmp_path / "killed", kills=kills, seconds=seconds)
+    assert hit >= min(kills, 2)
+    assert contents(tmp_path / "killed") == contents(whole)
+    ids, _ = read_embeddings(tmp_path / "killed")
+    failed = [json.loads(line)["id"] for line in (tmp_path / "killed/failed.jsonl").open()]
+    rows = len(mixed.read_text().splitlines())
+    assert sorted(ids + failed, key=int) == [str(i) for i in range(1, rows + 1)]
+
+
+def test_killed_twice(model_folder: Path, mixed: Path, whole: Path, tmp_path: Path) -> None:
+    """Byte for byte what an uninterrupted run writes; no row lost or there twice."""
+    check_killed_run(model_folder, mixed, whole, tmp_path, kills=2, seconds=0.05)
+
+
+@pytest.mark.slow
+def test_killed_ten_times(model_folder: Path, mixed: Path, whole: Path, tmp_path: Path) -> None:
+    check_killed_run(model_folder, mixed, whole, tmp_path, kills=10, seconds=0.5)
+
+
+def test_two_processes_and_workers(
+    model_folder: Path, mixed: Path, whole: Path, tmp_path: Path
+) -> None:
+    """Two processes of jax.distributed, each with worker processes: the same bytes."""
+    port = 20000 + os.getpid() % 20000
+    processes = []
+    for index in range(2):
+        os.environ.update(
+            JAX_COORDINATOR_ADDRESS=f"localhost:{port}",
+            JAX_NUM_PROCESSES="2",
+            JAX_PROCESS_ID=str(index),
+        )
+        processes.append(
+            start(model_folder, mixed, tmp_path / "shared", "--distributed", "--num-workers", "1")
+        )
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+        del os.environ[name]
+    for process in processes:
+        _, err = process.communicate(timeout=180)
+        assert process.returncode == 0, err
+    assert contents(tmp_path / "shared") == contents(whole)
