@@ -271,13 +271,13 @@ def _measure(
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = needed_memory(str(error))
+        needed = needed_memory(str(error), parameters + optimizer)
         if needed is None:
             raise
         guess = estimate()
         return _Measured(
             "compiled",
-            Memory(parameters, optimizer, needed * devices_per_chip),
+            Memory(parameters, optimizer, needed),
             flops,
             guess.hbm_bytes,
             guess.collective_bytes,
@@ -296,12 +296,18 @@ def _measure(
     )
 
 
-def needed_memory(error: str) -> int | None:
-    """Bytes that a program too large would take, from libtpu's refusal; None of other errors."""
-    found = re.search(r"Used ([\d.]+)([GMK]) of [\d.]+[GMK] hbm", error)
+def needed_memory(error: str, parameters: int) -> int | None:
+    """Bytes that a program too large would take, from libtpu's refusal; None of other errors.
+
+    It names all that the program uses, or only what the program has besides its arguments.
+    """
+    used = re.search(r"Used ([\d.]+)([GMK]) of [\d.]+[GMK] hbm", error)
+    temporary = re.search(r"required for HLO temporaries \(([\d.]+)([GMK])\)", error)
+    found = used or temporary
     if found is None:
         return None
-    return int(float(found[1]) * {"G": GiB, "M": GiB >> 10, "K": GiB >> 20}[found[2]])
+    size = float(found[1]) * {"G": GiB, "M": GiB >> 10, "K": GiB >> 20}[found[2]]
+    return int(size) + (0 if used else parameters)
 
 
 def _train_remedies(cfg: TrainConfig, inputs: int, devices: int) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import jaxlib
 from jax.experimental import topologies
 
 from e5v_jax.dryrun.chips import GPUS, TPUS, Chip
+from e5v_jax.train.distributed import LIBTPU_INIT_ARGS
 
 INSTALL_LIBTPU = "pip install 'jax[tpu]=={version}' (or, in this checkout, pip install -e '.[tpu]')"
 
@@ -21,6 +22,7 @@ _LIBTPU_ENVIRONMENT = {
     # it would refuse to load while another process compiles
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_STDERR_LOG_LEVEL": "3",
+    "LIBTPU_INIT_ARGS": LIBTPU_INIT_ARGS,  # as training has it
 }
 
 

@@ -11,6 +11,10 @@ _CLUSTER_VARIABLES = (  # of environments in which jax.distributed finds the oth
     "OMPI_MCA_orte_hnp_uri",
 )
 
+LIBTPU_INIT_ARGS = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
+"""Gather a layer's weights whole, not piece by piece in a loop that adds up the results in memory:
+the paper's step moves 0.44 TB instead of 1.4 on each of 32 v5e chips (dry run)."""
+
 
 def several_processes_announced() -> bool:
     """Whether the environment says that this is one process of several."""
@@ -31,6 +35,7 @@ def initialize(*, distributed: bool = False) -> None:
     Raises:
         ValueError: the other processes cannot be found.
     """
+    os.environ.setdefault("LIBTPU_INIT_ARGS", LIBTPU_INIT_ARGS)  # read when a TPU is first used
     if jax.distributed.is_initialized() or not (distributed or several_processes_announced()):
         return
     count, index = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
