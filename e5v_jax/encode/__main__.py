@@ -253,5 +253,15 @@ def print_similarities(labels: list[str], cosines: np.ndarray) -> None:
     console.print(table)
 
 
+def main(argv: list[str]) -> None:
+    """``--dry-run`` only says what a batch would need on other chips; it has flags of its own."""
+    if "--dry-run" in argv:
+        from e5v_jax.dryrun.run import EncodeDryRun, dry_run_encode  # loads JAX
+
+        flags = [word for word in argv if word != "--dry-run"]
+        cli.run(dry_run_encode, EncodeDryRun, argv=flags)
+    cli.run(encode, Args, argv=argv)
+
+
 if __name__ == "__main__":
-    cli.run(encode, Args)
+    main(sys.argv[1:])
