@@ -90,7 +90,7 @@ def estimate_train(
             lora_parameters(model, cfg.lora) if cfg.lora else decoder_matmul_parameters(model)
         )
         collectives["all-reduce"] = 2 * 4 * trained_weights * (devices - 1) / devices
-    return Estimate(Memory(parameters, optimizer, peak), traffic, collectives)
+    return Estimate(Memory(parameters, optimizer, peak, peak), traffic, collectives)
 
 
 def estimate_encode(
@@ -111,4 +111,4 @@ def estimate_encode(
     kernel = decoder_matmul_parameters(model) // text.num_hidden_layers
     peak = parameters + working + 2 * kernel * size
     traffic = parameters + text.num_hidden_layers * 2 * tokens * widest * size
-    return Estimate(Memory(parameters, 0, int(peak)), float(traffic), {})
+    return Estimate(Memory(parameters, 0, int(peak), int(peak)), float(traffic), {})

@@ -19,7 +19,10 @@ class Memory:
 
     parameters: int  # base and LoRA
     optimizer: int
-    peak: int  # everything, at the worst moment
+    peak: int  # all that the program must find free
+    live: (
+        int  # of which so much holds something at the worst moment; XLA's allotment loses the rest
+    )
 
     @property
     def activations(self) -> int:

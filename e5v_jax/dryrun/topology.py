@@ -50,14 +50,15 @@ class Topology:
 
         A ring along each axis of more than one chip sends both ways at once; all axes work at a
         time. Without wrap-around (a mesh, as small slices are) a chip at the end has one way
-        only, and that is what the ring waits for: so each axis counts one link, not two.
+        only, and that is what the ring waits for: so each axis counts one link, not two. Axes of 16
+        close to rings on v5e and v6e; on the others all do in slices of whole 4x4x4 cubes.
         """
         if self.chip is None or self.chips == 1:
             return math.inf
         if self.chip.torus_axes == 0:
             return self.chip.link_bandwidth
-        wrapped = {2: 16, 3: 4}[self.chip.torus_axes]  # sides at which an axis closes to a ring
-        links = sum(2 if side >= wrapped else 1 for side in self.shape if side > 1)
+        cubes = len(self.shape) == 3 and all(side % 4 == 0 for side in self.shape)
+        links = sum(2 if side == 16 or cubes else 1 for side in self.shape if side > 1)
         return links * self.chip.link_bandwidth
 
 
