@@ -1,6 +1,7 @@
 """The dry run: what it compiles is the real step, and its figures are those of other counts."""
 
 import dataclasses
+import difflib
 import json
 import subprocess
 import sys
@@ -12,9 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import topologies
+from training_runs import STEPS, config, make_folder
 
 from e5v_jax.config import ModelConfig, TextConfig
+from e5v_jax.converted import ConvertedFolder
 from e5v_jax.dryrun import flops, run
+from e5v_jax.dryrun import program as program_module
 from e5v_jax.dryrun.chips import GiB
 from e5v_jax.dryrun.program import encode_program, per_device_bytes, train_program
 from e5v_jax.dryrun.run import TrainDryRun, report_train
@@ -23,7 +27,9 @@ from e5v_jax.loading import stored_shapes
 from e5v_jax.model.layers import LoRAConfig
 from e5v_jax.presets import ARCHITECTURES, architecture_of
 from e5v_jax.sharding import make_mesh
+from e5v_jax.train import loop
 from e5v_jax.train.__main__ import main as train_main
+from e5v_jax.train.step import make_train_step
 
 LLAMA3 = ARCHITECTURES["llava-next-llama3-8b"]
 SMALL = ModelConfig(
@@ -326,3 +332,33 @@ def test_small_step_on_this_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert report.method == "compiled" and report.fits and report.bound == "unknown"
     assert compile_devices(report.topology) == jax.devices()[:1]
     assert report.memory.peak > report.memory.parameters + report.memory.optimizer
+
+
+def test_the_step_is_the_one_that_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program made from shapes is, to the letter, what a run of the same config compiles."""
+    folder = make_folder(tmp_path)
+    cfg = config(folder, tmp_path / "run", chunk_size=12, quantize="int8", remat="full")
+    found: list[str] = []
+    lengths: list[int] = []
+
+    class Recorded(Exception):
+        pass
+
+    def recording(*args: Any, **kwargs: Any) -> Any:
+        step: Any = make_train_step(*args, **kwargs)
+
+        def record(*arrays: Any) -> None:
+            found.append(step.lower(*arrays).as_text())
+            lengths.extend(group.input_ids.shape[1] for group in arrays[3].groups)
+            raise Recorded
+
+        return record
+
+    monkeypatch.setattr(loop, "make_train_step", recording)
+    with pytest.raises(Recorded):
+        loop.train(cfg)
+    monkeypatch.setattr(program_module, "TOTAL_STEPS", STEPS)
+    mesh = make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
+    program = train_program(cfg, ConvertedFolder(cfg.model).config, mesh, tuple(lengths))
+    mine = program.trace("cpu").lower().as_text().splitlines()
+    assert list(difflib.unified_diff(mine, found[0].splitlines(), n=0)) == []
