@@ -1,0 +1,180 @@
+"""``python -m e5v_jax.dryrun.sizing``: the tables of tpu/README.md, from dry runs.
+
+Each dry run takes a minute or two, so results are kept in a file, and what is in there is not run
+again: delete it (or a line of it) to do so.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from e5v_jax import cli
+from e5v_jax.dryrun.chips import TPUS
+
+Record = dict[str, Any]
+_SMALLEST_FIRST = {
+    "v5e": ("1x1", "2x2", "2x4", "4x4"),
+    "v6e": ("1x1", "2x2", "2x4"),
+    "v4": ("2x2x1", "2x2x2"),
+    "v5p": ("2x2x1", "2x2x2"),
+}
+_PODS = ("2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+_MARK = "<!-- {end}tables of python -m e5v_jax.dryrun.sizing -->"
+
+
+@dataclass(frozen=True)
+class Args:
+    """Write the sizing and scaling tables into the README of the launch files."""
+
+    readme: Path = Path("tpu/README.md")
+    """File with the tables between two comments."""
+    results: Path = Path("tpu/sizing.jsonl")
+    """Dry runs done so far, one JSON object a line; more are added."""
+    only_tables: bool = False
+    """Run nothing, only write the tables from the results there are."""
+
+
+def main(args: Args) -> None:
+    """Do the dry runs that are missing, then write the tables.
+
+    Raises:
+        ValueError: the README lacks the two comments.
+    """
+    text = args.readme.read_text()
+    before, begin, rest = text.partition(_MARK.format(end=""))
+    _, end, after = rest.partition(_MARK.format(end="end of "))
+    if not end:
+        raise ValueError(f"{args.readme}: no pair of comments {_MARK.format(end='')!r}")
+    done = _Results(args.results, may_run=not args.only_tables)
+    tables = "\n\n".join([sizing_table(done), scaling_table(done)])
+    args.readme.write_text(f"{before}{begin}\n\n{tables}\n\n{end}{after}")
+    print(f"{args.readme}: tables written")
+
+
+class _Results:
+    """Dry runs by their names, in a file that grows."""
+
+    def __init__(self, file: Path, *, may_run: bool) -> None:
+        lines = file.read_text().splitlines() if file.exists() else []
+        self._records: dict[str, Record] = {r["name"]: r for r in map(json.loads, lines)}
+        self._file, self._may_run = file, may_run
+
+    def get(self, name: str, run: Callable[[], Any]) -> Record | None:
+        """The record of that name; made by ``run``, which returns a Report, if there is none."""
+        if name not in self._records and self._may_run:
+            print(name, flush=True)
+            self._records[name] = {"name": name, **run().to_json()}
+            with self._file.open("a") as file:
+                file.write(json.dumps(self._records[name]) + "\n")
+        return self._records.get(name)
+
+
+def _train(topology: str, **changes: Any) -> Any:
+    from e5v_jax.dryrun.run import TrainDryRun, report_train  # loads JAX, which --help need not
+
+    model = Path("e5v-llama3-8b")
+    return report_train(TrainDryRun(model=model, output=Path(), topology=topology, **changes))
+
+
+def _encode(topology: str, quantize: Any, fsdp: bool) -> Any:
+    from e5v_jax.dryrun.run import EncodeDryRun, report_encode
+    from e5v_jax.train.config import MeshConfig
+
+    args = EncodeDryRun(model="e5-v", topology=topology, quantize=quantize)
+    if fsdp:
+        args = dataclasses.replace(args, mesh=MeshConfig())
+    return report_encode(args)
+
+
+def _chunk(chips: int) -> int:
+    """64 sentences on a chip at a time, or the next fewer that divide the step's 2304."""
+    return next(n * chips for n in range(64, 0, -1) if 2304 % (n * chips) == 0)
+
+
+def _chips(sides: str) -> int:
+    total = 1
+    for side in sides.split("x"):
+        total *= int(side)
+    return total
+
+
+def _workloads() -> Iterator[tuple[str, str, Callable[[str, str], Any]]]:
+    """(what, its flags, how to dry-run it on a slice)."""
+
+    def lora(chip: str, sides: str) -> Any:
+        return _train(f"{chip}:{sides}", chunk_size=_chunk(_chips(sides)))
+
+    def qlora(chip: str, sides: str) -> Any:
+        return _train(f"{chip}:{sides}", chunk_size=_chunk(_chips(sides)), quantize="nf4")
+
+    def bf16(chip: str, sides: str) -> Any:
+        whole = chip != "v5e"  # 15 GB of weights do not fit one of its chips
+        return _encode(f"{chip}:{sides}", None, fsdp=not whole)
+
+    def int8(chip: str, sides: str) -> Any:
+        return _encode(f"{chip}:{sides}", "int8", fsdp=False)
+
+    yield "LoRA, bf16 base", "64 sentences a chip at a time", lora
+    yield "QLoRA, NF4 base", "64 sentences a chip at a time", qlora
+    yield "encode, bf16", "5 square images a chip", bf16
+    yield "encode, int8", "5 square images a chip", int8
+
+
+def sizing_table(done: _Results) -> str:
+    """The smallest slice of each chip that each workload fits, as Markdown."""
+    lines = [
+        "| workload (Llama-3-8B) | slice | peak / HBM, GiB a chip | step at best | bound by "
+        "| per s and slice |",
+        "|---|---|---|---|---|---|",
+    ]
+    for what, how, run in _workloads():
+        for chip, slices in _SMALLEST_FIRST.items():
+            for sides in slices:
+                if chip == "v5e" and sides == "1x1" and "bf16" in what:
+                    continue  # the weights alone are 14.6 GiB
+                record = done.get(
+                    f"{what} {chip}:{sides}", lambda run=run, c=chip, s=sides: run(c, s)
+                )
+                if record is None or not record["fits"]:
+                    continue
+                peak, capacity = (x / 2**30 for x in (record["memory"]["peak"], record["capacity"]))
+                lines.append(
+                    f"| {what}, {how} | {chip}:{sides} | {peak:.1f} / {capacity:.1f} "
+                    f"| {record['step_seconds']:.2f} s | {record['bound']} "
+                    f"| {record['items_per_step'] / record['step_seconds']:.0f} {record['item']} |"
+                )
+                break
+    return "\n".join(lines)
+
+
+def scaling_table(done: _Results) -> str:
+    """The paper's step of 768 triplets on more and more v5e chips, as Markdown."""
+    lines = [
+        "| chips | slice | peak, GiB | compute, ms | memory, ms | interconnect, ms "
+        "| overlapped, ms (efficiency) | one after another, ms (efficiency) | run of 718 steps |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for sides in _PODS:
+        chips = _chips(sides)
+        chunk = {"chunk_size": _chunk(chips)} if chips <= 8 else {}  # else it fits without
+        record = done.get(f"scaling v5e:{sides}", lambda s=sides, c=chunk: _train(f"v5e:{s}", **c))
+        if record is None:
+            continue
+        parts = [1e3 * record["seconds"][k] for k in ("compute", "memory", "interconnect")]
+        best, worst = max(parts), sum(parts)
+        useful = 1e3 * record["useful_flops"] / TPUS["v5e"].flops
+        shares = [100 * useful / time for time in (best, worst)]
+        lines.append(
+            f"| {chips} | {sides} | {record['memory']['peak'] / 2**30:.1f} | "
+            + " | ".join(f"{x:.0f}" for x in parts)
+            + f" | {best:.0f} ({shares[0]:.0f} %) | {worst:.0f} ({shares[1]:.0f} %) "
+            f"| {718 * best / 6e4:.1f} to {718 * worst / 6e4:.1f} min |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main, Args)
