@@ -1,0 +1,145 @@
+"""A training step of random weights on the GPU here: tokens/s, utilisation, memory, the estimate.
+
+    python benchmarks/gpu_train.py --topology gpu:h100:1                        # LoRA, bf16 base
+    python benchmarks/gpu_train.py --topology gpu:h100:1 --quantize nf4         # QLoRA
+
+The step is the one of the dry run, which is the one that trains; weights are random, so no model is
+needed. Prints one JSON object.
+"""
+
+import dataclasses
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from e5v_jax import cli
+from e5v_jax.config import ModelConfig
+from e5v_jax.dryrun.program import train_program
+from e5v_jax.dryrun.run import TrainDryRun, report_train
+from e5v_jax.presets import ARCHITECTURES
+from e5v_jax.sharding import make_mesh
+
+
+@dataclass(frozen=True)
+class Args:
+    """Time training steps of an architecture with random weights, beside the dry run's estimate."""
+
+    topology: str = "gpu:h100:1"
+    """What this machine is, for the estimate and the peak FLOP/s."""
+    architecture: str = "llava-next-llama3-8b"
+    """Name in e5v_jax.presets."""
+    tiny: bool = False
+    """The same architecture with 2 layers of width 128: does the benchmark run at all?"""
+    quantize: Literal["nf4", "int8"] | None = None
+    """Storage of the base."""
+    batch_size: int = 768
+    """Triplets of a step."""
+    chunk_size: int | None = 96
+    """Sentences in the model at a time."""
+    length: int = 64
+    """Positions of a sentence, all of them used."""
+    steps: int = 5
+    """Timed steps, after two that are not."""
+
+
+def shrink(model: ModelConfig) -> ModelConfig:
+    """The same with 2 layers of width 128."""
+    small = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
+    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return dataclasses.replace(model, text=dataclasses.replace(model.text, **small, **heads))
+
+
+def fill(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    """Random values where the shape says: small floats, or any codes of 4 or 8 bits."""
+
+    def make() -> jax.Array:
+        key = jax.random.key(0)
+        if jnp.issubdtype(shape.dtype, jnp.floating):
+            return 0.02 * jax.random.normal(key, shape.shape, shape.dtype)
+        return jax.random.bits(key, shape.shape, jnp.uint8).astype(shape.dtype)
+
+    return jax.jit(make, out_shardings=shape.sharding)()
+
+
+def zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
+    """Zeros where the shape says, or the first random key."""
+    if jnp.issubdtype(shape.dtype, jax.dtypes.prng_key):
+        return jax.device_put(jax.random.key(0), shape.sharding)
+    return jnp.zeros(shape.shape, shape.dtype, device=shape.sharding)
+
+
+def measure(args: Args) -> dict[str, Any]:
+    """Run the step and read clock and allocator; ``estimate`` is the dry run's of the same."""
+    model = ARCHITECTURES[args.architecture]
+    if args.tiny:
+        model = shrink(model)
+        ARCHITECTURES["tiny"] = model
+    cfg = TrainDryRun(
+        model=Path(),
+        output=Path(),
+        topology=args.topology,
+        architecture="tiny" if args.tiny else args.architecture,
+        quantize=args.quantize,
+        batch_size=args.batch_size,
+        chunk_size=args.chunk_size,
+        sequence_lengths=(args.length,),
+    )
+    estimate = report_train(cfg)
+    mesh = make_mesh()
+    program = train_program(cfg, model, mesh, (args.length,))
+    trainable, opt_state, frozen, batch, key = program.args
+    trainable, frozen = jax.tree.map(fill, (trainable, frozen))
+    opt_state, batch, key = jax.tree.map(zeros, (opt_state, batch, key))
+    rng = np.random.default_rng(0)
+    rows = 3 * args.batch_size
+    ids = rng.integers(0, model.text.vocab_size, (rows, args.length), np.int32)
+    (group,) = batch.groups
+    group = group._replace(
+        input_ids=jax.device_put(ids, group.input_ids.sharding),
+        last_index=jax.device_put(
+            np.full(rows, args.length - 1, np.int32), group.last_index.sharding
+        ),
+    )
+    order = np.arange(rows, dtype=np.int32)
+    batch = batch._replace(groups=(group,), order=jax.device_put(order, batch.order.sharding))
+    seconds = []
+    for _ in range(args.steps + 2):
+        start = time.perf_counter()
+        trainable, opt_state, metrics = program.function(trainable, opt_state, frozen, batch, key)
+        loss = float(metrics.loss)  # waits for the step
+        seconds.append(time.perf_counter() - start)
+    step = float(np.median(seconds[2:]))
+    device = jax.devices()[0]
+    stats = device.memory_stats() or {}
+    chip = estimate.topology.chip
+    peak_flops = chip.flops if chip else float("nan")
+    return {
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "jax": jax.__version__,
+        "program": estimate.program,
+        "first_step_seconds": seconds[0],
+        "step_seconds": step,
+        "tokens_per_second": estimate.tokens / step,
+        "triplets_per_second": args.batch_size / step,
+        "model_flop_utilization": estimate.work.useful_flops / step / peak_flops,
+        "peak_bytes": stats.get("peak_bytes_in_use"),
+        "estimated_peak_bytes": estimate.memory.peak,
+        "roofline_seconds": estimate.step_seconds,
+        "loss": loss,
+    }
+
+
+def main(args: Args) -> None:
+    """Print the measurement as JSON."""
+    print(json.dumps(measure(args), indent=1))
+
+
+if __name__ == "__main__":
+    cli.run(main, Args)

@@ -1,0 +1,105 @@
+"""Programs compiled for TPUs that are not here: they fit, and their figures are the estimate's.
+
+Needs libtpu (pip install -e '.[tpu]'), no TPU. Each compiles for a minute or two on two cores.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+pytestmark = [
+    pytest.mark.tpu_aot,
+    pytest.mark.skipif(
+        importlib.util.find_spec("libtpu") is None,
+        reason="libtpu is not installed: pip install -e '.[tpu]'",
+    ),
+]
+TRAIN = ["e5v_jax.train", "--model", "e5v-llama3-8b", "--output", "out"]
+ENCODE = ["e5v_jax.encode", "--model", "e5-v"]
+
+
+def dry_run(words: list[str], *flags: str) -> dict[str, Any]:
+    """In a process of its own: libtpu writes to the process's stderr, and keeps gigabytes."""
+    done = subprocess.run(
+        [sys.executable, "-m", *words, "--dry-run", "--json", *flags],
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    report: dict[str, Any] = json.loads(done.stdout)
+    assert report["method"] == "compiled"
+    return report
+
+
+def assert_paper_recipe_fits(report: dict[str, Any], chips: int) -> None:
+    assert (report["chips"], report["items_per_step"]) == (chips, 768)
+    assert report["fits"]
+    # every input twice forward and once backward, over 2304 sentences of 64 tokens
+    assert report["flops"] * chips == pytest.approx(5.836e15, rel=0.01)
+    # the bf16 weights of the layers gathered in both forward passes and for the backward one;
+    # were activations split along their features instead, all-reduces would be ten times that
+    weights = 2 * 6.98e9 * (chips - 1) / chips
+    collectives = report["collective_bytes"]
+    assert collectives["all-gather"] == pytest.approx(2 * weights, rel=0.15)
+    assert collectives.get("collective-permute", 0) < 1e9
+    assert sum(collectives.values()) < 1.2 * collectives["all-gather"]
+    assert report["bound"] == "compute"
+
+
+def test_paper_recipe_with_nf4_base_on_one_v5e_chip() -> None:
+    """All 768 triplets of a step, on 16 GB."""
+    flags = ["--topology", "v5e:1x1", "--quantize", "nf4", "--chunk-size", "64"]
+    report = dry_run(TRAIN, *flags)
+    assert report["items_per_step"] == 768 and report["fits"]
+    assert report["memory"]["peak"] < 16e9
+    # 4 bits and a 32-bit scale for 64 of them: 6.98e9 * 4.5 / 8; embeddings bf16; factors fp32
+    expected = 6.98e9 * 4.5 / 8 + 2 * 128320 * 4096 + 4 * 168e6
+    assert report["memory"]["parameters"] == pytest.approx(expected, rel=0.01)
+    assert report["bound"] == "compute"  # not if each weight were looked up in memory
+
+
+@pytest.mark.parametrize("topology", ["v5p:1x1x1", "v5e:1x1"])
+def test_encoding_square_images(topology: str) -> None:
+    """Sequences of 3,072 positions, five at a time: bf16 on v5p, int8 on 16 GB."""
+    quantize = ["--quantize", "int8"] if "v5e" in topology else []
+    report = dry_run(ENCODE, "--topology", topology, *quantize)
+    assert report["item"] == "images" and report["fits"]
+    assert report["memory"]["parameters"] < report["memory"]["peak"] < 29e9
+    assert report["flops"] / 5 == pytest.approx(45.9e12, rel=0.05)  # padding included
+    assert report["bound"] == "compute"
+
+
+def test_image_attention_is_splash() -> None:
+    """The logits of plain attention would be 32 heads x 3072 x 3072 x 4 bytes an image."""
+    short = dry_run(ENCODE, "--topology", "v5p:1x1x1", "--batch-size", "1", "--length", "3072")
+    activations = short["memory"]["activations"]
+    assert activations < 32 * 3072 * 3072 * 4
+
+
+@pytest.mark.slow
+def test_paper_recipe_on_a_v5p_slice() -> None:
+    assert_paper_recipe_fits(dry_run(TRAIN, "--topology", "v5p:2x2x4"), 16)
+
+
+@pytest.mark.slow
+def test_paper_recipe_on_a_v5e_slice() -> None:
+    assert_paper_recipe_fits(dry_run(TRAIN, "--topology", "v5e:4x8"), 32)
+
+
+@pytest.mark.slow
+def test_paper_recipe_on_a_v5e_pod() -> None:
+    report = dry_run(TRAIN, "--topology", "v5e:16x16")
+    assert report["chips"] == 256 and report["fits"]
+
+
+def test_a_step_that_does_not_fit_is_a_report() -> None:
+    """libtpu refuses it; that is an answer, with a remedy, and no error."""
+    report = dry_run(TRAIN, "--topology", "v5e:1x1", "--quantize", "nf4")
+    assert not report["fits"] and report["remedy"].startswith("--chunk-size")
+    assert report["memory"]["peak"] > report["capacity"]
