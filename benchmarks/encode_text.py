@@ -7,6 +7,8 @@ sort by length; PyTorch pads to the longest of each batch. Repetitions alternate
 """
 
 import importlib.util
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -37,8 +39,10 @@ class Args:
     """PyTorch's; ours go by tokens."""
     threads: int = 2
     """PyTorch's; XLA takes all of the machine's."""
+    model: Path | None = None
+    """The model, converted; by default that is done first."""
     side: Side | None = None
-    """Run only this one, for its peak memory (the command starts itself so)."""
+    """Be one side (the command starts itself so)."""
 
 
 def read_sentences(folder: Path, limit: int | None) -> list[str]:
@@ -61,13 +65,10 @@ def find_gguf() -> Path:
 
 def open_ours(args: Args, sentences: list[str]) -> tuple[Encode, Notes]:
     """E5V.encode and its figures."""
-    from convert.from_hf import Args as ConvertArgs
-    from convert.from_hf import convert
     from e5v_jax import E5V
 
-    with tempfile.TemporaryDirectory() as folder:
-        convert(ConvertArgs(str(find_gguf()), Path(folder) / "model"))
-        model = E5V.from_pretrained(Path(folder) / "model", dtype="float32")
+    assert args.model is not None
+    model = E5V.from_pretrained(args.model, dtype="float32")
 
     def notes() -> dict[str, Any]:
         compilations = model.statistics.compilations
@@ -131,7 +132,13 @@ def main(args: Args) -> None:
         serve(lambda: open_side(args, sentences))
         return
     with tempfile.TemporaryDirectory() as folder:
-        print_table("texts", len(sentences), compare(args.repetitions, Path(folder)))
+        model = args.model or Path(folder) / "model"
+        if args.model is None:
+            subprocess.run(
+                [sys.executable, "-m", "convert.from_hf", str(find_gguf()), str(model)], check=True
+            )
+        results = compare(args.repetitions, Path(folder), "--model", str(model))
+        print_table("texts", len(sentences), results)
 
 
 if __name__ == "__main__":

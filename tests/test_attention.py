@@ -4,13 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from e5v_jax.model import attention as module
 from e5v_jax.model.attention import Implementation, attention, use_attention
 from e5v_jax.model.layers import Precision
-from e5v_jax.sharding import BATCH_SPEC, make_mesh
 
 FP32 = Precision(jnp.float32, jnp.float32)
 
@@ -50,19 +47,6 @@ def test_grouped_heads_and_causal_mask(implementation: Implementation) -> None:
     """On a CPU, splash runs in Pallas's interpret mode."""
     arrays = qkv()
     np.testing.assert_allclose(run(implementation, arrays), expected(*arrays), atol=3e-6)
-
-
-def test_splash_on_a_mesh() -> None:
-    """Rows and heads split over devices: each its own part."""
-    if jax.device_count() < 4:
-        pytest.skip("needs 4 devices: tests/test_encode_mesh.py runs it with virtual ones")
-    mesh = make_mesh(data=2, fsdp=1, tensor=2, devices=jax.devices()[:4])
-    arrays = qkv()
-    spec = P(*BATCH_SPEC, None, "tensor", None)
-    placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x in arrays]
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        found = run("splash", placed)
-    np.testing.assert_allclose(found, run("xla", arrays), atol=3e-6)
 
 
 def test_key_lengths() -> None:

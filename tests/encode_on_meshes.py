@@ -1,0 +1,60 @@
+"""Vectors of one model on several meshes of 4 devices, as JSON lines of differences.
+
+A program, not a test: it needs 4 virtual devices from the start (test_encode_mesh.py runs it).
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hf_models import picture
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from e5v_jax import E5V
+from e5v_jax.model.attention import attention, use_attention
+from e5v_jax.model.layers import Precision
+from e5v_jax.sharding import BATCH_SPEC, make_mesh
+
+ITEMS: list[Any] = ["A dog sits.", "Snow.", "Two men play football in the rain."]
+ITEMS += [picture(40, 60), picture(28, 28), {"text": "smaller", "image": picture(20, 90)}]
+
+
+def splash_difference() -> float:
+    """Splash attention with rows and heads split, against XLA's on one device."""
+    mesh = make_mesh(data=2, fsdp=1, tensor=2)
+    keys = jax.random.split(jax.random.key(0), 3)
+    arrays = [
+        jax.random.normal(key, (2, 128, n, 128)) for key, n in zip(keys, (4, 2, 2), strict=True)
+    ]
+    precision = Precision(jnp.float32, jnp.float32)
+
+    def run(*qkv: jax.Array) -> jax.Array:
+        return attention(*qkv, is_causal=True, precision=precision)
+
+    expected = jax.jit(run)(*arrays)
+    placed = jax.device_put(arrays, NamedSharding(mesh, P(*BATCH_SPEC, None, "tensor", None)))
+    with use_attention("splash"), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        found = jax.jit(lambda *qkv: run(*qkv))(*placed)
+    assert len(found.sharding.device_set) == 4
+    return float(np.abs(np.asarray(found) - np.asarray(expected)).max())
+
+
+def main(folder: Path) -> None:
+    """Print the largest difference from one device, for every mesh."""
+    one = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    expected = E5V.from_pretrained(folder, dtype="float32", mesh=one).encode(ITEMS)
+    for shape in ((4, 1, 1), (1, 2, 2)):
+        mesh = make_mesh(*shape)
+        found = E5V.from_pretrained(folder, dtype="float32", mesh=mesh).encode(ITEMS)
+        difference = float(np.abs(found - expected).max())
+        print(json.dumps({"mesh": shape, "difference": difference}))
+    print(json.dumps({"mesh": "splash", "difference": splash_difference()}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

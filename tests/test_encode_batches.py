@@ -1,0 +1,217 @@
+"""How the encoder batches, and that none of its tricks changes a vector."""
+
+import logging
+import multiprocessing
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from hf_models import Case, Recipe, build_text, picture
+
+from e5v_jax import E5V
+from e5v_jax.data.images import image_size
+from e5v_jax.embedder import load_tokenizer
+from e5v_jax.encode import compilation, stream
+from e5v_jax.encode.batching import plan_batches
+from e5v_jax.encode.inputs import InputError, Measured, num_image_tokens, num_tiles
+from e5v_jax.model.llava_next import TextBatch
+from e5v_jax.prompts import CHATML, TEXT, fill
+
+TOLERANCE = 1e-6
+ITEMS: list[Any] = [f"Text {i}: {'very ' * (i % 5)}short." for i in range(9)]
+ITEMS += [picture(40, 60), picture(28, 28), {"text": "smaller", "image": picture(20, 90)}]
+
+
+@pytest.fixture(scope="module")
+def e5v(llava: Callable[[str], Case]) -> E5V:
+    return llava("llama-gqa").e5v
+
+
+@pytest.fixture(scope="module")
+def alone(e5v: E5V) -> np.ndarray:
+    return np.stack([e5v.encode(item) for item in ITEMS])
+
+
+def largest(a: np.ndarray, b: np.ndarray) -> float:
+    assert a.shape == b.shape
+    return float(np.abs(a - b).max())
+
+
+# --- the same vectors ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_num_batched_tokens", [1, 300, 4000])
+def test_token_budget(e5v: E5V, alone: np.ndarray, max_num_batched_tokens: int) -> None:
+    found = e5v.encode(ITEMS, max_num_batched_tokens=max_num_batched_tokens)
+    assert largest(found, alone) <= TOLERANCE
+
+
+def test_windows(e5v: E5V, alone: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stream, "WINDOW", 2)
+    assert largest(e5v.encode(ITEMS), alone) <= TOLERANCE
+
+
+def test_worker_processes(e5v: E5V, alone: np.ndarray) -> None:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn) as pool:
+        assert largest(e5v.encode(ITEMS, pool=pool), alone) <= TOLERANCE
+
+
+def test_last_layer_for_the_pooled_token_only(llava: Callable[[str], Case]) -> None:
+    """Rows of several lengths; what is right of the pooled token is not seen."""
+    model = llava("llama-gqa").module
+    ids = np.random.default_rng(0).integers(0, 256, (3, 12), dtype=np.int32)
+    batch = TextBatch(ids, np.array([11, 0, 5], np.int32))
+    whole, pooled = (
+        jax.jit(run)(model, batch) for run in (lambda m, b: m(b), lambda m, b: m.encode(b))
+    )
+    scale = float(np.abs(whole).max())
+    assert largest(np.asarray(whole), np.asarray(pooled)) <= TOLERANCE * scale
+    other = ids.copy()
+    other[1:, 6:] = 7
+    again = jax.jit(lambda m, b: m.encode(b))(model, TextBatch(other, batch.last_index))
+    np.testing.assert_array_equal(np.asarray(again)[1:], np.asarray(pooled)[1:])
+    assert largest(np.asarray(pooled)[:1], np.asarray(pooled)[1:2]) > 0.1
+
+
+def test_equal_inputs_are_embedded_once(e5v: E5V, alone: np.ndarray, tmp_path: Path) -> None:
+    ITEMS[9].save(tmp_path / "a.png")
+    path = tmp_path / "a.png"
+    data = path.read_bytes()
+    inputs = [
+        ITEMS[0],
+        path,
+        ITEMS[0],
+        {"image": path},
+        ITEMS[1],
+        path,
+        data,
+        bytes(bytearray(data)),
+    ]
+    inputs += [{"text": ITEMS[0]}, str(ITEMS[0]), {"image": str(path)}, {"image": path}]
+    before = e5v.statistics.items
+    found = e5v.encode(inputs)
+    # distinct: two texts, a mapping of one, an image as path, bytes, and mappings of two kinds
+    assert e5v.statistics.items - before == 7
+    rows = [0, 9, 0, 9, 1, 9, 9, 9, 0, 0, 9, 9]
+    assert largest(found, alone[rows]) <= TOLERANCE
+
+
+def test_bad_inputs_are_told_and_left_out(e5v: E5V, alone: np.ndarray) -> None:
+    """Of equal ones each; a broken image is found later than a bad text."""
+    broken = b"GIF89a" + bytes(7)
+    inputs = [ITEMS[0], " ", ITEMS[9], " ", b"no image", broken, ITEMS[1]]
+    errors: list[InputError] = []
+    found = e5v.encode(inputs, on_error=errors.append, normalize_embeddings=True)
+    assert sorted(error.position for error in errors) == [1, 3, 4, 5]
+    assert largest(found[[0, 2, 6]], alone[[0, 9, 1]]) <= TOLERANCE
+    assert not found[[1, 3, 4, 5]].any()
+    with pytest.raises(InputError, match="input 1: the text is empty"):
+        e5v.encode(inputs[:4])
+
+
+# --- batches -------------------------------------------------------------------------------------
+
+
+def measured(lengths: list[int], tiles: int = 0) -> list[Measured]:
+    return [Measured(i, [1], length, num_tiles=tiles) for i, length in enumerate(lengths)]
+
+
+def test_plan_holds_every_item_once_and_keeps_its_limits() -> None:
+    rng = np.random.default_rng(0)
+    for max_rows, max_tokens, multiple in ((None, 1024, 1), (5, 1024, 1), (None, 512, 4)):
+        items = measured(rng.integers(1, 600, 200).tolist()) + measured([900, 700, 800], tiles=3)
+        batches = list(
+            plan_batches(items, max_rows=max_rows, max_tokens=max_tokens, multiple=multiple)
+        )
+        assert sorted(map(id, items)) == sorted(id(i) for batch in batches for i in batch.items)
+        for batch in batches:
+            assert max(item.length for item in batch.items) <= batch.length
+            assert len(batch.items) <= batch.rows and batch.rows % multiple == 0
+            assert max_rows is None or batch.rows <= -(-max_rows // multiple) * multiple
+            assert batch.rows * batch.length <= max(max_tokens, batch.length * multiple) * (
+                1 if multiple == 1 else 2
+            )
+            assert {item.num_tiles for item in batch.items} == {batch.tiles}
+        assert [b.tiles for b in batches] == sorted((b.tiles for b in batches), reverse=True)
+
+
+def padding_and_shapes(items: list[Measured], max_tokens: int) -> tuple[float, int]:
+    batches = list(plan_batches(items, max_rows=None, max_tokens=max_tokens, multiple=1))
+    positions = sum(batch.rows * batch.length for batch in batches)
+    padding = 1 - sum(item.length for item in items) / positions
+    return padding, len({(b.rows, b.length, b.tiles) for b in batches})
+
+
+@pytest.mark.parametrize("max_tokens", [1024, 2048])
+def test_padding_of_sts_sentences(shared: Path, smollm2_gguf: Path, max_tokens: int) -> None:
+    lines = (shared / "data/sts/STS/STSBenchmark/sts-test.csv").read_text("utf-8").splitlines()
+    sentences = {text for line in lines for text in line.split("\t")[5:7]}
+    filled = [fill(TEXT, template=CHATML, text=text) for text in sorted(sentences)]
+    ids = load_tokenizer(smollm2_gguf)(filled)["input_ids"]
+    padding, shapes = padding_and_shapes(measured([len(x) for x in ids]), max_tokens)
+    assert padding < 0.1 and shapes <= 12
+
+
+@pytest.mark.parametrize("max_tokens", [1024, 16384])
+@pytest.mark.parametrize("patch_size", [14, 16])
+def test_padding_of_photographs(shared: Path, patch_size: int, max_tokens: int) -> None:
+    pinpoints = [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)]
+    items = []
+    for path in sorted((shared / "data/flickr8k").rglob("*.jpg")):
+        size = image_size(path)
+        tokens = num_image_tokens(
+            size, grid_pinpoints=pinpoints, image_size=336, patch_size=patch_size
+        )
+        tiles = num_tiles(size, 336, pinpoints)
+        items.append(Measured(len(items), [1], tokens + 20, path, size, tiles))
+    assert len(items) == 200
+    padding, shapes = padding_and_shapes(items, max_tokens)
+    assert padding < 0.1 and shapes <= 12
+
+
+def test_compilations_are_counted_and_logged(
+    llava: Callable[[str], Case], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = llava("llama-gqa").load()
+    with caplog.at_level(logging.INFO, logger="e5v_jax"):
+        for _ in range(2):
+            model.encode(["a", "b" * 40], batch_size=1)
+            model.encode(ITEMS[9])
+    messages = [record.message for record in caplog.records if "compiled" in record.message]
+    assert len(messages) == len(model.statistics.compilations) == 3
+    assert "(shape 3, " in messages[-1] and "and 5 tiles" in messages[-1]
+    assert model.statistics.items == 6
+    assert 0 < model.statistics.padding < 1
+
+
+# --- quantised, and the compilation cache --------------------------------------------------------
+
+
+@pytest.mark.parametrize(("quantize", "least"), [("int8", 0.999), ("nf4", 0.9)])
+def test_quantised_weights(quantize: Any, least: float, tmp_path: Path) -> None:
+    """Near the unquantised vectors, and not the same."""
+    text = {"vocab_size": 264, "intermediate_size": 128}  # nf4 needs multiples of 64
+    build_text(Recipe(template="chatml", text=text, seed=3), tmp_path)
+    expected = E5V.from_pretrained(tmp_path, dtype="float32").encode(ITEMS[:9])
+    found = E5V.from_pretrained(tmp_path, dtype="float32", quantize=quantize).encode(ITEMS[:9])
+    cosines = (found * expected).sum(axis=1)
+    assert least < cosines.min() < 1 - 1e-7
+
+
+def test_compilation_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    updates: dict[str, Any] = {}
+    monkeypatch.setattr(jax.config, "update", lambda key, value: updates.update({key: value}))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(compilation.VARIABLE, "off")
+    assert compilation.use_compilation_cache() is None and not updates
+    monkeypatch.delenv(compilation.VARIABLE)
+    folder = compilation.use_compilation_cache()
+    assert folder is not None and folder.parent == tmp_path / "e5v_jax"
+    assert updates["jax_compilation_cache_dir"] == str(folder)
+    monkeypatch.setenv(compilation.VARIABLE, str(tmp_path / "own"))
+    assert compilation.use_compilation_cache() == tmp_path / "own"
