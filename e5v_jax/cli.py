@@ -1,10 +1,12 @@
 """What all commands share: typed flags, one line per error, exit codes."""
 
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Annotated, Generic, NoReturn, TypeVar
 
 import tyro
@@ -55,8 +57,29 @@ def run(
         args=argv,
     )
     with exit_on_error(show_traceback=command.traceback):
+        refuse_remote_paths(command.args)
         main(command.args)
     sys.exit(0)
+
+
+def refuse_remote_paths(args: object) -> None:
+    """Raise on a ``gs://`` (or other) URL where a file path is meant, at any depth of a dataclass.
+
+    Raises:
+        UsageError: names it. As a Path it would be a relative one, and be written here.
+    """
+    if isinstance(args, Path) and args.parts and re.fullmatch(r"[a-z][a-z0-9]+:", args.parts[0]):
+        url = str(args).replace(":/", "://", 1)
+        raise UsageError(
+            f"{url}: not a path on this machine; mount the bucket and give its path there "
+            "(tpu/README.md, Cloud Storage)"
+        )
+    if is_dataclass(args) and not isinstance(args, type):
+        for field in fields(args):
+            refuse_remote_paths(getattr(args, field.name))
+    elif isinstance(args, tuple):
+        for value in args:
+            refuse_remote_paths(value)
 
 
 @contextmanager
