@@ -1,11 +1,9 @@
 """Sources of training pairs: files with columns sent0, sent1, hard_neg, and NLI corpora of tfds."""
 
-import csv
 import hashlib
-import io
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,8 +11,11 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from e5v_jax.data.rows import read_rows
+
 REQUIRED = ("sent0", "sent1")
 HARD_NEG = "hard_neg"
+_SUFFIXES = (".csv", ".jsonl", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -130,76 +131,19 @@ def _sentence(where: str, column: str, value: object) -> str:
 
 
 def _read(file: Path) -> Iterator[_Row]:
-    reader = _READERS.get(file.suffix.lower())
-    if reader is None:
-        raise ValueError(f"{file}: unknown suffix {file.suffix!r}, expected {', '.join(_READERS)}")
+    if file.suffix.lower() not in _SUFFIXES:
+        raise ValueError(f"{file}: unknown suffix {file.suffix!r}, expected {', '.join(_SUFFIXES)}")
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")
-    return reader(file)
-
-
-def _read_csv(file: Path) -> Iterator[_Row]:
-    data = file.read_bytes()
-    try:
-        text = data.decode("utf-8-sig")  # spreadsheets put a BOM in front
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"{file}:{line}: not UTF-8 (byte {error.start} is 0x{data[error.start]:02x}): "
-            "save the file as UTF-8"
-        ) from None
-    # strict: otherwise a stray quote silently swallows or merges what follows it
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    header: list[str] | None = None
-    while True:
-        where = f"{file}:{reader.line_num + 1}"
-        try:
-            values = next(reader, None)
-        except csv.Error as error:
-            raise ValueError(f"{where}: broken csv: {error}") from None
-        if values is None:
-            return
-        if not values:
-            continue
-        if header is None:
-            header = values
-            _ordered(where, header)
-        elif len(values) != len(header):
-            raise ValueError(f"{where}: {len(values)} fields, expected {len(header)}: {header}")
-        else:
-            yield where, dict(zip(header, values, strict=True))
-
-
-def _read_jsonl(file: Path) -> Iterator[_Row]:
-    with file.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{file}:{number}"
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-                values = json.loads(text, object_pairs_hook=_json_object) if text else None
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{where}: not UTF-8 (byte {error.start} of the line)") from None
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{where}: broken json: {error.msg}, character {error.colno}"
-                ) from None
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from None
-            if not text:
-                continue
-            if not isinstance(values, dict):
-                raise ValueError(f"{where}: found {_short(values)}, expected an object")
-            _ordered(where, values.keys())
-            yield where, values
-
-
-def _json_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    values: dict[str, object] = {}
-    for key, value in pairs:
-        if key in values:  # json itself would keep the last one
-            raise ValueError(f"key {key!r} is there twice")
-        values[key] = value
-    return values
+    if file.suffix.lower() == ".parquet":
+        yield from _read_parquet(file)
+        return
+    for number, values in read_rows(file, _ordered):
+        where = f"{file}:{number}"
+        if isinstance(values, ValueError):
+            raise ValueError(f"{where}: {values}")
+        _ordered(where, values.keys())
+        yield where, values
 
 
 def _short(value: object) -> str:
@@ -223,13 +167,6 @@ def _read_parquet(file: Path) -> Iterator[_Row]:
         columns.append(table[name].cast(pa.large_string()).cast(pa.large_binary()).to_pylist())
     for number, values in enumerate(zip(*columns, strict=True), start=1):
         yield f"{file}:{number}", dict(zip(table.column_names, values, strict=True))
-
-
-_READERS: dict[str, Callable[[Path], Iterator[_Row]]] = {
-    ".csv": _read_csv,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
 
 
 NLI_LABELS = ("entailment", "neutral", "contradiction")

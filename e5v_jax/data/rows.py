@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-CheckColumns = Callable[[str, list[str]], None]
+CheckColumns = Callable[[str, list[str]], object]
 """Gets where the columns are named and their names; raises ValueError if they do not serve."""
 Row = tuple[int, "dict[str, object] | ValueError"]
 """Its number, and its values by column or what is wrong with it (without file and number)."""
@@ -77,23 +77,31 @@ def _read_jsonl(file: Path, check_columns: CheckColumns) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line.rstrip("\r\n"), object_pairs_hook=_json_object)
+            row = json.loads(line.strip(), object_pairs_hook=_json_object)
         except json.JSONDecodeError as error:
-            yield number, ValueError(f"broken json: {error.msg}, column {error.colno}")
+            yield number, ValueError(f"broken json: {error.msg}, character {error.colno}")
+        except _RepeatedKey as error:
+            yield number, error
         except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
             yield number, ValueError(f"broken json: {error}")
         else:
             if isinstance(row, dict):
                 yield number, row
             else:
-                yield number, ValueError('expected an object, as {"text": "a dog"}')
+                text = json.dumps(row)
+                found = text if len(text) <= 40 else text[:37] + "..."
+                yield number, ValueError(f"found {found}, expected an object")
+
+
+class _RepeatedKey(ValueError):
+    pass
 
 
 def _json_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     values: dict[str, object] = {}
     for key, value in pairs:
         if key in values:  # json itself would keep the last one
-            raise ValueError(f"key {key!r} is there twice")
+            raise _RepeatedKey(f"key {key!r} is there twice")
         values[key] = value
     return values
 
