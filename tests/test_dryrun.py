@@ -118,6 +118,17 @@ def test_flops_of_the_traced_encoder(length: int, tiles: int, platform: str) -> 
     assert flops.traced_flops(jaxpr) == pytest.approx(by_hand.forward, rel=0.01)
 
 
+def test_flops_of_training_on_long_texts() -> None:
+    """On a TPU, 128 positions are enough for splash attention: forward and backward kernels."""
+    args = dry(batch_size=8)
+    jaxpr = train_program(args, LLAMA3, one_device(), (1024,)).trace("tpu").jaxpr
+    forward = flops.count_forward(LLAMA3, rows=24, length=1024, lora=args.lora, causal_half=True)
+    by_hand = flops.train_flops(forward, frozen_base=True, remat="full", chunked=False)
+    # the kernels' backward passes do 7 matmuls, not 4: they keep no scores
+    by_hand += forward.attention * (7 - 4) / 2
+    assert flops.traced_flops(jaxpr) == pytest.approx(by_hand, rel=0.001)
+
+
 def test_flops_against_xla() -> None:
     """XLA's own count is right where there is no loop; in a loop it counts the body once."""
     x = jnp.ones((64, 64))

@@ -10,7 +10,14 @@ import subprocess
 import sys
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import pytest
+
+from e5v_jax.dryrun.topology import compile_devices, parse_topology
+from e5v_jax.model.attention import attention, compile_for
+from e5v_jax.model.layers import Precision
+from e5v_jax.sharding import batch_sharding, make_mesh
 
 pytestmark = [
     pytest.mark.tpu_aot,
@@ -80,6 +87,28 @@ def test_image_attention_is_splash() -> None:
     short = dry_run(ENCODE, "--topology", "v5p:1x1x1", "--batch-size", "1", "--length", "3072")
     activations = short["memory"]["activations"]
     assert activations < 32 * 3072 * 3072 * 4
+
+
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v5p:2x2x1"])
+@pytest.mark.parametrize("length", [64, 256])
+def test_attention_and_its_gradient(topology: str, length: int) -> None:
+    """XLA's for short texts, splash for longer ones, each device its own rows."""
+    mesh = make_mesh(devices=compile_devices(parse_topology(topology)))
+    q, k = (
+        jax.ShapeDtypeStruct((8, length, n, 128), jnp.bfloat16, sharding=batch_sharding(mesh))
+        for n in (8, 2)
+    )
+    precision = Precision(jnp.bfloat16, jnp.bfloat16)
+
+    def loss(q: jax.Array, k: jax.Array) -> jax.Array:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return attention(q, k, k, is_causal=True, precision=precision).sum()
+
+    with compile_for("tpu"):
+        traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(q, k)
+    text = traced.lower().compile().as_text()
+    assert ("splash" in text) == (length == 256)
+    assert not any(f" {name}(" in text for name in ("all-gather", "all-to-all", "all-reduce"))
 
 
 @pytest.mark.slow

@@ -47,13 +47,18 @@ def traced_flops(jaxpr: Any) -> float:
     return total
 
 
+_SPLASH_MATMULS = {"fwd": 2, "dq": 3, "dkv": 4}  # the backward kernels compute the scores again
+
+
 def _kernel_flops(eqn: Any) -> float:
-    """Of splash attention's forward kernel, which skips what the causal mask hides: half."""
+    """Of a kernel of splash attention, which skips what the causal mask hides: half."""
     name = eqn.params["name"]
-    if "splash" not in name or "dq" in name or "dkv" in name:
+    matmuls = next((n for kind, n in _SPLASH_MATMULS.items() if f"_{kind}" in name), None)
+    if "splash" not in name or matmuls is None:
         raise ValueError(f"unknown Pallas kernel {name}: give its FLOPs here")
-    out = max((v.aval.shape for v in eqn.outvars), key=math.prod)  # [..., T, H]
-    return 0.5 * 4.0 * math.prod(out) * out[-2]
+    # queries or their like, [..., T, H]: no operand is larger
+    queries = max((v.aval.shape for v in (*eqn.invars, *eqn.outvars)), key=math.prod)
+    return 0.5 * matmuls * 2.0 * math.prod(queries) * queries[-2]
 
 
 def _inner(params: dict[str, Any]) -> list[Any]:
