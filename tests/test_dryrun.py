@@ -29,6 +29,7 @@ from e5v_jax.presets import ARCHITECTURES, architecture_of
 from e5v_jax.sharding import make_mesh
 from e5v_jax.train import loop
 from e5v_jax.train.__main__ import main as train_main
+from e5v_jax.train.__main__ import read_config
 from e5v_jax.train.step import make_train_step
 
 LLAMA3 = ARCHITECTURES["llava-next-llama3-8b"]
@@ -373,3 +374,13 @@ def test_the_step_is_the_one_that_trains(tmp_path: Path, monkeypatch: pytest.Mon
     program = train_program(cfg, ConvertedFolder(cfg.model).config, mesh, tuple(lengths))
     mine = program.trace("cpu").lower().as_text().splitlines()
     assert list(difflib.unified_diff(mine, found[0].splitlines(), n=0)) == []
+
+
+CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("e5v_*.py"))
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
+def test_shipped_configurations_need_no_model_folder(file: Path) -> None:
+    args = dataclasses.replace(run.as_dry_run(read_config(file)), topology="gpu:h100:8")
+    report = report_train(args)
+    assert report.fits and report.architecture in ARCHITECTURES
