@@ -20,6 +20,7 @@ from e5v_jax.converted import ConvertedFolder
 from e5v_jax.dryrun import flops, run
 from e5v_jax.dryrun import program as program_module
 from e5v_jax.dryrun.chips import GiB
+from e5v_jax.dryrun.measure import needed_memory
 from e5v_jax.dryrun.program import encode_program, per_device_bytes, train_program
 from e5v_jax.dryrun.run import TrainDryRun, report_train
 from e5v_jax.dryrun.topology import compile_devices, parse_topology
@@ -190,7 +191,7 @@ import sys
 from test_dryrun import SMALL, dry, one_device
 import jax, jax.numpy as jnp, numpy as np
 from e5v_jax.dryrun.program import train_program
-from e5v_jax.dryrun.run import reserved_memory
+from e5v_jax.dryrun.measure import reserved_memory
 from e5v_jax.model.layers import LoRAConfig
 
 args = dry(batch_size=64, lora=LoRAConfig(16, 16.0, 0.0), dtype="float32")
@@ -254,11 +255,11 @@ def test_does_not_fit_and_what_to_try() -> None:
 def test_libtpus_refusals_are_read() -> None:
     used = "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in memory space "
     used += "hbm. Used 17.31G of 15.75G hbm. Exceeded hbm capacity by 1.56G."
-    assert run.needed_memory(used, 5) == int(17.31 * GiB)
+    assert needed_memory(used, 5) == int(17.31 * GiB)
     temporary = "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
     temporary += "temporaries (71.58G) exceeds available HBM (15.75G)."
-    assert run.needed_memory(temporary, 5) == int(71.58 * GiB) + 5
-    assert run.needed_memory("INTERNAL: something else", 5) is None
+    assert needed_memory(temporary, 5) == int(71.58 * GiB) + 5
+    assert needed_memory("INTERNAL: something else", 5) is None
 
 
 @pytest.mark.parametrize(

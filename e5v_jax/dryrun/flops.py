@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import jax
+from jax.extend.core import ClosedJaxpr
 
 from e5v_jax.config import ModelConfig, VisionConfig
 from e5v_jax.model.layers import LoRAConfig
@@ -67,7 +67,7 @@ def _inner(params: dict[str, Any]) -> list[Any]:
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         value = params.get(name)
         if value is not None:
-            found.append(value.jaxpr if isinstance(value, jax.extend.core.ClosedJaxpr) else value)
+            found.append(value.jaxpr if isinstance(value, ClosedJaxpr) else value)
     return found
 
 

@@ -2,24 +2,20 @@
 
 import dataclasses
 import json
-import re
-import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import jax
 import tyro
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from e5v_jax.config import ModelConfig
 from e5v_jax.converted import ConvertedFolder
-from e5v_jax.dryrun.chips import GiB
-from e5v_jax.dryrun.estimate import Estimate, estimate_encode, estimate_train
-from e5v_jax.dryrun.flops import count_forward, traced_flops, train_flops
-from e5v_jax.dryrun.hlo import count_traffic
-from e5v_jax.dryrun.program import COLUMNS, Program, encode_program, per_device_bytes, train_program
-from e5v_jax.dryrun.report import Memory, Report, Work
+from e5v_jax.dryrun.estimate import estimate_encode, estimate_train
+from e5v_jax.dryrun.flops import count_forward, train_flops
+from e5v_jax.dryrun.measure import measure
+from e5v_jax.dryrun.program import COLUMNS, encode_program, train_program
+from e5v_jax.dryrun.report import Report
 from e5v_jax.dryrun.topology import Topology, compile_devices, parse_topology
 from e5v_jax.model.quantized import Quantization
 from e5v_jax.presets import ARCHITECTURES, architecture_of
@@ -152,7 +148,7 @@ def report_train(args: TrainDryRun) -> Report:
     kind = "full" if args.lora is None else f"LoRA r {args.lora.rank}"
     base = f", {args.quantize} base" if args.quantize else ""
     chunk = f" in chunks of {args.chunk_size}" if args.chunk_size else ""
-    measured = _measure(
+    measured = measure(
         program,
         topology,
         lambda: estimate_train(
@@ -200,7 +196,7 @@ def report_encode(args: EncodeDryRun) -> Report:
         causal_half=True,
         pooled_only=True,
     ).forward
-    measured = _measure(
+    measured = measure(
         program,
         topology,
         lambda: estimate_encode(
@@ -228,104 +224,6 @@ def report_encode(args: EncodeDryRun) -> Report:
         remedies=tuple(remedies),
         **measured.as_fields(forward / topology.chips),
     )
-
-
-@dataclass(frozen=True)
-class _Measured:
-    method: Literal["compiled", "estimated"]
-    memory: Memory
-    flops: float
-    hbm_bytes: float
-    collective_bytes: dict[str, float]
-    compile_seconds: float = 0.0
-
-    def as_fields(self, useful_flops: float) -> dict[str, Any]:
-        """Of a Report."""
-        work = Work(self.flops, useful_flops, self.hbm_bytes, self.collective_bytes)
-        return {
-            "method": self.method,
-            "memory": self.memory,
-            "work": work,
-            "compile_seconds": self.compile_seconds,
-        }
-
-
-def _measure(
-    program: Program, topology: Topology, estimate: Any, flops_by_hand: float
-) -> _Measured:
-    """Compile and read what XLA made of it; by formula where it cannot be, or is too large."""
-    if topology.chip is not None and not topology.is_tpu:
-        guess: Estimate = estimate()
-        return _Measured(
-            "estimated",
-            guess.memory,
-            flops_by_hand / topology.chips,
-            guess.hbm_bytes,
-            guess.collective_bytes,
-        )
-    traced = program.trace("tpu" if topology.is_tpu else "cpu")
-    flops = traced_flops(traced.jaxpr) / topology.chips
-    devices_per_chip = topology.chip.jax_devices if topology.chip else 1
-    parameters = per_device_bytes((program.frozen, program.trainable)) * devices_per_chip
-    optimizer = per_device_bytes(program.optimizer) * devices_per_chip
-    start = time.perf_counter()
-    try:
-        compiled = traced.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        needed = needed_memory(str(error), parameters + optimizer)
-        if needed is None:
-            raise
-        guess = estimate()
-        return _Measured(
-            "compiled",
-            Memory(parameters, optimizer, needed, needed),
-            flops,
-            guess.hbm_bytes,
-            guess.collective_bytes,
-            time.perf_counter() - start,
-        )
-    seconds = time.perf_counter() - start
-    stats = compiled.memory_analysis()
-    peak = reserved_memory(stats) * devices_per_chip
-    live = stats.peak_memory_in_bytes * devices_per_chip
-    traffic = count_traffic(compiled.as_text(), devices=topology.chips * devices_per_chip)
-    return _Measured(
-        "compiled",
-        Memory(parameters, optimizer, peak, live),
-        flops,
-        traffic.hbm_bytes * devices_per_chip,
-        {kind: moved * devices_per_chip for kind, moved in traffic.collective_bytes.items()},
-        seconds,
-    )
-
-
-def reserved_memory(stats: Any) -> int:
-    """Bytes that a compiled program must find free on a device, its arguments included.
-
-    XLA's own ``peak_memory_in_bytes`` is lower, by what never holds anything at the same time.
-    """
-    total = (
-        stats.argument_size_in_bytes
-        + stats.output_size_in_bytes
-        - stats.alias_size_in_bytes
-        + stats.temp_size_in_bytes
-        + stats.generated_code_size_in_bytes
-    )
-    return int(total)
-
-
-def needed_memory(error: str, parameters: int) -> int | None:
-    """Bytes that a program too large would take, from libtpu's refusal; None of other errors.
-
-    It names all that the program uses, or only what the program has besides its arguments.
-    """
-    used = re.search(r"Used ([\d.]+)([GMK]) of [\d.]+[GMK] hbm", error)
-    temporary = re.search(r"required for HLO temporaries \(([\d.]+)([GMK])\)", error)
-    found = used or temporary
-    if found is None:
-        return None
-    size = float(found[1]) * {"G": GiB, "M": GiB >> 10, "K": GiB >> 20}[found[2]]
-    return int(size) + (0 if used else parameters)
 
 
 def _train_remedies(cfg: TrainConfig, inputs: int, devices: int) -> tuple[str, ...]:
