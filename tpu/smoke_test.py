@@ -1,4 +1,4 @@
-"""Is the slice whole? Counts devices, adds a number across all of them, writes and reads a checkpoint.
+"""Is the slice whole? Counts devices, adds across all, writes and reads a checkpoint.
 
 On every host: ``tpu/run_all_workers.sh -- python tpu/smoke_test.py --path bucket/smoke``. Takes
 seconds; the checkpoint is removed again.
