@@ -58,6 +58,11 @@ def _struct(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
+def _array(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
+    """A shape where a batch has an array."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+
 def _place(state: nnx.State, mesh: Mesh) -> nnx.State:
     """Shapes with the sharding that PARAM_RULES gives them; a QArray part by part."""
 
@@ -132,16 +137,16 @@ def _pair_batch(cfg: TrainConfig, mesh: Mesh, sequence_lengths: tuple[int, ...])
     replicated = NamedSharding(mesh, PartitionSpec())
     return PairBatch(
         groups=tuple(_text_batch(rows, length, mesh) for length in sequence_lengths),
-        order=jax.ShapeDtypeStruct((inputs,), jnp.int32, sharding=replicated),
-        text_ids=jax.ShapeDtypeStruct((inputs,), jnp.int32, sharding=replicated),
+        order=_array((inputs,), jnp.int32, replicated),
+        text_ids=_array((inputs,), jnp.int32, replicated),
     )
 
 
 def _text_batch(rows: int, length: int, mesh: Mesh) -> TextBatch:
     split = batch_sharding(mesh)
     return TextBatch(
-        jax.ShapeDtypeStruct((rows, length), jnp.int32, sharding=split),
-        jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=split),
+        _array((rows, length), jnp.int32, split),
+        _array((rows,), jnp.int32, split),
     )
 
 
@@ -173,11 +178,7 @@ def encode_program(
             input_ids=batch.input_ids,
             last_index=batch.last_index,
             image_index=batch.input_ids,
-            tiles=jax.ShapeDtypeStruct(
-                (rows * tiles_per_image, side, side, 3),
-                jnp.uint8,
-                sharding=batch_sharding(mesh),
-            ),
+            tiles=_array((rows * tiles_per_image, side, side, 3), jnp.uint8, batch_sharding(mesh)),
         )
 
     def run(state: nnx.State, batch: TextBatch | ImageBatch) -> jax.Array:

@@ -59,7 +59,7 @@ class Report:
     @property
     def capacity(self) -> int | None:
         """Bytes a program may take on one chip; None on this machine's CPU."""
-        return self.topology.chip and self.topology.chip.usable_hbm
+        return None if self.topology.chip is None else self.topology.chip.usable_hbm
 
     @property
     def fits(self) -> bool:

@@ -116,8 +116,9 @@ def _mesh(cfg: MeshConfig, topology: Topology) -> Mesh:
             sizes[sizes.index(-1)] = max(topology.chips // known, 1)
         if sizes[0] * sizes[1] * sizes[2] != topology.chips:
             raise ValueError(f"mesh {sizes} does not fit {topology.chips} GPUs")
+        # as good as a Mesh to NamedSharding
         mesh: Any = AbstractMesh(tuple(sizes), MESH_AXES, axis_types=(AxisType.Auto,) * 3)
-        return mesh  # type: ignore[no-any-return]  # as good as a Mesh to NamedSharding
+        return mesh
     return make_mesh(cfg.data, cfg.fsdp, cfg.tensor, devices=compile_devices(topology))
 
 

@@ -8,6 +8,7 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +136,7 @@ def sizing_table(done: _Results) -> str:
             for sides in slices:
                 if chip == "v5e" and sides == "1x1" and "bf16" in what:
                     continue  # the weights alone are 14.6 GiB
-                record = done.get(
-                    f"{what} {chip}:{sides}", lambda run=run, c=chip, s=sides: run(c, s)
-                )
+                record = done.get(f"{what} {chip}:{sides}", partial(run, chip, sides))
                 if record is None or not record["fits"]:
                     continue
                 peak, capacity = (x / 2**30 for x in (record["memory"]["peak"], record["capacity"]))
@@ -167,7 +166,7 @@ def scaling_table(done: _Results) -> str:
         chips = _chips(sides)
         chunk = {"chunk_size": _chunk(chips)} if chips <= 8 else {}  # else it fits without
         record = done.get(
-            f"scaling v5e:{sides}", lambda s=sides, c=chunk: _train(f"v5e:{s}", lora=lora, **c)
+            f"scaling v5e:{sides}", partial(_train, f"v5e:{sides}", lora=lora, **chunk)
         )
         if record is None:
             continue

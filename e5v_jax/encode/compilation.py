@@ -17,8 +17,9 @@ def use_compilation_cache() -> Path | None:
     It is ``e5v_jax/xla-...`` in the user's cache folder (``XDG_CACHE_HOME``, else ``~/.cache``);
     ``E5V_COMPILATION_CACHE`` names another or says ``off``, JAX_COMPILATION_CACHE_DIR wins.
     """
-    if jax.config.jax_compilation_cache_dir is not None:
-        return Path(jax.config.jax_compilation_cache_dir)
+    current: str | None = jax.config.values["jax_compilation_cache_dir"]
+    if current is not None:
+        return Path(current)
     chosen = os.environ.get(VARIABLE)
     if chosen == "off":
         return None

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -70,7 +71,7 @@ def encode_stream(
     def batches() -> Iterator[Batch]:
         for start in range(0, len(groups), WINDOW):
             window = [inputs[group[0]] for group in groups[start : start + WINDOW]]
-            measured = measure(window, lambda error, start=start: fail(error, start))
+            measured = measure(window, partial(fail, start=start))
             yield from plan_batches(
                 [replace(item, position=start + item.position) for item in measured],
                 max_rows=limits.max_rows,
@@ -80,9 +81,9 @@ def encode_stream(
 
     vectors = np.zeros((len(inputs), cfg.text.hidden_size), np.float32)
     for batch, found in encoder.run(_load_ahead(batches(), cfg, pool, fail)):
-        for item, vector in zip(batch.items, found, strict=True):
-            vectors[groups[item.position]] = vector
-        on_batch(sum(len(groups[item.position]) for item in batch.items))
+        for embedded, vector in zip(batch.items, found, strict=True):
+            vectors[groups[embedded.position]] = vector
+        on_batch(sum(len(groups[embedded.position]) for embedded in batch.items))
     return vectors
 
 
