@@ -128,6 +128,15 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, BATCH_SPEC)
 
 
+def local_rows(count: int, mesh: Mesh) -> np.ndarray:
+    """Which of ``count`` rows of a batch are on devices of this process, bool [count]."""
+    held = np.zeros(count, bool)
+    for index in batch_sharding(mesh).addressable_devices_indices_map((count,)).values():
+        if index is not None:
+            held[index[0]] = True
+    return held
+
+
 def split_batch(x: jax.Array) -> jax.Array:
     """Keep activations [B, ...] split along the batch, in a program traced under a mesh.
 

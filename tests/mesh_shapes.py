@@ -62,6 +62,7 @@ def step_on(folder: Path, mesh: Mesh, **options: Any) -> dict[str, Any]:
         remat=options.get("remat", "none"),
         dropout=False,
         state=(trainable, state),
+        mesh=mesh,
     )
     after, state, metrics = step(trainable, state, frozen, batch, jax.random.key(0))
     gradients = flat(state[0].trace)

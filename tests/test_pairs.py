@@ -16,7 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from e5v_jax.data.pairs import Triplets, load_tfds, load_triplets, triplets_from_nli
+from e5v_jax.data.nli import load_tfds, triplets_from_nli
+from e5v_jax.data.pairs import Triplets, load_triplets
 
 ROWS = [
     ("A dog sits.", "An animal sits.", "A dog runs."),

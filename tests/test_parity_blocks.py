@@ -14,7 +14,7 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from e5v_jax.data.images import NEWLINE, image_token_index, tile_image
-from e5v_jax.encode.encoder import pack_images
+from e5v_jax.encode.arrays import pack_images
 from e5v_jax.encode.inputs import choose_prompt, prepare
 from e5v_jax.model.layers import apply_rope, rope_angles
 from e5v_jax.model.llava_next import ImageBatch
@@ -163,7 +163,7 @@ def test_merge_of_a_batch(trace: Trace) -> None:
     ids = np.zeros((len(prepared), length), np.int32)
     for row, item in enumerate(prepared):
         ids[row, : len(item.ids)] = item.ids
-    image_index, tiles = pack_images(prepared, length)
+    image_index, tiles = pack_images(prepared, length, max(len(item.tiles) for item in prepared))
     batch = ImageBatch(
         *map(jnp.asarray, (ids, np.zeros(len(prepared), np.int32), image_index, tiles))
     )

@@ -120,6 +120,7 @@ def run_ours(
         remat="none",
         dropout=False,
         state=(trainable, state),
+        mesh=make_mesh(data=-1, fsdp=1),
     )
     metrics = []
     for batch in batches_of(tokens, steps=steps, groups=groups):
@@ -382,6 +383,7 @@ def run_with_keys(
         remat=remat,
         dropout=dropout,
         state=(trainable, state),
+        mesh=make_mesh(data=-1, fsdp=1),
     )
     batch = next(batches_of(make_tokens(3), steps=1, groups=1))
     found = []

@@ -1,38 +1,76 @@
-"""Sources of training pairs: files with columns sent0, sent1, hard_neg, and NLI corpora of tfds."""
+"""Training pairs from files: columns sent0, sent1, hard_neg, and image0, image1, hard_neg_image."""
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from e5v_jax.data.rows import read_rows
 
-REQUIRED = ("sent0", "sent1")
-HARD_NEG = "hard_neg"
+# The sides of the loss and the columns that fill them: texts, images, or both in each row.
+SIDES = {
+    "anchor": ("sent0", "image0"),
+    "positive": ("sent1", "image1"),
+    "hard negative": ("hard_neg", "hard_neg_image"),
+}
+_COLUMNS = tuple(column for columns in SIDES.values() for column in columns)
+_IMAGE_COLUMNS = tuple(image for _, image in SIDES.values())
 _SUFFIXES = (".csv", ".jsonl", ".parquet")
 
 
 @dataclass(frozen=True)
-class Triplets:
-    """Training rows: an anchor, its positive and, for all rows or none, a hard negative."""
+class Side:
+    """All anchors, all positives or all hard negatives."""
 
-    sent0: list[str]
-    sent1: list[str]
+    column: str
+    """The column to name in messages."""
+    texts: list[str] | None
+    images: list[Path] | None
+
+    def __len__(self) -> int:
+        return len(self.texts if self.texts is not None else self.images or ())
+
+
+@dataclass(frozen=True)
+class Triplets:
+    """Training rows: an anchor, its positive and, for all rows or none, a hard negative.
+
+    Each is a text, an image, or an image with a text, the same in all rows.
+    """
+
+    sent0: list[str] | None
+    sent1: list[str] | None
     hard_neg: list[str] | None
     """None for plain pairs."""
     row_ids: list[str]
     """``file:row``, where a person finds the row: see :func:`load_triplets`."""
     fingerprint: str
-    """sha256 (hex) over the sentences in order; the same in any file format and folder."""
+    """sha256 (hex) over the columns in order; the same in any file format and folder."""
+    image0: list[Path] | None = None
+    image1: list[Path] | None = None
+    hard_neg_image: list[Path] | None = None
 
     def __len__(self) -> int:
-        return len(self.sent0)
+        return len(self.row_ids)
+
+    @property
+    def sides(self) -> list[Side]:
+        """Anchors, positives and, if there are any, hard negatives."""
+        found = [
+            (self.sent0, self.image0),
+            (self.sent1, self.image1),
+            (self.hard_neg, self.hard_neg_image),
+        ]
+        return [
+            Side(text if images is None else image, texts, images)
+            for (text, image), (texts, images) in zip(SIDES.values(), found, strict=True)
+            if texts is not None or images is not None
+        ]
 
 
 # One row of a file: where it is ("file:row") and its values by column.
@@ -43,71 +81,92 @@ def load_triplets(path: Path | Sequence[Path]) -> Triplets:
     """Read training rows from .csv, .jsonl or .parquet files, concatenated in the given order.
 
     Columns are those of SimCSE's nli_for_simcse.csv: ``sent0``, ``sent1`` and, for triplets,
-    ``hard_neg``, in any order; beside a ``hard_neg`` other columns are passed over. Sentences are
-    kept as they are, spaces included. The row in ``row_ids`` and in errors counts from 1: for csv
-    and jsonl it is the line of the file on which the row starts (so the first row of a csv file is
-    at line 2), for parquet the row. Blank lines are skipped.
+    ``hard_neg``, in any order; beside a ``hard_neg`` other columns are passed over. In place of a
+    sentence or beside it there may be an image: ``image0``, ``image1``, ``hard_neg_image``, its
+    path as seen from the file's folder. All rows have the same columns. Sentences are kept as they
+    are, spaces included. The row in ``row_ids`` and in errors counts from 1: for csv and jsonl it
+    is the line of the file on which the row starts (so the first row of a csv file is at line 2),
+    for parquet the row. Blank lines are skipped.
 
     Raises:
         FileNotFoundError: a file does not exist.
         ValueError: one line naming file, row and column: an unknown suffix, a missing or repeated
-            column, an unknown one without a hard_neg, a value that is no string or is blank, text
-            that is not UTF-8, broken csv, json or parquet, no rows, a file given twice, or
-            ``hard_neg`` in some files only.
+            column, an unknown one without a hard negative, a value that is no string or is blank,
+            text that is not UTF-8, broken csv, json or parquet, no rows, a file given twice, or
+            columns in some rows only.
     """
     paths = [path] if isinstance(path, Path) else list(path)
     if not paths:
         raise ValueError("no training file given: expected .csv, .jsonl or .parquet files")
-    rows: list[tuple[str, ...]] = []
+    rows: list[tuple[str | Path, ...]] = []
     row_ids: list[str] = []
+    expected: tuple[str, ...] = ()
     for i, file in enumerate(paths):
         if file in paths[:i]:
             raise ValueError(f"{file}: given twice; its rows would be each other's negatives")
         before = len(rows)
         for where, values in _read(file):
             columns = _ordered(where, values.keys())
-            row = tuple(_sentence(where, column, values[column]) for column in columns)
-            if rows and len(row) != len(rows[0]):
-                has, has_not = (where, row_ids[0]) if len(row) == 3 else (row_ids[0], where)
+            row = tuple(_value(where, column, values[column], file) for column in columns)
+            if rows and columns != expected:
+                only = next(c for c in _COLUMNS if (c in columns) != (c in expected))
+                has, has_not = (where, row_ids[0]) if only in columns else (row_ids[0], where)
                 raise ValueError(
-                    f"{where}: {has} has a {HARD_NEG} and {has_not} has none: "
-                    "train on triplets or on pairs, not on both"
+                    f"{where}: {has} has a {only} and {has_not} has none: "
+                    "train on rows that all have the same columns"
                 )
+            expected = columns
             rows.append(row)
             row_ids.append(where)
         if len(rows) == before:
             raise ValueError(f"{file}: no rows")
-    return _triplets(rows, row_ids)
+    return make_triplets(expected, rows, row_ids)
 
 
-def _triplets(rows: Sequence[tuple[str, ...]], row_ids: list[str]) -> Triplets:
-    columns = [list(column) for column in zip(*rows, strict=True)]
+def make_triplets(
+    names: Sequence[str], rows: Sequence[tuple[str | Path, ...]], row_ids: list[str]
+) -> Triplets:
+    """Rows of the given columns (``SIDES``) as Triplets."""
+    columns: dict[str, list[Any]] = {
+        name: list(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)
+    }
+    for_hash: Any = list(columns.values())
+    if any(name in _IMAGE_COLUMNS for name in names):  # the names tell which are images
+        for_hash = [[name, [str(x) for x in column]] for name, column in columns.items()]
     return Triplets(
-        sent0=columns[0],
-        sent1=columns[1],
-        hard_neg=columns[2] if len(columns) == 3 else None,
+        sent0=columns.get("sent0"),
+        sent1=columns.get("sent1"),
+        hard_neg=columns.get("hard_neg"),
         row_ids=row_ids,
-        fingerprint=hashlib.sha256(json.dumps(columns).encode()).hexdigest(),
+        fingerprint=hashlib.sha256(json.dumps(for_hash).encode()).hexdigest(),
+        image0=columns.get("image0"),
+        image1=columns.get("image1"),
+        hard_neg_image=columns.get("hard_neg_image"),
     )
 
 
 def _ordered(where: str, names: Iterable[str]) -> tuple[str, ...]:
-    """The columns to read, in order; others are passed over where ``hard_neg`` is among them."""
+    """The columns to read, in order; others are passed over where there are hard negatives."""
     found = list(names)
-    columns = (*REQUIRED, HARD_NEG) if HARD_NEG in found else REQUIRED
-    repeated = len(found) != len(set(found))
-    missing = [name for name in columns if name not in found]
-    if missing:
-        raise ValueError(f"{where}: no column {missing[0]}; found {found}")
+    columns = tuple(column for column in _COLUMNS if column in found)
+    for side, (text, image) in SIDES.items():
+        if side != "hard negative" and text not in columns and image not in columns:
+            raise ValueError(f"{where}: no column {text}; found {found}")
     unknown = [name for name in found if name not in columns]
-    if unknown and columns == REQUIRED:  # a misspelt hard_neg would train without hard negatives
+    if unknown and not set(SIDES["hard negative"]) & set(columns):
+        # a misspelt hard_neg would train without hard negatives
         raise ValueError(
             f"{where}: unknown column {unknown[0]!r} and no hard_neg: rename or remove it; "
             "expected sent0, sent1 and, if any, hard_neg"
         )
-    if repeated:
+    if len(found) != len(set(found)):
         raise ValueError(f"{where}: a column is there twice; found {found}")
     return columns
+
+
+def _value(where: str, column: str, value: object, file: Path) -> str | Path:
+    text = _sentence(where, column, value)
+    return file.parent / text if column in _IMAGE_COLUMNS else text
 
 
 def _sentence(where: str, column: str, value: object) -> str:
@@ -167,116 +226,3 @@ def _read_parquet(file: Path) -> Iterator[_Row]:
         columns.append(table[name].cast(pa.large_string()).cast(pa.large_binary()).to_pylist())
     for number, values in enumerate(zip(*columns, strict=True), start=1):
         yield f"{file}:{number}", dict(zip(table.column_names, values, strict=True))
-
-
-NLI_LABELS = ("entailment", "neutral", "contradiction")
-UNLABELLED = "-"
-"""SNLI's and MultiNLI's mark for a pair whose annotators did not agree."""
-
-
-def triplets_from_nli(rows: Iterable[tuple[str, str, str]], source: str) -> Triplets:
-    """Turn (premise, hypothesis, label) rows into triplets, one per premise, after SimCSE.
-
-    For each premise that has both, sent1 is its first entailment and hard_neg its first
-    contradiction; rows of one premise need not be neighbours. SimCSE does not publish the script:
-    one triplet per premise is our reading of its 275,601 rows for the 314 k entailments of SNLI
-    and MultiNLI. Blank sentences and rows labelled ``-`` are left out.
-
-    Args:
-        rows: label is one of ``NLI_LABELS`` or ``-``.
-        source: stands before the row number (from 1, that of the entailment) in ``row_ids``.
-
-    Raises:
-        ValueError: an unknown label, or not one premise has both.
-    """
-    entailments: dict[str, tuple[int, str]] = {}
-    contradictions: dict[str, str] = {}
-    for number, (premise, hypothesis, label) in enumerate(rows, start=1):
-        if label not in NLI_LABELS and label != UNLABELLED:
-            raise ValueError(
-                f"{source}:{number}: label {label!r}, expected one of {(*NLI_LABELS, UNLABELLED)}"
-            )
-        if not premise.strip() or not hypothesis.strip():
-            continue
-        if label == "entailment":
-            entailments.setdefault(premise, (number, hypothesis))
-        elif label == "contradiction":
-            contradictions.setdefault(premise, hypothesis)
-    premises = [premise for premise in entailments if premise in contradictions]
-    if not premises:
-        raise ValueError(f"{source}: no premise has both an entailment and a contradiction")
-    return _triplets(
-        [(p, entailments[p][1], contradictions[p]) for p in premises],
-        [f"{source}:{entailments[p][0]}" for p in premises],
-    )
-
-
-def load_tfds(
-    name: Literal["snli", "multi_nli"], split: str = "train", data_dir: Path | None = None
-) -> Triplets:
-    """Triplets of a prepared tensorflow-datasets NLI corpus, read without TensorFlow.
-
-    Args:
-        name: the corpus; its newest prepared version is read.
-        split: as in tfds, say ``train`` or ``validation[:10%]``. multi_nli calls its validation
-            splits validation_matched and validation_mismatched.
-        data_dir: where it was prepared; None is the environment variable ``TFDS_DATA_DIR``, else
-            ``~/tensorflow_datasets``, as in tfds.
-
-    Raises:
-        FileNotFoundError: it is not prepared there; the message has the command that does it.
-        ValueError: it is prepared in a format that only TensorFlow reads; an unknown split.
-    """
-    root = data_dir or Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
-    root = root.expanduser()
-    folders = [info.parent for info in (root / name).glob("*/dataset_info.json")]
-    versions = {  # by (major, minor, patch); tfds's own "incomplete.*" is none
-        tuple(map(int, folder.name.split("."))): folder
-        for folder in folders
-        if folder.name.replace(".", "").isdecimal()
-    }
-    if not versions:
-        raise FileNotFoundError(f"{root / name}: not prepared; {_how_to_prepare(name, root)}")
-    folder = versions[max(versions)]
-
-    # here and not above: the import takes a second and only this source needs it
-    import tensorflow_datasets as tfds
-
-    builder = tfds.builder_from_directory(folder)  # unlike tfds.builder, works from files alone
-    try:
-        records = builder.as_data_source(split=split)
-    except NotImplementedError:
-        raise ValueError(
-            f"{folder}: prepared in a format that only TensorFlow reads; delete it or choose "
-            f"another data_dir, then {_how_to_prepare(name, root)}"
-        ) from None
-    except ValueError:
-        splits = ", ".join(sorted(builder.info.splits))
-        raise ValueError(f"{folder}: no split {split!r}; found {splits}") from None
-    labels = builder.info.features["label"].names
-    rows = (
-        (
-            record["premise"].decode(),
-            record["hypothesis"].decode(),
-            UNLABELLED if record["label"] < 0 else labels[record["label"]],
-        )
-        for record in _in_blocks(records)
-    )
-    return triplets_from_nli(rows, source=f"{name}/{folder.name}/{split}")
-
-
-def _in_blocks(records: Any) -> Iterator[dict[str, Any]]:
-    for start in range(0, len(records), 4096):  # one at a time takes 2.5 times as long
-        yield from records.__getitems__(list(range(start, min(start + 4096, len(records)))))
-
-
-def _how_to_prepare(name: str, root: Path) -> str:
-    # tfds 4.9.10 prepares with importlib_resources but does not install it; the code that prepares
-    # multi_nli reads its files with TensorFlow.
-    needs = "tensorflow importlib_resources" if name == "multi_nli" else "importlib_resources"
-    return (
-        "run once, in any environment with tensorflow-datasets and a network: "
-        f'pip install {needs} && python -c "import tensorflow_datasets as tfds; '
-        f"tfds.builder('{name}', data_dir='{root}', file_format='array_record')"
-        '.download_and_prepare()"'
-    )

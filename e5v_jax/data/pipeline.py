@@ -3,13 +3,14 @@
 import logging
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar, overload
 
 import grain
 import numpy as np
 from numpy.typing import NDArray
 
-from e5v_jax.data.pairs import Triplets
+from e5v_jax.data.pairs import Side, Triplets
 
 Rows = NDArray[np.int64]
 T = TypeVar("T")
@@ -35,10 +36,23 @@ class BatchIterator(Protocol[T_co]):
 
 def number_texts(texts: Sequence[str]) -> Rows:
     """Number the texts: equal after strip and casefold is equal number. int64 [N]."""
-    numbers: dict[str, int] = {}
-    return np.array(
-        [numbers.setdefault(text.strip().casefold(), len(numbers)) for text in texts], np.int64
-    )
+    return number_inputs([Side("", list(texts), None)])
+
+
+def number_inputs(sides: Sequence[Side]) -> Rows:
+    """Number all inputs of all sides; equal are those of the same text and the same image path.
+
+    int64 [sum of N].
+    """
+    numbers: dict[tuple[str, Path | None], int] = {}
+
+    def keys(side: Side) -> Iterator[tuple[str, Path | None]]:
+        for row in range(len(side)):
+            text = side.texts[row].strip().casefold() if side.texts is not None else ""
+            yield text, side.images[row] if side.images is not None else None
+
+    found = [numbers.setdefault(key, len(numbers)) for side in sides for key in keys(side)]
+    return np.array(found, np.int64)
 
 
 def batches_per_epoch(premise_ids: Rows, batch_size: int) -> int:
@@ -230,12 +244,13 @@ def make_batches(
         raise ValueError(f"process_index {process_index}, expected 0 to {process_count - 1}")
     if batch_size % process_count:
         raise ValueError(f"batch_size {batch_size} is no multiple of {process_count} processes")
-    premises = number_texts(triplets.sent0)
+    premises = number_inputs(triplets.sides[:1])
     used = batches_per_epoch(premises, batch_size) * batch_size
     if not used:
         raise ValueError(
-            f"{len(premises)} rows with {len(np.unique(premises))} different sent0 do not fill a "
-            f"batch of {batch_size} without repeating one: lower batch_size or add data"
+            f"{len(premises)} rows with {len(np.unique(premises))} different "
+            f"{triplets.sides[0].column} do not fill a batch of {batch_size} without repeating "
+            "one: lower batch_size or add data"
         )
     if used < len(premises) // batch_size * batch_size:
         commonest = int(np.argmax(np.bincount(premises)))

@@ -112,6 +112,7 @@ def train_program(
         remat=cfg.remat,
         dropout=cfg.lora is not None and cfg.lora.dropout > 0,
         state=(trainable, opt_state),
+        mesh=mesh,
     )
     batch = _pair_batch(cfg, mesh, sequence_lengths)
     key = _struct(jax.eval_shape(lambda: jax.random.key(0)), replicated)

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from e5v_jax.data.text import pad_right
+from e5v_jax.encode.arrays import stack
 from e5v_jax.encode.batching import Batch
 from e5v_jax.encode.inputs import Prepared
 from e5v_jax.model.attention import Implementation, use_attention
@@ -84,12 +84,7 @@ class Encoder:
         """Vectors [rows, D], on their way."""
         # a batch short of items repeats its last one
         filled = [*prepared, *[prepared[-1]] * (batch.rows - len(prepared))]
-        input_ids, last_index = pad_right([item.ids for item in filled], batch.length, self._pad_id)
-        arrays: TextBatch | ImageBatch = TextBatch(input_ids, last_index)
-        if batch.tiles:
-            image_index, tiles = pack_images(filled, batch.length)
-            input_ids = np.where(image_index >= 0, 0, input_ids)  # `<image>` may have no row
-            arrays = ImageBatch(input_ids, last_index, image_index, tiles)
+        arrays = stack(filled, batch.length, num_tiles=batch.tiles, pad_id=self._pad_id)
         shape = (batch.rows, batch.length, batch.tiles)
         start = time.perf_counter()
         out = self._run(self._state, jax.device_put(arrays, self._sharding))
@@ -113,22 +108,3 @@ class Encoder:
 
     def _finish(self, batch: Batch, out: jax.Array) -> tuple[Batch, np.ndarray]:
         return batch, np.asarray(out)[: len(batch.items)]
-
-
-def pack_images(items: Sequence[Prepared], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Tiles of a batch, as many for each item, and each token's feature among its item's.
-
-    Returns:
-        ``image_index`` int32 [B, length] and ``tiles`` uint8 [B*K, S, S, 3] (see ImageBatch).
-    """
-    tiles_list = [item.tiles for item in items if item.tiles is not None]
-    most = max(len(tiles) for tiles in tiles_list)
-    tiles = np.zeros((len(items), most, *tiles_list[0].shape[1:]), np.uint8)
-    image_index = np.full((len(items), length), -1, np.int32)
-    for row, item in enumerate(items):
-        assert item.image_index is not None and item.tiles is not None
-        tiles[row, : len(item.tiles)] = item.tiles
-        newline = len(item.tiles) * item.patches  # its own; of the batch, it is behind all tiles
-        index = item.image_index
-        image_index[row, : len(index)] = np.where(index == newline, most * item.patches, index)
-    return image_index, tiles.reshape(-1, *tiles.shape[2:])

@@ -1,16 +1,21 @@
 """The training data as a stream of step inputs: read, tokenise, batch, place on the mesh."""
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
-from e5v_jax.data.pairs import Triplets, load_tfds, load_triplets
+from e5v_jax.config import ModelConfig
+from e5v_jax.data.nli import load_tfds
+from e5v_jax.data.pairs import Triplets, load_triplets
 from e5v_jax.data.pipeline import BatchIterator, make_batches
-from e5v_jax.sharding import place_replicated, place_split
+from e5v_jax.model.llava_next import ImageBatch
+from e5v_jax.sharding import local_rows, place_replicated, place_split
 from e5v_jax.train.batches import group_lengths, make_pair_batch, tokenize_pairs
 from e5v_jax.train.config import DataConfig, TrainConfig
+from e5v_jax.train.image_pairs import ImageGroup
 from e5v_jax.train.step import PairBatch
 
 
@@ -29,6 +34,7 @@ class Feed(NamedTuple):
     total_steps: int
     columns: int  # 3 for triplets, 2 for pairs
     lengths: tuple[int, ...]  # padded length of each group
+    has_images: bool
 
 
 def load_data(cfg: DataConfig) -> Triplets:
@@ -49,14 +55,18 @@ def open_feed(
     triplets: Triplets,
     tokenizer: PreTrainedTokenizerFast,
     template: str,
+    model: ModelConfig,
     mesh: Mesh,
 ) -> Feed:
     """Every sentence tokenised once; batches in an order fixed by the seed.
 
-    Every process goes through the same global batches, which are small; :func:`place` gives each
-    device its part.
+    Every process goes through the same global batches, whose texts are small; :func:`place` gives
+    each device its part. Images are decoded where they are needed only.
+
+    Raises:
+        ValueError: one line naming file, row and column, or the field of ``cfg``.
     """
-    tokens = tokenize_pairs(triplets, tokenizer, cfg.data, template)
+    tokens = tokenize_pairs(triplets, tokenizer, cfg.data, template, model)
     devices = mesh.shape["data"] * mesh.shape["fsdp"]
     multiple = cfg.chunk_size or devices
     if multiple % devices:
@@ -65,8 +75,26 @@ def open_feed(
             f"batch: make it a multiple of {devices}"
         )
 
+    if tokens.images and cfg.batch_size % min(multiple, cfg.batch_size):
+        raise ValueError(
+            f"batch_size: {cfg.batch_size} images of a step cannot be split into parts of "
+            f"{multiple} (the devices that share a batch, or chunk_size)"
+        )
+    pool = ThreadPoolExecutor()  # starts no thread before there is an image
+    wanted = local_rows(cfg.batch_size, mesh)
+
+    def make_images(images: ImageGroup, rows: np.ndarray) -> ImageBatch:
+        return images.batch(rows, cfg=model, pool=pool, wanted=wanted, row_ids=triplets.row_ids)
+
     def host_batch(rows: np.ndarray) -> HostBatch:
-        arrays = make_pair_batch(tokens, rows, lengths=lengths, pad_id=0, multiple=multiple)
+        arrays = make_pair_batch(
+            tokens,
+            rows,
+            lengths=lengths,
+            pad_id=0,
+            multiple=multiple,
+            make_images=make_images,
+        )
         return HostBatch(rows, arrays, int(tokens.lengths[:, rows].sum()))
 
     batching: dict[str, Any] = {
@@ -77,10 +105,20 @@ def open_feed(
     order = list(make_batches(triplets, **batching))
     total_steps = len(order) if cfg.max_steps is None else min(cfg.max_steps, len(order))
     lengths = group_lengths(
-        tokens.lengths, order[:total_steps], groups=cfg.data.length_groups, multiple=multiple
+        tokens.lengths[tokens.text_columns],
+        order[:total_steps],
+        groups=cfg.data.length_groups,
+        multiple=multiple,
     )
     batches = make_batches(triplets, **batching, transform=host_batch)
-    return Feed(batches, total_steps, tokens.columns, lengths)
+    image_lengths = tuple(images.length for images in tokens.images.values())
+    return Feed(
+        batches,
+        total_steps,
+        tokens.columns,
+        lengths + image_lengths,
+        has_images=bool(tokens.images),
+    )
 
 
 def place(batch: PairBatch, mesh: Mesh) -> PairBatch:

@@ -7,7 +7,7 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from e5v_jax.converted import ConvertedFolder
-from e5v_jax.embedder import load_tokenizer
+from e5v_jax.embedder import load_tokenizer, with_image_token
 from e5v_jax.loading import load_model
 from e5v_jax.model.layers import Precision
 from e5v_jax.prompts import detect_template
@@ -61,9 +61,10 @@ def train(cfg: TrainConfig) -> None:
     tokenizer = load_tokenizer(cfg.model)
     template = detect_template(tokenizer, base.config.text.model_type, override=cfg.data.template)
     mesh = make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
-    feed = open_feed(cfg, triplets, tokenizer, template, mesh)
+    model_config = with_image_token(base.config, tokenizer)
+    feed = open_feed(cfg, triplets, tokenizer, template, model_config, mesh)
 
-    # model: the vision tower is neither read nor placed; trained weights are fp32
+    # model: without images the vision tower is neither read nor placed; trained weights are fp32
     dtype = jnp.dtype(cfg.dtype)
     model = load_model(
         base,
@@ -72,7 +73,7 @@ def train(cfg: TrainConfig) -> None:
         ),
         mesh=mesh,
         lora=cfg.lora,
-        load_vision=False,
+        load_vision=feed.has_images,
         seed=cfg.seed,
     )
     graphdef, trainable, frozen = split_trainable(model, lora=cfg.lora is not None)
@@ -88,6 +89,7 @@ def train(cfg: TrainConfig) -> None:
         remat=cfg.remat,
         dropout=cfg.lora is not None and cfg.lora.dropout > 0,
         state=(trainable, opt_state),
+        mesh=mesh,
     )
     validation = None
     if cfg.evaluation.data is not None:

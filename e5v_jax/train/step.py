@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 
 from e5v_jax.model.layers import LoRAParam
 from e5v_jax.model.llama import Remat
@@ -44,8 +45,9 @@ TrainStep = Callable[
 def split_trainable(
     model: LlavaNext, *, lora: bool
 ) -> tuple[nnx.GraphDef[LlavaNext], nnx.State, nnx.State]:
-    """(graphdef, trainable, frozen): the LoRA factors, or with ``lora`` off every parameter."""
-    graphdef, trainable, *rest = nnx.split(model, LoRAParam if lora else nnx.Param, ...)
+    """(graphdef, trainable, frozen): the LoRA factors, or with ``lora`` off the whole decoder."""
+    decoder = nnx.All(nnx.Param, nnx.PathContains("language_model"))
+    graphdef, trainable, *rest = nnx.split(model, LoRAParam if lora else decoder, ...)
     return graphdef, trainable, rest[0]
 
 
@@ -67,8 +69,16 @@ def embed_group(
     if chunk_size is None or size <= chunk_size:
         return model(group, remat=remat, dropout_key=dropout_key)
     count = size // chunk_size
-    # Chunk j is every count-th input from j on: so each device has its share of every chunk.
-    chunks = jax.tree.map(lambda x: x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1), group)
+
+    def split(x: Array) -> Array:
+        """[N * K, ...] -> [count, chunk_size * K, ...]; K is the tiles of an image, or 1.
+
+        Chunk j is every count-th input from j on: so each device has its share of every chunk.
+        """
+        x = x.reshape(chunk_size, count, -1, *x.shape[1:]).swapaxes(0, 1)
+        return x.reshape(count, -1, *x.shape[3:])
+
+    chunks = jax.tree.map(split, group)
     keys = None if dropout_key is None else jax.random.split(dropout_key, count)
 
     @jax.checkpoint
@@ -131,6 +141,7 @@ def make_train_step(
     remat: Remat,
     dropout: bool,
     state: tuple[nnx.State, optax.OptState],
+    mesh: Mesh,
 ) -> TrainStep:
     """The jitted step; trainable and optimizer state are donated.
 
@@ -139,7 +150,6 @@ def make_train_step(
     """
 
     placement = jax.tree.map(lambda x: x.sharding, state)
-    mesh = jax.tree.leaves(placement)[0].mesh.abstract_mesh
 
     def step(
         trainable: nnx.State,
@@ -149,7 +159,7 @@ def make_train_step(
         key: jax.Array,
     ) -> tuple[nnx.State, optax.OptState, Metrics]:
         def loss_fn(trainable: nnx.State) -> tuple[jax.Array, jax.Array]:
-            with jax.sharding.use_abstract_mesh(mesh):  # for sharding.split_batch
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for sharding.split_batch
                 return pair_loss(
                     nnx.merge(graphdef, trainable, frozen),
                     batch,

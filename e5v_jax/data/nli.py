@@ -1,0 +1,121 @@
+"""NLI corpora turned into training triplets, from tensorflow-datasets' prepared files."""
+
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from e5v_jax.data.pairs import Triplets, make_triplets
+
+NLI_LABELS = ("entailment", "neutral", "contradiction")
+UNLABELLED = "-"
+"""SNLI's and MultiNLI's mark for a pair whose annotators did not agree."""
+
+
+def triplets_from_nli(rows: Iterable[tuple[str, str, str]], source: str) -> Triplets:
+    """Turn (premise, hypothesis, label) rows into triplets, one per premise, after SimCSE.
+
+    For each premise that has both, sent1 is its first entailment and hard_neg its first
+    contradiction; rows of one premise need not be neighbours. SimCSE does not publish the script:
+    one triplet per premise is our reading of its 275,601 rows for the 314 k entailments of SNLI
+    and MultiNLI. Blank sentences and rows labelled ``-`` are left out.
+
+    Args:
+        rows: label is one of ``NLI_LABELS`` or ``-``.
+        source: stands before the row number (from 1, that of the entailment) in ``row_ids``.
+
+    Raises:
+        ValueError: an unknown label, or not one premise has both.
+    """
+    entailments: dict[str, tuple[int, str]] = {}
+    contradictions: dict[str, str] = {}
+    for number, (premise, hypothesis, label) in enumerate(rows, start=1):
+        if label not in NLI_LABELS and label != UNLABELLED:
+            raise ValueError(
+                f"{source}:{number}: label {label!r}, expected one of {(*NLI_LABELS, UNLABELLED)}"
+            )
+        if not premise.strip() or not hypothesis.strip():
+            continue
+        if label == "entailment":
+            entailments.setdefault(premise, (number, hypothesis))
+        elif label == "contradiction":
+            contradictions.setdefault(premise, hypothesis)
+    premises = [premise for premise in entailments if premise in contradictions]
+    if not premises:
+        raise ValueError(f"{source}: no premise has both an entailment and a contradiction")
+    return make_triplets(
+        ("sent0", "sent1", "hard_neg"),
+        [(p, entailments[p][1], contradictions[p]) for p in premises],
+        [f"{source}:{entailments[p][0]}" for p in premises],
+    )
+
+
+def load_tfds(
+    name: Literal["snli", "multi_nli"], split: str = "train", data_dir: Path | None = None
+) -> Triplets:
+    """Triplets of a prepared tensorflow-datasets NLI corpus, read without TensorFlow.
+
+    Args:
+        name: the corpus; its newest prepared version is read.
+        split: as in tfds, say ``train`` or ``validation[:10%]``. multi_nli calls its validation
+            splits validation_matched and validation_mismatched.
+        data_dir: where it was prepared; None is the environment variable ``TFDS_DATA_DIR``, else
+            ``~/tensorflow_datasets``, as in tfds.
+
+    Raises:
+        FileNotFoundError: it is not prepared there; the message has the command that does it.
+        ValueError: it is prepared in a format that only TensorFlow reads; an unknown split.
+    """
+    root = data_dir or Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
+    root = root.expanduser()
+    folders = [info.parent for info in (root / name).glob("*/dataset_info.json")]
+    versions = {  # by (major, minor, patch); tfds's own "incomplete.*" is none
+        tuple(map(int, folder.name.split("."))): folder
+        for folder in folders
+        if folder.name.replace(".", "").isdecimal()
+    }
+    if not versions:
+        raise FileNotFoundError(f"{root / name}: not prepared; {_how_to_prepare(name, root)}")
+    folder = versions[max(versions)]
+
+    # here and not above: the import takes a second and only this source needs it
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder_from_directory(folder)  # unlike tfds.builder, works from files alone
+    try:
+        records = builder.as_data_source(split=split)
+    except NotImplementedError:
+        raise ValueError(
+            f"{folder}: prepared in a format that only TensorFlow reads; delete it or choose "
+            f"another data_dir, then {_how_to_prepare(name, root)}"
+        ) from None
+    except ValueError:
+        splits = ", ".join(sorted(builder.info.splits))
+        raise ValueError(f"{folder}: no split {split!r}; found {splits}") from None
+    labels = builder.info.features["label"].names
+    rows = (
+        (
+            record["premise"].decode(),
+            record["hypothesis"].decode(),
+            UNLABELLED if record["label"] < 0 else labels[record["label"]],
+        )
+        for record in _in_blocks(records)
+    )
+    return triplets_from_nli(rows, source=f"{name}/{folder.name}/{split}")
+
+
+def _in_blocks(records: Any) -> Iterator[dict[str, Any]]:
+    for start in range(0, len(records), 4096):  # one at a time takes 2.5 times as long
+        yield from records.__getitems__(list(range(start, min(start + 4096, len(records)))))
+
+
+def _how_to_prepare(name: str, root: Path) -> str:
+    # tfds 4.9.10 prepares with importlib_resources but does not install it; the code that prepares
+    # multi_nli reads its files with TensorFlow.
+    needs = "tensorflow importlib_resources" if name == "multi_nli" else "importlib_resources"
+    return (
+        "run once, in any environment with tensorflow-datasets and a network: "
+        f'pip install {needs} && python -c "import tensorflow_datasets as tfds; '
+        f"tfds.builder('{name}', data_dir='{root}', file_format='array_record')"
+        '.download_and_prepare()"'
+    )
