@@ -7,7 +7,7 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -49,11 +49,16 @@ def serve(
         print(json.dumps({"seconds": seconds, "peak": peak, **notes()}), flush=True)
 
 
-def compare(repetitions: int, folder: Path, *flags: str) -> dict[Side, Result]:
+def take_turns(
+    runs: int, *flags: str, sides: Sequence[Side] = SIDES, save: Path | None = None
+) -> dict[Side, list[dict[str, Any]]]:
     """Start this program once for each side (``--side``, and ``flags``), run them in turns.
 
+    Returns what each says of each run (:func:`serve`). With ``save``, the vectors of the first run
+    go to SIDE.npy there.
+
     Raises:
-        SystemExit: a side failed, or their vectors differ.
+        SystemExit: a side failed.
     """
     command = [sys.executable, *sys.argv]
     children = {
@@ -63,10 +68,10 @@ def compare(repetitions: int, folder: Path, *flags: str) -> dict[Side, Result]:
             stdout=subprocess.PIPE,
             text=True,
         )
-        for side in SIDES
+        for side in sides
     }
 
-    def run(side: Side, file: str = "") -> dict[str, Any]:
+    def run(side: Side, file: str) -> dict[str, Any]:
         child = children[side]
         assert child.stdin is not None and child.stdout is not None
         child.stdin.write(file + "\n")
@@ -77,28 +82,38 @@ def compare(repetitions: int, folder: Path, *flags: str) -> dict[Side, Result]:
         answer: dict[str, Any] = json.loads(line)
         return answer
 
-    first = {side: run(side, str(folder / f"{side}.npy")) for side in SIDES}
-    times: dict[Side, list[float]] = {side: [] for side in SIDES}
-    last = dict(first)
-    for _ in range(repetitions):
-        for side in SIDES:
-            last[side] = run(side)
-            times[side].append(last[side]["seconds"])
+    answers: dict[Side, list[dict[str, Any]]] = {side: [] for side in sides}
+    for i in range(runs):
+        for side in sides:
+            file = str(save / f"{side}.npy") if save is not None and i == 0 else ""
+            answers[side].append(run(side, file))
     for child in children.values():
         assert child.stdin is not None
         child.stdin.close()
         child.wait()
+    return answers
+
+
+def summarize(answers: list[dict[str, Any]]) -> Result:
+    """The first run apart; peak memory and notes are those of the last answer."""
+    return Result(
+        answers[0]["seconds"],
+        [answer["seconds"] for answer in answers[1:]],
+        answers[-1]["peak"],
+        {k: v for k, v in answers[-1].items() if k not in ("seconds", "peak")},
+    )
+
+
+def compare(repetitions: int, folder: Path, *flags: str) -> dict[Side, Result]:
+    """One run of each side that is not timed, then ``repetitions``, in turns (:func:`take_turns`).
+
+    Raises:
+        SystemExit: a side failed.
+    """
+    answers = take_turns(1 + repetitions, *flags, save=folder)
     ours, theirs = (np.load(folder / f"{side}.npy") for side in SIDES)
     print(f"largest difference of two unit vectors' entries: {np.abs(ours - theirs).max():.1e}")
-    return {
-        side: Result(
-            first[side]["seconds"],
-            times[side],
-            last[side]["peak"],
-            {k: v for k, v in last[side].items() if k not in ("seconds", "peak")},
-        )
-        for side in SIDES
-    }
+    return {side: summarize(answers[side]) for side in SIDES}
 
 
 def print_table(kind: str, count: int, results: dict[Side, Result]) -> None:

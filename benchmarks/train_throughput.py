@@ -1,0 +1,255 @@
+"""Triplets a second in training: our step and torch + peft, in turns on the same batches.
+
+    python benchmarks/train_throughput.py --model BASE --data triplets_snli.csv --batch-size 24 \
+        --length-groups 8
+    python benchmarks/train_throughput.py --model BASE --data triplets_snli.csv --batch-size 64 \
+        --gradient-checkpointing
+
+BASE is SmolLM2-135M, converted (docs/results.md). Both sides train LoRA r 16 in fp32 as
+configs/demo.py says, from the same factors, on the same token ids in the same order. PyTorch runs
+the decoder alone, without lm_head, on all sentences of a batch at once, padded to its longest, as
+the authors' training script does. Losses are compared step by step. Tables: docs/benchmarks.md.
+"""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from multiprocessing import get_context
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+import tyro
+from encode_side_by_side import SIDES, Side, print_table, serve, summarize, take_turns
+
+if TYPE_CHECKING:
+    from e5v_jax.train.config import TrainConfig
+
+Step = Callable[[], np.ndarray]
+Notes = Callable[[], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Args:
+    """Compare our training step with torch + peft."""
+
+    model: Path
+    """Converted folder of the base model."""
+    data: tuple[Path, ...]
+    """csv files with columns sent0, sent1, hard_neg."""
+    batch_size: int = 64
+    """Triplets a step."""
+    steps: int = 5
+    """Timed steps of each side, after one that is not."""
+    length_groups: int = 12
+    """Ours."""
+    remat: Literal["none", "dots", "full"] | None = None
+    """Ours; by default that of configs/demo.py."""
+    chunk_size: int | None = None
+    """Ours."""
+    gradient_checkpointing: tyro.conf.FlagCreatePairsOff[bool] = False
+    """PyTorch's: keep the input of each layer only."""
+    threads: int = 2
+    """CPUs of each side."""
+    side: Side | None = None
+    """Be one side (the command starts itself so)."""
+    folder: Path | None = None
+    """Files for the sides (written by the command itself)."""
+
+
+def train_config(args: Args) -> "TrainConfig":
+    """configs/demo.py with the flags."""
+    from e5v_jax.train.__main__ import read_config
+
+    cfg = read_config(Path(__file__).parents[1] / "configs" / "demo.py")
+    return dataclasses.replace(
+        cfg,
+        model=args.model,
+        data=dataclasses.replace(cfg.data, path=args.data, length_groups=args.length_groups),
+        batch_size=args.batch_size,
+        chunk_size=args.chunk_size,
+        remat=cfg.remat if args.remat is None else args.remat,
+    )
+
+
+def prepare(args: Args, folder: Path) -> None:
+    """What PyTorch reads: the model as a Hugging Face folder, LoRA factors, batches of ids."""
+    import jax
+    from flax import nnx
+
+    from convert.peft import Adapter, write_adapter
+    from e5v_jax.converted import ConvertedFolder
+    from e5v_jax.data.pipeline import make_batches
+    from e5v_jax.embedder import load_tokenizer
+    from e5v_jax.loading import build, dotted
+    from e5v_jax.model.layers import LoRAParam, Precision
+    from e5v_jax.prompts import detect_template
+    from e5v_jax.train.batches import tokenize_pairs
+    from e5v_jax.train.feed import load_data
+
+    cfg = train_config(args)
+    command = [sys.executable, "-m", "convert.to_hf", str(cfg.model), str(folder / "model")]
+    subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
+
+    base, lora = ConvertedFolder(cfg.model).config, cfg.lora
+    assert lora is not None
+    precision = Precision(param=np.float32, compute=np.float32)
+    # jitted, so that the unused base weights are never computed; the values are load_model's
+    factors = jax.jit(
+        lambda: nnx.split(
+            build(base, precision=precision, lora=lora, load_vision=False, seed=cfg.seed),
+            LoRAParam,
+            ...,
+        )[1]
+    )()
+    values = {dotted(path): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(factors)}
+    write_adapter(folder / "adapter", Adapter(lora, values), text_only=base.vision is None)
+
+    triplets = load_data(cfg.data)
+    tokenizer = load_tokenizer(cfg.model)
+    template = detect_template(tokenizer, base.text.model_type, override=cfg.data.template)
+    tokens = tokenize_pairs(triplets, tokenizer, cfg.data, template, base)
+    order = list(
+        make_batches(triplets, batch_size=cfg.batch_size, seed=cfg.seed, num_epochs=cfg.num_epochs)
+    )
+    if len(order) <= args.steps:
+        raise SystemExit(f"{len(order)} batches in all, {1 + args.steps} are needed")
+    batches = [
+        [column[row] for column in tokens.ids for row in rows] for rows in order[: 1 + args.steps]
+    ]
+    recipe = {"temperature": cfg.loss.temperature, **dataclasses.asdict(cfg.optimizer)}
+    contents = {"recipe": recipe, "total_steps": len(order), "batches": batches}
+    (folder / "batches.json").write_text(json.dumps(contents))
+
+
+def open_ours(args: Args) -> tuple[Step, Notes]:
+    """A step as e5v_jax.train.loop runs it; padded lengths are those of the whole run."""
+    import jax
+
+    from e5v_jax.converted import ConvertedFolder
+    from e5v_jax.train.feed import load_data
+    from e5v_jax.train.setup import set_up
+
+    cfg = train_config(args)
+    training = set_up(cfg, ConvertedFolder(cfg.model), load_data(cfg.data))
+    key = jax.random.key(cfg.seed)
+    loss, tokens, positions = 0.0, 0, 0
+
+    def step() -> np.ndarray:
+        nonlocal loss, tokens, positions
+        batch = next(training.feed.batches)
+        loss = float(training.step(batch, key).loss)  # waits for the step
+        tokens += batch.tokens
+        positions += sum(group.input_ids.size for group in batch.arrays.groups)
+        return np.float32([loss])
+
+    def notes() -> dict[str, Any]:
+        return {
+            "loss": loss,
+            "padding": f"{100 * (1 - tokens / positions):.0f} %",
+            "remat": cfg.remat,
+            "length groups": len(training.feed.lengths),
+            **({} if cfg.chunk_size is None else {"chunk size": cfg.chunk_size}),
+        }
+
+    return step, notes
+
+
+def open_reference(args: Args) -> tuple[Step, Notes]:
+    """The same step in PyTorch: left padding and the last position, as the authors do."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
+
+    torch.set_num_threads(args.threads)
+    assert args.folder is not None
+    contents = json.loads((args.folder / "batches.json").read_text())
+    recipe, batches = contents["recipe"], iter(contents["batches"])
+    base = AutoModelForCausalLM.from_pretrained(args.folder / "model", dtype=torch.float32)
+    if args.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model: Any = PeftModel.from_pretrained(base, args.folder / "adapter", is_trainable=True)
+    model.train()  # dropout is 0; without this, transformers checkpoints nothing
+    decoder = model.base_model.model.model
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=recipe["learning_rate"],
+        betas=(recipe["b1"], recipe["b2"]),
+        eps=recipe["eps"],
+        weight_decay=recipe["weight_decay"],
+    )
+    schedule = get_linear_schedule_with_warmup(
+        optimizer, recipe["warmup_steps"], contents["total_steps"]
+    )
+    loss, tokens, positions = 0.0, 0, 0
+
+    def step() -> np.ndarray:
+        nonlocal loss, tokens, positions
+        batch = next(batches)
+        length = max(map(len, batch))
+        ids = torch.tensor([[0] * (length - len(row)) + row for row in batch])  # [3B, L]
+        mask = torch.tensor([[0] * (length - len(row)) + [1] * len(row) for row in batch])
+        hidden = decoder(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        unit = torch.nn.functional.normalize(hidden[:, -1], dim=-1)  # [3B, D]
+        anchor, candidates = unit.split([args.batch_size, 2 * args.batch_size])
+        logits = anchor @ candidates.T / recipe["temperature"]  # [B, 2B]
+        value = torch.nn.functional.cross_entropy(logits, torch.arange(args.batch_size))
+        optimizer.zero_grad()
+        value.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, recipe["max_grad_norm"])
+        optimizer.step()
+        schedule.step()
+        loss = value.item()
+        tokens += int(mask.sum())
+        positions += ids.numel()
+        return np.float32([loss])
+
+    def notes() -> dict[str, Any]:
+        return {
+            "loss": loss,
+            "padding": f"{100 * (1 - tokens / positions):.0f} %",
+            "gradient checkpointing": "on" if args.gradient_checkpointing else "off",
+            "attention": base.config._attn_implementation,
+            "peft": version("peft"),
+        }
+
+    return step, notes
+
+
+def main(args: Args) -> None:
+    """Be one side, or start both and compare them."""
+    if args.side is not None:
+        serve(lambda: open_ours(args) if args.side == "e5v-jax" else open_reference(args))
+        return
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])  # XLA's threads too
+    with tempfile.TemporaryDirectory() as folder:
+        # in a process of its own: the sides' peak memory would begin at that of their parent
+        preparing = get_context("spawn").Process(target=prepare, args=(args, Path(folder)))
+        preparing.start()
+        preparing.join()
+        if preparing.exitcode:
+            raise SystemExit("preparing failed")
+        answers = take_turns(1 + args.steps, "--folder", folder)
+    losses = {side: [answer["loss"] for answer in answers[side]] for side in SIDES}
+    for side in SIDES:
+        print(f"losses, {side}: " + " ".join(f"{loss:.5f}" for loss in losses[side]))
+    difference = np.abs(np.subtract(*losses.values())).max()
+    print(f"largest difference of a step's losses: {difference:.1e}")
+    results = {side: summarize(answers[side]) for side in SIDES}
+    for result in results.values():
+        del result.notes["loss"]
+        result.notes["median step"] = f"{np.median(result.seconds):.2f} s"
+    print_table("triplets", args.batch_size, results)
+    if not difference <= 1e-3:
+        raise SystemExit(f"losses differ by {difference:.1e}: the sides did not do the same work")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Args))
