@@ -65,9 +65,10 @@ class Args:
 
 def train_config(args: Args) -> "TrainConfig":
     """configs/demo.py with the flags."""
-    from e5v_jax.train.__main__ import read_config
+    from e5v_jax.cli import read_config
+    from e5v_jax.train.config import TrainConfig
 
-    cfg = read_config(Path(__file__).parents[1] / "configs" / "demo.py")
+    cfg = read_config(Path(__file__).parents[1] / "configs" / "demo.py", TrainConfig)
     return dataclasses.replace(
         cfg,
         model=args.model,

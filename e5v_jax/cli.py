@@ -1,6 +1,7 @@
 """What all commands share: typed flags, one line per error, exit codes."""
 
 import re
+import runpy
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -60,6 +61,40 @@ def run(
         refuse_remote_paths(command.args)
         main(command.args)
     sys.exit(0)
+
+
+def read_config(file: Path, config_type: type[Args]) -> Args:
+    """Run a configuration file and call its ``get_config()``.
+
+    Raises:
+        UsageError: no such file, or it does not give a ``config_type``.
+    """
+    if not file.is_file():
+        raise UsageError(f"--config {file}: no such file")
+    get_config = runpy.run_path(str(file)).get("get_config")
+    config = get_config() if callable(get_config) else None
+    if not isinstance(config, config_type):
+        raise UsageError(
+            f"--config {file}: expected a get_config() that returns {config_type.__name__}(...)"
+        )
+    return config
+
+
+def split_config(argv: list[str], config_type: type[Args]) -> tuple[Args | None, list[str]]:
+    """(what the file after --config gives, the other words); None without that flag.
+
+    Raises:
+        SystemExit: the file cannot be used (:func:`exit_on_error`).
+    """
+    for i, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        if name == "--config":
+            with exit_on_error(show_traceback="--traceback" in argv):
+                if not equals and i + 1 == len(argv):
+                    raise UsageError("--config: expected a file")
+                config = read_config(Path(value if equals else argv[i + 1]), config_type)
+            return config, argv[:i] + argv[i + (1 if equals else 2) :]
+    return None, argv
 
 
 def refuse_remote_paths(args: object) -> None:

@@ -13,7 +13,7 @@ from rich.table import Table
 from convert.from_hf import Args as ConvertArgs
 from convert.from_hf import convert
 from e5v_jax import E5V, cli
-from e5v_jax.train.__main__ import read_config
+from e5v_jax.train.config import TrainConfig
 from e5v_jax.train.loop import train
 
 QUERIES = 3
@@ -79,7 +79,7 @@ def score(model: E5V, rows: list[dict[str, str]]) -> Scores:
 def demo(args: Args) -> None:
     """Run the whole job; results go to the terminal and the run folder."""
     # resume: a second demo, or one after a kill, goes on where the first stopped
-    cfg = dataclasses.replace(read_config(args.config), resume=True)
+    cfg = dataclasses.replace(cli.read_config(args.config, TrainConfig), resume=True)
     with args.heldout.open(newline="") as file:
         rows = list(csv.DictReader(file))
     console = Console()

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import e5v_jax
-from e5v_jax.evaluate.__main__ import Args, evaluate
+from e5v_jax.evaluate.__main__ import evaluate
 from e5v_jax.evaluate.composed import (
     cirr_rows,
     cirr_submission,
@@ -22,6 +22,7 @@ from e5v_jax.evaluate.composed import (
     score_fashioniq,
 )
 from e5v_jax.evaluate.composed_sets import ComposedSet, load_cirr, load_fashioniq, take
+from e5v_jax.evaluate.config import EvaluateConfig
 from e5v_jax.evaluate.embedding import Embedder
 from e5v_jax.evaluate.scores import Hits, Score
 
@@ -414,7 +415,7 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(vars(e5v_jax), "E5V", Fake)
     output = tmp_path / "out"
     tasks = "cirr-test,fashioniq-dress,cirr"
-    evaluate(Args(model="m", data=tmp_path, tasks=tasks, output=output))
+    evaluate(EvaluateConfig(model="m", data=tmp_path, tasks=tasks, output=output))
     results = json.loads((output / "results.json").read_text())["results"]
     assert {r["task"] for r in results} == {"cirr", "fashioniq-dress"}
     submission = json.loads((output / "cirr-submission.json").read_text())

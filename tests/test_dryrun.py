@@ -15,6 +15,7 @@ import pytest
 from jax.experimental import topologies
 from training_runs import STEPS, config, make_folder
 
+from e5v_jax import cli
 from e5v_jax.config import ModelConfig, TextConfig
 from e5v_jax.converted import ConvertedFolder
 from e5v_jax.dryrun import flops, run
@@ -28,9 +29,9 @@ from e5v_jax.loading import stored_shapes
 from e5v_jax.model.layers import LoRAConfig
 from e5v_jax.presets import ARCHITECTURES, architecture_of
 from e5v_jax.sharding import make_mesh
-from e5v_jax.train import loop
+from e5v_jax.train import loop, setup
 from e5v_jax.train.__main__ import main as train_main
-from e5v_jax.train.__main__ import read_config
+from e5v_jax.train.config import TrainConfig
 from e5v_jax.train.step import make_train_step
 
 LLAMA3 = ARCHITECTURES["llava-next-llama3-8b"]
@@ -367,7 +368,7 @@ def test_the_step_is_the_one_that_trains(tmp_path: Path, monkeypatch: pytest.Mon
 
         return record
 
-    monkeypatch.setattr(loop, "make_train_step", recording)
+    monkeypatch.setattr(setup, "make_train_step", recording)
     with pytest.raises(Recorded):
         loop.train(cfg)
     monkeypatch.setattr(program_module, "TOTAL_STEPS", STEPS)
@@ -382,6 +383,8 @@ CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("e5v_*.py"))
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda file: file.stem)
 def test_shipped_configurations_need_no_model_folder(file: Path) -> None:
-    args = dataclasses.replace(run.as_dry_run(read_config(file)), topology="gpu:h100:8")
+    args = dataclasses.replace(
+        run.as_dry_run(cli.read_config(file, TrainConfig)), topology="gpu:h100:8"
+    )
     report = report_train(args)
     assert report.fits and report.architecture in ARCHITECTURES

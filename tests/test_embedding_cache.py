@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 import e5v_jax
-from e5v_jax.evaluate.__main__ import Args, evaluate
+from e5v_jax.evaluate.__main__ import evaluate
 from e5v_jax.evaluate.cache import VectorCache, input_key, model_key
+from e5v_jax.evaluate.config import EvaluateConfig
 from e5v_jax.evaluate.embedding import Embedder
 
 if TYPE_CHECKING:
@@ -172,7 +173,7 @@ def test_large_files_count_by_size_and_time(
 def test_converted_folder_counts_by_its_content_hash(
     tmp_path: Path, llava: "Callable[[str], Case]"
 ) -> None:
-    from convert.from_hf import Args as ConvertArgs
+    from convert.from_hf import EvaluateConfig as ConvertArgs
     from convert.from_hf import convert
 
     convert(ConvertArgs(str(llava("llama-gqa").folder), tmp_path / "a"))
@@ -207,7 +208,7 @@ def test_second_evaluation_embeds_nothing(
     results = []
     for name in ("first", "second"):
         evaluate(
-            Args(
+            EvaluateConfig(
                 model=str(llava("llama-gqa").folder),
                 data=tmp_path / "set",
                 tasks="retrieval,i2i-retrieval",

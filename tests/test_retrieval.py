@@ -16,7 +16,8 @@ import torch
 from PIL import Image, ImageFont
 
 from e5v_jax import cli
-from e5v_jax.evaluate.__main__ import Args, evaluate
+from e5v_jax.evaluate.__main__ import evaluate
+from e5v_jax.evaluate.config import EvaluateConfig
 from e5v_jax.evaluate.drawing import draw_caption, wrap
 from e5v_jax.evaluate.embedding import Embedder
 from e5v_jax.evaluate.ranking import hits_at, rank_positives, top_k
@@ -403,7 +404,7 @@ def test_whole_run_with_a_random_model_is_chance(
             image.resize((50, 40)).save(tmp_path / "set" / "images" / name)
     (tmp_path / "set" / "captions.jsonl").write_text("\n".join(rows) + "\n")
     evaluate(
-        Args(
+        EvaluateConfig(
             model=str(llava("llama-gqa").folder),
             data=tmp_path / "set",
             tasks="retrieval,i2i-retrieval",
@@ -427,9 +428,9 @@ def test_whole_run_with_a_random_model_is_chance(
 
 def test_impossible_flags(tmp_path: Path) -> None:
     for args, message in (
-        (Args(model="m", tasks="coco"), "--data: needed"),
-        (Args(data=tmp_path), "--model: needed"),
-        (Args(model="m", data=tmp_path, tasks="cirr-test"), "--output: cirr-test writes"),
+        (EvaluateConfig(model="m", tasks="coco"), "--data: needed"),
+        (EvaluateConfig(data=tmp_path), "--model: needed"),
+        (EvaluateConfig(model="m", data=tmp_path, tasks="cirr-test"), "--output: cirr-test writes"),
     ):
         with pytest.raises(cli.UsageError, match=message):
             evaluate(args)

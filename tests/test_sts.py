@@ -16,7 +16,8 @@ import scipy.stats
 
 import e5v_jax
 from e5v_jax import cli
-from e5v_jax.evaluate.__main__ import Args, evaluate
+from e5v_jax.evaluate.__main__ import evaluate
+from e5v_jax.evaluate.config import EvaluateConfig
 from e5v_jax.evaluate.sts import (
     PAPER_TASKS,
     TASKS,
@@ -366,7 +367,7 @@ def test_command_writes_the_results(
 ) -> None:
     output = tmp_path / "new" / "results"
     evaluate(
-        Args(
+        EvaluateConfig(
             model="a-model",
             data=sts_data,
             tasks="stsb,stsb-dev",
@@ -418,7 +419,9 @@ def test_plain_protocol(
 
     monkeypatch.setattr(fake_model, "encode", encode)
     output = tmp_path / "out"
-    evaluate(Args(model="m", data=sts_data, tasks="stsb", protocol="plain", output=output))
+    evaluate(
+        EvaluateConfig(model="m", data=sts_data, tasks="stsb", protocol="plain", output=output)
+    )
     assert fake_model.encoded["prompt"] == "<sent>\nSummary above sentence in one word:"
     first, second, _ = load_task(sts_data, "stsb")
     assert set(seen) == {*first, *second}
@@ -430,7 +433,7 @@ def test_command_refuses_a_full_folder_and_fills_an_empty_one(
     tmp_path: Path, fake_model: type[FakeE5V]
 ) -> None:
     root = write_years(tmp_path / "data")
-    args = Args(model="m", data=root, tasks="stsb", output=tmp_path / "out")
+    args = EvaluateConfig(model="m", data=root, tasks="stsb", output=tmp_path / "out")
     (tmp_path / "out").mkdir()
     evaluate(args)
     before = (tmp_path / "out" / "results.json").read_bytes()
@@ -445,7 +448,7 @@ def test_command_leaves_nothing_behind_on_failure(
     root = write_years(tmp_path / "data")
     monkeypatch.setattr(fake_model, "encode", lambda self, sentences, **_: np.zeros((1, 1)))
     with pytest.raises(ValueError, match="embeddings have shape"):
-        evaluate(Args(model="m", data=root, tasks="stsb", output=tmp_path / "out"))
+        evaluate(EvaluateConfig(model="m", data=root, tasks="stsb", output=tmp_path / "out"))
     assert [p.name for p in tmp_path.iterdir()] == ["data"]
 
 
@@ -460,7 +463,7 @@ def test_command_leaves_nothing_behind_on_failure(
 def test_impossible_flags(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     root = write_years(tmp_path)
     with pytest.raises(cli.UsageError, match=message):
-        evaluate(Args(model="m", data=root, tasks="stsb", **change))
+        evaluate(EvaluateConfig(model="m", data=root, tasks="stsb", **change))
 
 
 def run_command(*words: str) -> subprocess.CompletedProcess[str]:

@@ -1,11 +1,12 @@
 """The training benchmarks run, at tiny size, and notice when the two sides do different work."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from hf_models import TEXT_RECIPES, build_text
+from hf_models import TEXT_RECIPES, build_text, picture
 
 from convert.from_hf import Args, convert
 
@@ -55,3 +56,21 @@ def test_chunk_memory(folder: Path) -> None:
     rows = table(done.stdout)
     assert [row[0] for row in rows] == ["None", "6"]
     assert all(float(row[1]) > 0 and float(row[4]) > 100 for row in rows)
+
+
+def test_pair_cost(tmp_path: Path) -> None:
+    (tmp_path / "images").mkdir()
+    lines = []
+    for i in range(6):
+        picture(40 + i, 30, seed=i).save(tmp_path / "images" / f"{i}.png")
+        lines.append({"image": f"{i}.png", "captions": [f"scene {i}", f"picture {i}"]})
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    command = [sys.executable, ROOT / "benchmarks" / "pair_cost.py", "--tiny", "--data", tmp_path]
+    sizes = ["--batch-size", "2", "--steps", "1"]
+    done = subprocess.run([*map(str, command), *sizes], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    text, image = table(done.stdout)
+    assert (text[0], image[0]) == ("text-text", "image-text")
+    for column in (3, 6):
+        assert float(text[column]) > 0 and float(image[column]) > 0
+    assert "times the FLOPs" in done.stdout

@@ -4,55 +4,15 @@ import json
 import sys
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 from e5v_jax import __version__, cli
 from e5v_jax.evaluate.analyse import AnalyseArgs, analyse
 from e5v_jax.evaluate.compare import compare_runs
+from e5v_jax.evaluate.config import EvaluateConfig
 from e5v_jax.evaluate.report import Report, print_report, write_report
 
 
-@dataclass(frozen=True)
-class Args:
-    """Score a model on the benchmarks of the paper and show the scores beside the paper's.
-
-    `python -m e5v_jax.evaluate analyse --help`: what the embedding space looks like.
-    """
-
-    model: str | None = None
-    """Converted folder, Hugging Face folder or GGUF file, or a hub id."""
-    data: Path | None = None
-    """Folder with the benchmarks, laid out as docs/evaluation.md says; for `retrieval` and
-    `i2i-retrieval` the one that holds captions.jsonl; `hub` fetches the authors' data sets."""
-    tasks: str = "sts"
-    """Comma-separated: sts (the seven of the paper) or single ones (sts12 to sts16, stsb, sickr,
-    stsb-dev), flickr30k, coco, i2i-flickr30k, i2i-coco, cirr (validation), cirr-test (writes the
-    submission for CIRR's server), fashioniq (its three types) or fashioniq-dress and so on,
-    retrieval and i2i-retrieval (your own captioned images)."""
-    compare: tuple[Path, Path] | None = None
-    """Instead of all else: the outputs of two runs, to compare them item by item."""
-    stride: int = 1
-    """Score every n-th pair, image or query only: a quick look, not comparable with the paper."""
-    protocol: Literal["paper", "plain"] = "paper"
-    """Of STS. paper: prompt `sts`, sentences cleaned as the authors do. plain: the instruction
-    without spaces around it, sentences as they stand in the files: not the paper's figure."""
-    output: Path | None = None
-    """Folder to write results.json, results.md and items.npz to; must be empty or not exist."""
-    cache: Path | None = None
-    """Folder to keep embeddings in: what is there for this model is not embedded again."""
-    adapter: Path | None = None
-    """LoRA to apply: a run folder of e5v_jax.train, one of its checkpoints, or a PEFT folder."""
-    template: str | None = None
-    """Chat template: llama3, mistral, phi3, chatml or vicuna; by default told from the model."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Precision of weights and arithmetic."""
-    batch_size: int = 32
-    """Inputs per device batch."""
-
-
-def evaluate(args: Args) -> None:
+def evaluate(args: EvaluateConfig) -> None:
     """Evaluate and print; ``args.output`` appears only when whole.
 
     Raises:
@@ -123,4 +83,5 @@ def evaluate(args: Args) -> None:
 if __name__ == "__main__":
     if sys.argv[1:2] == ["analyse"]:
         cli.run(analyse, AnalyseArgs, argv=sys.argv[2:])
-    cli.run(evaluate, Args)
+    default, argv = cli.split_config(sys.argv[1:], EvaluateConfig)
+    cli.run(evaluate, EvaluateConfig, default=default, argv=argv)
