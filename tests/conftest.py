@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -16,6 +17,12 @@ if TYPE_CHECKING:
     from hf_models import Case
 
 os.environ.setdefault("E5V_COMPILATION_CACHE", "off")  # tests do not write to the home folder
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    # A program that several tests or their processes need is compiled once. pytest-xdist's workers
+    # inherit the folder; who made it removes it.
+    _cache = tempfile.TemporaryDirectory(prefix="e5v-jax-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache.name
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 
 
 @pytest.fixture(scope="session")

@@ -206,6 +206,7 @@ def test_quantised_weights(quantize: Any, least: float, tmp_path: Path) -> None:
 def test_compilation_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     updates: dict[str, Any] = {}
     monkeypatch.setattr(jax.config, "update", lambda key, value: updates.update({key: value}))
+    monkeypatch.setitem(jax.config.values, "jax_compilation_cache_dir", None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv(compilation.VARIABLE, "off")
     assert compilation.use_compilation_cache() is None and not updates

@@ -75,15 +75,15 @@ def test_padding(e5v: E5V, alone: np.ndarray) -> None:
 
 def test_mates_would_show(e5v: E5V, alone: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same tests fail when the last position of the batch is pooled instead of the item's."""
-    import e5v_jax.encode.encoder as encoder
+    import e5v_jax.encode.arrays as arrays
 
-    pad_right = encoder.pad_right
+    pad_right = arrays.pad_right
 
     def pooled_at_the_end(*args: Any) -> tuple[np.ndarray, np.ndarray]:
         ids, last = pad_right(*args)
         return ids, np.full_like(last, ids.shape[1] - 1)
 
-    monkeypatch.setattr(encoder, "pad_right", pooled_at_the_end)
+    monkeypatch.setattr(arrays, "pad_right", pooled_at_the_end)
     assert largest(e5v.encode(MIXED), alone) > 1e-2
 
 
