@@ -2,7 +2,7 @@
 
 import logging
 import multiprocessing
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -203,10 +203,20 @@ def test_quantised_weights(quantize: Any, least: float, tmp_path: Path) -> None:
     assert least < cosines.min() < 1 - 1e-7
 
 
+@pytest.fixture
+def no_cache() -> Iterator[None]:
+    """Without the folder that conftest.py has set."""
+    name = "jax_compilation_cache_dir"
+    folder = jax.config.values[name]
+    jax.config.update(name, None)
+    yield
+    jax.config.update(name, folder)
+
+
+@pytest.mark.usefixtures("no_cache")
 def test_compilation_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     updates: dict[str, Any] = {}
     monkeypatch.setattr(jax.config, "update", lambda key, value: updates.update({key: value}))
-    monkeypatch.setitem(jax.config.values, "jax_compilation_cache_dir", None)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv(compilation.VARIABLE, "off")
     assert compilation.use_compilation_cache() is None and not updates
