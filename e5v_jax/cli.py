@@ -1,5 +1,6 @@
 """What all commands share: typed flags, one line per error, exit codes."""
 
+import logging
 import re
 import runpy
 import sys
@@ -95,6 +96,12 @@ def split_config(argv: list[str], config_type: type[Args]) -> tuple[Args | None,
                 config = read_config(Path(value if equals else argv[i + 1]), config_type)
             return config, argv[:i] + argv[i + (1 if equals else 2) :]
     return None, argv
+
+
+def show_log() -> None:
+    """Print what the package logs, from INFO on, to stderr."""
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("e5v_jax").setLevel(logging.INFO)
 
 
 def refuse_remote_paths(args: object) -> None:

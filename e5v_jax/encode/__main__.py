@@ -1,6 +1,5 @@
 """``python -m e5v_jax.encode --model DIR --text "a dog" "a cat" --image dog.jpg``."""
 
-import logging
 import multiprocessing
 import sys
 import warnings
@@ -80,8 +79,7 @@ def encode_in_memory(args: Args) -> None:
 def encode_to_folder(args: Args) -> None:
     """Any number of inputs, to shards; see e5v_jax/encode/bulk.py."""
     assert args.input is not None and args.output is not None
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("e5v_jax").setLevel(logging.INFO)
+    cli.show_log()
     if args.input.is_dir():
         tell_left_out(args.input, list_folder(args.input)[1])
     scan = scan_items(args.input, allow_errors=args.on_error == "skip")

@@ -9,6 +9,7 @@ from e5v_jax.train.loop import train
 
 def main(argv: list[str]) -> None:
     """Train, or with --dry-run say what the step would need."""
+    cli.show_log()
     default, argv = cli.split_config(argv, TrainConfig)
     if "--dry-run" in argv:
         # here, not above: training itself needs none of it
