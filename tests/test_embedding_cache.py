@@ -173,7 +173,7 @@ def test_large_files_count_by_size_and_time(
 def test_converted_folder_counts_by_its_content_hash(
     tmp_path: Path, llava: "Callable[[str], Case]"
 ) -> None:
-    from convert.from_hf import EvaluateConfig as ConvertArgs
+    from convert.from_hf import Args as ConvertArgs
     from convert.from_hf import convert
 
     convert(ConvertArgs(str(llava("llama-gqa").folder), tmp_path / "a"))

@@ -10,7 +10,13 @@ import pytest
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "gpu_train.py"
 
 
-@pytest.mark.parametrize("flags", [[], ["--quantize", "nf4"]], ids=["lora", "qlora"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        pytest.param([], id="lora", marks=pytest.mark.slow),
+        pytest.param(["--quantize", "nf4"], id="qlora"),
+    ],
+)
 def test_benchmark_at_toy_size(flags: list[str]) -> None:
     sizes = {"batch-size": 8, "chunk-size": 12, "length": 8, "steps": 2}
     words = [f"--{name}={size}" for name, size in sizes.items()]

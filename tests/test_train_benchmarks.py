@@ -10,6 +10,7 @@ from hf_models import TEXT_RECIPES, build_text, picture
 
 from convert.from_hf import Args, convert
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 
 
