@@ -26,7 +26,7 @@ pytestmark = [
         reason="libtpu is not installed: pip install -e '.[tpu]'",
     ),
 ]
-# The recipe's dropout adds no matmul, and doubles the time to compile: both are seen, one of them in
+# The recipe's dropout adds no matmul and doubles the time to compile: both are seen, one of them by
 # `make test`.
 DROPOUT = pytest.mark.parametrize("dropout", ["0.0", pytest.param("0.05", marks=pytest.mark.slow)])
 TRAIN = ["e5v_jax.train", "--model", "e5v-llama3-8b", "--output", "out"]
