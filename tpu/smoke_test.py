@@ -33,8 +33,8 @@ def smoke_test(args: Args) -> None:
     from jax.sharding import NamedSharding, PartitionSpec
     from orbax.checkpoint import v1 as ocp
 
+    from e5v_jax.distributed import initialize, is_first, wait_for_all
     from e5v_jax.sharding import make_mesh
-    from e5v_jax.train.distributed import initialize, is_first, wait_for_all
 
     initialize()
     count = jax.device_count()

@@ -9,8 +9,8 @@ import jax
 import jaxlib
 from jax.experimental import topologies
 
+from e5v_jax.distributed import LIBTPU_INIT_ARGS
 from e5v_jax.dryrun.chips import GPUS, TPUS, Chip
-from e5v_jax.train.distributed import LIBTPU_INIT_ARGS
 
 INSTALL_LIBTPU = "pip install 'jax[tpu]=={version}' (or, in this checkout, pip install -e '.[tpu]')"
 

@@ -84,7 +84,7 @@ def encode_to_folder(args: Args) -> None:
         tell_left_out(args.input, list_folder(args.input)[1])
     scan = scan_items(args.input, allow_errors=args.on_error == "skip")
 
-    from e5v_jax.train.distributed import initialize, is_first, wait_for_all
+    from e5v_jax.distributed import initialize, is_first, wait_for_all
 
     initialize(distributed=args.distributed)  # before anything else of JAX
 

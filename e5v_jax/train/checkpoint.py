@@ -24,10 +24,10 @@ from orbax.checkpoint import v1 as ocp
 from convert.peft import Adapter
 from e5v_jax.config import ModelConfig
 from e5v_jax.converted import new_folder
+from e5v_jax.distributed import is_first, wait_for_all
 from e5v_jax.loading import build, dotted
 from e5v_jax.model.layers import LoRAConfig, LoRAParam, Precision
 from e5v_jax.train.config import TrainConfig
-from e5v_jax.train.distributed import is_first, wait_for_all
 
 _logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"

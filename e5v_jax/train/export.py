@@ -12,9 +12,9 @@ from jax.experimental import multihost_utils
 
 from convert.peft import Adapter, write_adapter
 from e5v_jax.converted import ConvertedFolder, new_folder, write_info, write_params
+from e5v_jax.distributed import is_first
 from e5v_jax.loading import dotted, layer_names
 from e5v_jax.model.layers import LoRAConfig
-from e5v_jax.train.distributed import is_first
 
 
 def export_adapter(dst: Path, lora: LoRAConfig, factors: nnx.State, base: ConvertedFolder) -> None:

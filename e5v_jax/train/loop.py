@@ -7,6 +7,7 @@ from orbax.checkpoint import v1 as ocp
 
 from e5v_jax.converted import ConvertedFolder
 from e5v_jax.data.pairs import Triplets
+from e5v_jax.distributed import initialize, is_first, wait_for_all
 from e5v_jax.train.checkpoint import (
     check_run_folder,
     check_same_run,
@@ -18,7 +19,6 @@ from e5v_jax.train.checkpoint import (
     write_run_info,
 )
 from e5v_jax.train.config import TrainConfig
-from e5v_jax.train.distributed import initialize, is_first, wait_for_all
 from e5v_jax.train.export import export_adapter, export_model
 from e5v_jax.train.feed import HostBatch, load_data
 from e5v_jax.train.metrics import Meter, MetricsLog

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Self
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from tensorboardX import SummaryWriter
 
-from e5v_jax.train.distributed import is_first
+from e5v_jax.distributed import is_first
 
 
 class Speed(NamedTuple):
