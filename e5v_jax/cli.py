@@ -100,7 +100,7 @@ def split_config(argv: list[str], config_type: type[Args]) -> tuple[Args | None,
 
 def show_log() -> None:
     """Print what the package logs, from INFO on, to stderr."""
-    logging.basicConfig(format="%(message)s")
+    logging.basicConfig(format="%(message)s", force=True)  # a library may have had its way before
     logging.getLogger("e5v_jax").setLevel(logging.INFO)
 
 
