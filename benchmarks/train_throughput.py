@@ -87,10 +87,10 @@ def prepare(args: Args, folder: Path) -> None:
     from convert.peft import Adapter, write_adapter
     from e5v_jax.converted import ConvertedFolder
     from e5v_jax.data.pipeline import make_batches
-    from e5v_jax.embedder import load_tokenizer
     from e5v_jax.loading import build, dotted
     from e5v_jax.model.layers import LoRAParam, Precision
     from e5v_jax.prompts import detect_template
+    from e5v_jax.tokenizer import load_tokenizer
     from e5v_jax.train.batches import tokenize_pairs
     from e5v_jax.train.feed import load_data
 

@@ -29,8 +29,8 @@ from e5v_jax.converted import (
     write_info,
     write_params,
 )
-from e5v_jax.embedder import load_tokenizer, with_image_token
 from e5v_jax.prompts import IMAGE_PLACEHOLDER
+from e5v_jax.tokenizer import load_tokenizer, with_image_token
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The public class: load a model, embed anything, compare."""
 
-import dataclasses
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from rich.progress import Progress
-from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from convert.hf_source import open_source, resolve
 from convert.peft import Adapter, is_peft, read_adapter
@@ -30,12 +29,12 @@ from e5v_jax.model.layers import Precision
 from e5v_jax.model.llava_next import LlavaNext
 from e5v_jax.model.quantized import Quantization
 from e5v_jax.prompts import (
-    IMAGE_PLACEHOLDER,
     TEMPLATES,
     detect_template,
     forbidden_pattern,
 )
 from e5v_jax.sharding import make_mesh
+from e5v_jax.tokenizer import load_tokenizer, with_image_token
 from e5v_jax.train.checkpoint import find_run, read_run_adapter
 
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -235,48 +234,6 @@ class E5V:
         a, b = (np.atleast_2d(np.asarray(x, np.float32)) for x in (a, b))
         a, b = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (a, b))
         return a @ b.T
-
-
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a converted or Hugging Face folder, or of a GGUF file.
-
-    Raises:
-        FileNotFoundError: the folder has no tokenizer files.
-    """
-    if folder.is_file():
-        from convert.gguf_tokenizer import build_tokenizer  # only GGUF files need transformers 5.23
-
-        return build_tokenizer(folder)
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise FileNotFoundError(f"{folder}: no tokenizer.json or tokenizer.model")
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise ValueError(f"{folder}: only fast tokenizers (tokenizer.json) are supported")
-    return tokenizer
-
-
-def with_image_token(config: ModelConfig, tokenizer: PreTrainedTokenizerFast) -> ModelConfig:
-    """``config`` of a model with vision, its ``image_token_id`` the tokenizer's ``<image>``.
-
-    The original LLaVA code tokenises around the image, so its tokenizers do not know ``<image>``.
-    Such a one gets it added here; any free id serves, as the row of an image is never read.
-
-    Raises:
-        ValueError: the tokenizer has ``<image>`` under another id than the config.
-    """
-    if config.vision is None:
-        return config
-    found = tokenizer.added_tokens_encoder.get(IMAGE_PLACEHOLDER)
-    if found is None:
-        tokenizer.add_tokens([AddedToken(IMAGE_PLACEHOLDER, special=True)], special_tokens=True)
-        found = tokenizer.added_tokens_encoder[IMAGE_PLACEHOLDER]
-        return dataclasses.replace(config, image_token_id=found)
-    if found != config.image_token_id:
-        raise ValueError(
-            f"{IMAGE_PLACEHOLDER} is token {found} of the tokenizer, but image_token_id in "
-            f"config.json is {config.image_token_id}: they belong to different models"
-        )
-    return config
 
 
 def load_adapter(folder: Path, config: ModelConfig) -> Adapter:

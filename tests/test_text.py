@@ -1,5 +1,7 @@
 """Token ids: the published ones with the real tokenizer, and what each step must refuse."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -220,3 +222,11 @@ def test_pad_right() -> None:
 def test_pad_right_never_cuts_and_never_pools_padding(sequences: list[list[int]]) -> None:
     with pytest.raises(ValueError, match="sequence 1 has"):
         pad_right(sequences, 2, pad_id=0)
+
+
+def test_torch_is_not_imported() -> None:
+    """Where it is installed, it would cost every command 2 seconds and 200 MB."""
+    code = (
+        "import sys, e5v_jax.train.loop; from e5v_jax import E5V; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,7 +9,6 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
 
 from e5v_jax.distributed import is_first
 
@@ -74,6 +73,8 @@ class MetricsLog:
         temporary.write_text("".join(line + "\n" for line in kept))
         temporary.rename(self._path)
         self._file = self._path.open("a", buffering=1)  # a line is on disk once it is written
+        from tensorboardX import SummaryWriter  # imports torch where it is installed: 2 s
+
         self._events = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1)
 
     def __enter__(self) -> Self:

@@ -11,12 +11,12 @@ from transformers import PreTrainedTokenizerFast
 
 from e5v_jax.converted import ConvertedFolder
 from e5v_jax.data.pairs import Triplets
-from e5v_jax.embedder import load_tokenizer, with_image_token
 from e5v_jax.loading import load_model
 from e5v_jax.model.layers import Precision
 from e5v_jax.model.llava_next import LlavaNext
 from e5v_jax.prompts import detect_template
 from e5v_jax.sharding import make_mesh
+from e5v_jax.tokenizer import load_tokenizer, with_image_token
 from e5v_jax.train.config import TrainConfig
 from e5v_jax.train.feed import Feed, HostBatch, open_feed, place
 from e5v_jax.train.optimizer import init_optimizer, make_optimizer
