@@ -50,12 +50,16 @@ def serve(
 
 
 def take_turns(
-    runs: int, *flags: str, sides: Sequence[Side] = SIDES, save: Path | None = None
+    runs: int,
+    *flags: str,
+    sides: Sequence[Side] = SIDES,
+    save: Path | None = None,
+    turn: int = 1,
 ) -> dict[Side, list[dict[str, Any]]]:
     """Start this program once for each side (``--side``, and ``flags``), run them in turns.
 
     Returns what each says of each run (:func:`serve`). With ``save``, the vectors of the first run
-    go to SIDE.npy there.
+    go to SIDE.npy there. A side has ``turn`` runs, then the other.
 
     Raises:
         SystemExit: a side failed.
@@ -83,10 +87,11 @@ def take_turns(
         return answer
 
     answers: dict[Side, list[dict[str, Any]]] = {side: [] for side in sides}
-    for i in range(runs):
+    for i in range(0, runs, turn):
         for side in sides:
-            file = str(save / f"{side}.npy") if save is not None and i == 0 else ""
-            answers[side].append(run(side, file))
+            for j in range(i, min(i + turn, runs)):
+                file = str(save / f"{side}.npy") if save is not None and j == 0 else ""
+                answers[side].append(run(side, file))
     for child in children.values():
         assert child.stdin is not None
         child.stdin.close()
@@ -94,11 +99,11 @@ def take_turns(
     return answers
 
 
-def summarize(answers: list[dict[str, Any]]) -> Result:
-    """The first run apart; peak memory and notes are those of the last answer."""
+def summarize(answers: list[dict[str, Any]], turn: int | None = None) -> Result:
+    """The first run (of each ``turn``) apart; peak memory and notes are of the last answer."""
     return Result(
         answers[0]["seconds"],
-        [answer["seconds"] for answer in answers[1:]],
+        [answer["seconds"] for i, answer in enumerate(answers) if i % (turn or len(answers))],
         answers[-1]["peak"],
         {k: v for k, v in answers[-1].items() if k not in ("seconds", "peak")},
     )

@@ -1,4 +1,4 @@
-"""Triplets a second in training: our step and torch + peft, in turns on the same batches.
+"""Triplets a second in training: our step and torch + peft, in turns, on the same batches.
 
     python benchmarks/train_throughput.py --model BASE --data triplets_snli.csv --batch-size 24 \
         --length-groups 8
@@ -45,8 +45,11 @@ class Args:
     """csv files with columns sent0, sent1, hard_neg."""
     batch_size: int = 64
     """Triplets a step."""
-    steps: int = 5
-    """Timed steps of each side, after one that is not."""
+    turns: int = 2
+    """Of each side."""
+    steps: int = 3
+    """Timed steps of a turn, after one that is not: the other side has just given back gigabytes,
+    which the system takes its time to hand out again."""
     length_groups: int = 12
     """Ours."""
     remat: Literal["none", "dots", "full"] | None = None
@@ -119,11 +122,10 @@ def prepare(args: Args, folder: Path) -> None:
     order = list(
         make_batches(triplets, batch_size=cfg.batch_size, seed=cfg.seed, num_epochs=cfg.num_epochs)
     )
-    if len(order) <= args.steps:
-        raise SystemExit(f"{len(order)} batches in all, {1 + args.steps} are needed")
-    batches = [
-        [column[row] for column in tokens.ids for row in rows] for rows in order[: 1 + args.steps]
-    ]
+    needed = args.turns * (1 + args.steps)
+    if len(order) < needed:
+        raise SystemExit(f"{len(order)} batches in all, {needed} are needed")
+    batches = [[column[row] for column in tokens.ids for row in rows] for rows in order[:needed]]
     recipe = {"temperature": cfg.loss.temperature, **dataclasses.asdict(cfg.optimizer)}
     contents = {"recipe": recipe, "total_steps": len(order), "batches": batches}
     (folder / "batches.json").write_text(json.dumps(contents))
@@ -237,13 +239,14 @@ def main(args: Args) -> None:
         preparing.join()
         if preparing.exitcode:
             raise SystemExit("preparing failed")
-        answers = take_turns(1 + args.steps, "--folder", folder)
+        turn = 1 + args.steps
+        answers = take_turns(args.turns * turn, "--folder", folder, turn=turn)
     losses = {side: [answer["loss"] for answer in answers[side]] for side in SIDES}
     for side in SIDES:
         print(f"losses, {side}: " + " ".join(f"{loss:.5f}" for loss in losses[side]))
     difference = np.abs(np.subtract(*losses.values())).max()
     print(f"largest difference of a step's losses: {difference:.1e}")
-    results = {side: summarize(answers[side]) for side in SIDES}
+    results = {side: summarize(answers[side], turn) for side in SIDES}
     for result in results.values():
         del result.notes["loss"]
         result.notes["median step"] = f"{np.median(result.seconds):.2f} s"
