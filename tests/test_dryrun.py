@@ -215,6 +215,7 @@ print(reserved_memory(compiled.memory_analysis()), status("VmHWM") - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").is_file(), reason="reads /proc (Linux)")
 def test_predicted_memory_is_what_a_cpu_step_takes() -> None:
     """1.4 GB foretold; the process grows by that, and 15 to 18 % more for the matmuls' buffers."""

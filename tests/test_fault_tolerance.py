@@ -61,7 +61,7 @@ def test_sigterm_saves_and_ends_well(folder: Path, finished: Path, cache: Path) 
     assert_same_end(run, finished, STEPS)
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing"])
+@pytest.mark.parametrize("damage", ["truncated", pytest.param("missing", marks=pytest.mark.slow)])
 def test_a_damaged_checkpoint_falls_back(
     folder: Path, finished: Path, cache: Path, damage: str
 ) -> None:
@@ -89,6 +89,7 @@ def test_a_damaged_checkpoint_falls_back(
     assert_same_end(run, finished, STEPS)
 
 
+@pytest.mark.slow
 def test_nothing_whole_is_refused(folder: Path, cache: Path) -> None:
     run = folder / "hopeless"
     argv = words(folder, run)

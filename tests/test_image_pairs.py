@@ -149,7 +149,9 @@ def test_gradient_caching_of_images(case: Case, photos: Path) -> None:
     assert max(float(x) for x in jax.tree.leaves(off)) <= 1e-6 * float(norm)
 
 
-@pytest.mark.parametrize("lora", [LoRAConfig(rank=2, alpha=4.0, dropout=0.1), None])
+@pytest.mark.parametrize(
+    "lora", [LoRAConfig(rank=2, alpha=4.0, dropout=0.1), pytest.param(None, marks=pytest.mark.slow)]
+)
 def test_run(case: Case, photos: Path, tmp_path: Path, lora: LoRAConfig | None) -> None:
     """A run learns from images and texts, with LoRA or all of the decoder; and resumes."""
     from_hf.convert(from_hf.Args(str(case.folder), tmp_path / "base"))

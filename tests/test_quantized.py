@@ -171,7 +171,7 @@ def six_triplets() -> PairBatch:
     return make_pair_batch(tokens, rows, lengths=lengths, pad_id=0, multiple=6)
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.parametrize("quantization", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_training_is_that_of_the_dequantised_weights(
     folder: Path, quantization: Quantization
 ) -> None:
