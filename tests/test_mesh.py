@@ -32,8 +32,9 @@ RECIPE = Recipe(
 
 def test_every_mesh_of_eight_devices_gives_the_step_of_one(tmp_path: Path) -> None:
     build_text(RECIPE, tmp_path / "hf")
-    # level 0: twenty programs are compiled and hardly run
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    # level 0: twenty programs are compiled, and hardly run
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     done = subprocess.run(
         [sys.executable, TESTS / "mesh_shapes.py", tmp_path / "hf"],
         env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(TESTS.parent)},
