@@ -1,9 +1,10 @@
 """Fixtures that find the data and the small real models the tests use."""
 
 import importlib.util
+import logging
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,16 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Compiling for TPUs first: it takes minutes, and at the end would leave one worker idle."""
     items.sort(key=lambda item: item.get_closest_marker("tpu_aot") is None)
+
+
+@pytest.fixture(autouse=True)
+def log_as_before() -> Iterator[None]:
+    """A command run by a test logs to the stderr of that test, which is closed after it."""
+    root, package = logging.getLogger(), logging.getLogger("e5v_jax")
+    handlers, level = root.handlers[:], package.level
+    yield
+    root.handlers[:] = handlers
+    package.setLevel(level)
 
 
 @pytest.fixture(scope="session")
