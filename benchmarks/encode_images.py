@@ -7,6 +7,7 @@ Both decode, resize and tile the files themselves; PyTorch takes one image at a 
 about one length (--batch-size), padded to the longest. Repetitions alternate.
 """
 
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -43,7 +44,7 @@ class Args:
     tiny: bool = False
     """A model small enough for a test."""
     model: Path | None = None
-    """Random model to use; by default one is made."""
+    """Folder with the random model, as hf/ and converted/; by default it is made."""
     side: Side | None = None
     """Be one side (the command starts itself so)."""
 
@@ -68,7 +69,7 @@ def make_model(folder: Path, *, tiny: bool) -> None:
     build_llava(Recipe(template="chatml", text=text, vision=vision), folder)
 
 
-def open_ours(args: Args, model_folder: Path, images: list[Path]) -> tuple[Encode, Notes]:
+def open_ours(model_folder: Path, images: list[Path]) -> tuple[Encode, Notes]:
     """E5V.encode and its figures."""
     from e5v_jax import E5V
 
@@ -146,13 +147,17 @@ def main(args: Args) -> None:
     images = find_images(args)
     if args.side is not None:
         assert args.model is not None
-        open_side = open_ours if args.side == "e5v-jax" else open_reference
-        serve(lambda: open_side(args, args.model, images))
+        if args.side == "e5v-jax":
+            serve(lambda: open_ours(args.model / "converted", images))
+        else:
+            serve(lambda: open_reference(args, args.model / "hf", images))
         return
     with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / "model"
-        make_model(model, tiny=args.tiny)
-        results = compare(args.repetitions, Path(folder), "--model", str(model))
+        hf, converted = Path(folder) / "hf", Path(folder) / "converted"
+        make_model(hf, tiny=args.tiny)
+        command = [sys.executable, "-m", "convert.from_hf", str(hf), str(converted)]
+        subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
+        results = compare(args.repetitions, Path(folder), "--model", folder)
         print_table("images", len(images), results)
 
 
