@@ -1,6 +1,8 @@
 """From a WeightSource to a sharded model: shapes first, then one stacked parameter at a time."""
 
+import ctypes
 import logging
+import sys
 from collections.abc import Mapping
 
 import jax
@@ -141,6 +143,14 @@ def _read_quantized(
     return jax.tree.map(_Stack.place, stacks), error, total
 
 
+def _return_freed_memory() -> None:
+    """Hand what reading has freed back to the system: glibc keeps it, 170 MB of a 740 MB model."""
+    if sys.platform == "linux":
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "malloc_trim"):  # not in musl
+            libc.malloc_trim(0)
+
+
 def load_model(
     source: WeightSource,
     *,
@@ -188,6 +198,7 @@ def load_model(
     base = nnx.from_flat_state(
         [(path, place(path, leaf)) for path, leaf in nnx.to_flat_state(base_shapes)]
     )
+    _return_freed_memory()
     if precision.quantization is not None:
         _logger.info(
             "%s kernels: relative error %.2f %% (root mean square)",
