@@ -70,18 +70,39 @@ ENTRY %main (a: s32[], b: f32[8,128], c: bf16[4,64]) -> f32[8,128] {
   ROOT %out = STACK get-tuple-element(%loop), index=1
 }
 """
-for _name, _text in {
+# The same with each fusion inside another one, as libtpu writes a sliced weight of a matmul on v6e.
+NESTED = HLO.replace("calls=%take", "calls=%outer_take").replace("calls=%put", "calls=%outer_put")
+NESTED = NESTED.replace(
+    "%body (state",
+    """%outer_take (p.8: f32[8,128], p.9: s32[]) -> f32[1,128] {
+  %p.8 = STACK parameter(0)
+  %p.9 = s32[]{:T(128)} parameter(1)
+  ROOT %inner = f32[1,128]{1,0:T(8,128)} fusion(%p.8, %p.9), kind=kLoop, calls=%take
+}
+
+%outer_put (p.10: f32[8,128], p.11: f32[1,128], p.12: s32[]) -> f32[8,128] {
+  %p.10 = STACK parameter(0)
+  %p.11 = f32[1,128]{1,0:T(8,128)} parameter(1)
+  %p.12 = s32[]{:T(128)} parameter(2)
+  ROOT %inner.1 = STACK fusion(%p.10, %p.11, %p.12), kind=kLoop, calls=%put
+}
+
+%body (state""",
+)
+_NAMES = {
     "STACK": "f32[8,128]{1,0:T(8,128)}",
     "WEIGHT": "bf16[4,64]{1,0:T(8,128)(2,1)}",
     "INDEX": "s32[]{:T(128)S(6)}",
     "GATHERED": "bf16[16,64]{1,0:T(8,128)(2,1)}",
     "GROUPS": "replica_groups=mesh['a'=4,'b'=2] {'a'}",
-}.items():
-    HLO = HLO.replace(_name, _text)
+}
 
 
-def test_loops_slices_and_collectives() -> None:
-    traffic = count_traffic(HLO, devices=8)
+@pytest.mark.parametrize("hlo", [HLO, NESTED], ids=["fused", "fused twice"])
+def test_loops_slices_and_collectives(hlo: str) -> None:
+    for name, text in _NAMES.items():
+        hlo = hlo.replace(name, text)
+    traffic = count_traffic(hlo, devices=8)
     weight, row = 4 * 64 * 2, 128 * 4
     # three rounds: the weight read by both fusions; a row read, written, read again, written
     assert traffic.hbm_bytes == 3 * (2 * weight + row + row + row + row)

@@ -64,6 +64,15 @@ class Computation:
                 users.setdefault(operand, []).append(instruction)
         return users
 
+    @cached_property
+    def parameters(self) -> dict[int, str]:
+        """Name of each parameter by its number."""
+        return {
+            int(i.attributes.split(")")[0].split(",")[0]): i.name
+            for i in self.instructions.values()
+            if i.opcode == "parameter"
+        }
+
     @property
     def root(self) -> Instruction:
         """What it returns."""
@@ -189,30 +198,29 @@ def _fusion_bytes(
 ) -> float:
     """Bytes a fusion reads and writes: of a sliced operand the slice, of an update its part."""
     inner = computations[fusion.attribute("calls") or ""]
-    parameters = {
-        int(i.attributes.split(")")[0].split(",")[0]): i.name
-        for i in inner.instructions.values()
-        if i.opcode == "parameter"
-    }
     total = 0.0
     for number, operand in enumerate(fusion.operands):
         source = caller.instructions[operand]
         if source.hbm_bytes:
-            total += min(source.hbm_bytes, _read_bytes(inner, parameters[number]))
-    root = inner.root
-    roots = [root] if root.opcode != "tuple" else [inner.instructions[n] for n in root.operands]
+            read = _read_bytes(inner, inner.parameters[number], computations)
+            total += min(source.hbm_bytes, read)
     if fusion.hbm_bytes:
-        total += min(fusion.hbm_bytes, sum(_written_bytes(inner, r) for r in roots))
+        total += min(fusion.hbm_bytes, _written_bytes(inner, inner.root, computations))
     return total
 
 
-def _read_bytes(inner: Computation, value: str) -> float:
+def _read_bytes(inner: Computation, value: str, computations: dict[str, Computation]) -> float:
     total = 0.0
     for user in inner.users.get(value, []):
         if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == value:
             total += type_bytes(user.type)
         elif user.opcode == "bitcast":
-            total += _read_bytes(inner, user.name)
+            total += _read_bytes(inner, user.name, computations)
+        elif user.opcode == "fusion":  # one inside another: a sliced weight of a matmul, on v6e
+            called = computations[user.attribute("calls") or ""]
+            for number, operand in enumerate(user.operands):
+                if operand == value:
+                    total += _read_bytes(called, called.parameters[number], computations)
         elif user.opcode == "dynamic-update-slice" and user.operands[0] == value:
             continue  # in place
         else:
@@ -220,9 +228,18 @@ def _read_bytes(inner: Computation, value: str) -> float:
     return total
 
 
-def _written_bytes(inner: Computation, value: Instruction) -> float:
+def _written_bytes(
+    inner: Computation, value: Instruction, computations: dict[str, Computation]
+) -> float:
     while value.opcode == "bitcast" and value.operands[0] in inner.instructions:
         value = inner.instructions[value.operands[0]]
+    if value.opcode == "tuple":
+        return sum(
+            _written_bytes(inner, inner.instructions[n], computations) for n in value.operands
+        )
+    if value.opcode == "fusion":
+        called = computations[value.attribute("calls") or ""]
+        return _written_bytes(called, called.root, computations)
     if value.opcode == "dynamic-update-slice":
         return type_bytes(inner.instructions[value.operands[1]].type)
     return type_bytes(value.type)
