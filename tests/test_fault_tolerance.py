@@ -99,7 +99,9 @@ def test_nothing_whole_is_refused(folder: Path, cache: Path) -> None:
             file.unlink()
     done = command([*argv, "--resume"], cache=cache)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].endswith("none of the checkpoints of steps [3] can be read")
+    # not always the last line: Orbax's threads may complain after it of a closed event loop
+    (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
+    assert error.endswith("none of the checkpoints of steps [3] can be read")
     assert (run / "checkpoints" / "3").is_dir()
 
 
