@@ -3,7 +3,7 @@
     python -m convert.from_hf lmms-lab/llama3-llava-next-8b models/llava-next-llama3-8b
     python -m e5v_jax.train --config configs/e5v_llama3_8b.py
 
-Fits, by the dry run: 16 v5e chips and more (10 GiB each); 8 v5e with --chunk-size 512 (8 GiB); four
+Fits, by the dry run: 16 v5e chips and more (10 GiB each); 8 v5e with --chunk-size 384 (8 GiB); four
 v5e with --chunk-size 256 (10 GiB); one 40 GB GPU with --chunk-size 96 (19 GiB). On less, the qlora
 configuration beside this one.
 """

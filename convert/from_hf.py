@@ -24,6 +24,7 @@ from e5v_jax.converted import (
     TOKENIZER_FILES,
     ConvertedInfo,
     check_new,
+    is_converted,
     layer_groups,
     new_folder,
     write_info,
@@ -126,6 +127,8 @@ def convert(args: Args) -> None:
         raise cli.UsageError("--merge: needs --adapter")
     check_new(args.dst)
     path = resolve(args.src, args.revision)
+    if is_converted(path):
+        raise ValueError(f"{path}: already a converted folder")
     source = open_source(path)
     adapter = None
     if args.adapter is not None:

@@ -174,8 +174,13 @@ def read_info(folder: Path) -> ConvertedInfo:
     """Read ``config.json``.
 
     Raises:
+        FileNotFoundError: there is nothing.
         ValueError: not a converted folder, or written by a newer version.
     """
+    if not folder.exists():
+        raise FileNotFoundError(
+            f"{folder}: no such folder; to make it: python -m convert.from_hf SOURCE {folder}"
+        )
     if not is_converted(folder):
         raise ValueError(
             f"{folder}: not a converted folder (no format_version in config.json); "

@@ -6,7 +6,7 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +41,16 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 _DECODING_THREADS = 4  # Pillow decodes and resizes without Python's lock
 _MAX_BATCHED_TOKENS = {"cpu": 1024}  # beyond, activations leave the caches
 _MAX_BATCHED_TOKENS_ACCELERATOR = 16384
+
+
+def _check_choice(name: str, value: str | None, choices: Any) -> None:
+    """One of the values of a Literal, or None.
+
+    Raises:
+        ValueError: neither.
+    """
+    if value is not None and value not in get_args(choices):
+        raise ValueError(f"{name} {value!r}: expected one of {', '.join(get_args(choices))}")
 
 
 class E5V:
@@ -111,6 +121,9 @@ class E5V:
         Raises:
             FileNotFoundError, ValueError: one line that names the file, key or option.
         """
+        _check_choice("dtype", dtype, Dtype)
+        _check_choice("quantize", quantize, Quantization)
+        _check_choice("attn_implementation", attn_implementation, Implementation)
         use_compilation_cache()
         folder = resolve(str(path), revision)
         source: WeightSource
@@ -185,6 +198,12 @@ class E5V:
             raise ValueError(
                 f"truncate_dim {truncate_dim}: expected 1 to {self.config.text.hidden_size}"
             )
+        for name, value in {
+            "batch_size": batch_size,
+            "max_num_batched_tokens": max_num_batched_tokens,
+        }.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} {value}: expected at least 1")
         bound_measure = partial(
             measure,
             cfg=self.config,

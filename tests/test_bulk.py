@@ -403,3 +403,8 @@ def test_two_processes_and_workers(
         _, err = process.communicate(timeout=180)
         assert process.returncode == 0, err
     assert contents(tmp_path / "shared") == contents(whole)
+
+
+def test_nothing_to_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no shard there"):
+        read_embeddings(str(tmp_path))

@@ -386,6 +386,7 @@ def test_export_errors(
     out = tmp_path / "out"
     line = run(to_hf, capsys, text / "hf", out)
     assert f"{text / 'hf'}: not a converted folder" in line
+    assert "already a converted folder" in run(from_hf, capsys, text / "ours", out)
     assert "nothere" in run(to_hf, capsys, tmp_path / "nothere", out)
     assert "carries no adapter" in run(to_hf, capsys, text / "ours", out, "--merge", code=2)
     assert "carries no adapter" in run(to_hf, capsys, text / "ours", out, "--peft", code=2)

@@ -226,3 +226,20 @@ def test_compilation_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert updates["jax_compilation_cache_dir"] == str(folder)
     monkeypatch.setenv(compilation.VARIABLE, str(tmp_path / "own"))
     assert compilation.use_compilation_cache() == tmp_path / "own"
+
+
+@pytest.mark.parametrize("limit", ["batch_size", "max_num_batched_tokens"])
+def test_batches_of_nothing(e5v: E5V, limit: str) -> None:
+    with pytest.raises(ValueError, match=f"{limit} 0: expected at least 1"):
+        e5v.encode("a dog", **{limit: 0})
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("dtype", "float64"), ("quantize", "int4"), ("attn_implementation", "flash")],
+)
+def test_unknown_options(option: str, value: str) -> None:
+    """Before anything is read: there is no model."""
+    options: Any = {option: value}
+    with pytest.raises(ValueError, match=f"{option} '{value}': expected one of "):
+        E5V.from_pretrained("no-model", **options)

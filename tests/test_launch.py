@@ -254,7 +254,7 @@ def test_skypilot_file() -> None:
     task = yaml.safe_load((TPU / "skypilot.yaml").read_text())
     assert task["resources"]["use_spot"] is True
     assert "--resume" in task["run"]
-    for name in ("CONFIG", "MODEL", "OUTPUT"):
+    for name in ("CONFIG", "MODEL", "DATA", "OUTPUT"):
         assert f"${name}" in task["run"] and name in task["envs"]
     assert subprocess.run(["bash", "-n", "-c", task["setup"] + task["run"]]).returncode == 0
 

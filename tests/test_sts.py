@@ -375,14 +375,17 @@ def test_command_writes_the_results(
             adapter=Path("run"),
             template="mistral",
             dtype="float32",
+            quantize="int8",
             batch_size=7,
         )
     )
+    assert dict(fake_model.loaded.pop("mesh").shape) == {"data": 1, "fsdp": 1, "tensor": 1}
     assert fake_model.loaded == {
         "path": "a-model",
         "dtype": "float32",
         "adapter": Path("run"),
         "template": "mistral",
+        "quantize": "int8",
     }
     assert fake_model.encoded == {
         "prompt": PROMPTS["sts"],

@@ -76,3 +76,20 @@ def test_model_that_is_not_converted(
 ) -> None:
     line = refuse(folder, tmp_path / "run", capsys, "--model", folder / "hf")
     assert "not a converted folder" in line and "python -m convert.from_hf" in line
+
+
+@pytest.mark.parametrize(
+    "flag", ["log-every", "checkpoint-every", "max-steps", "data.length-groups"]
+)
+def test_counts_of_nothing(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flag: str
+) -> None:
+    line = refuse(folder, tmp_path / "run", capsys, f"--{flag}", "0")
+    assert line == f"error: {flag.replace('-', '_')}: 0, expected at least 1"
+
+
+def test_model_that_is_not_there(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refuse(folder, tmp_path / "run", capsys, "--model", tmp_path / "none")
+    assert f"{tmp_path / 'none'}: no such folder" in line and "convert.from_hf" in line

@@ -13,7 +13,8 @@ CAPACITY=${CAPACITY:-spot}                  # spot, reserved or on-demand
 VALID_UNTIL=${VALID_UNTIL:-}                # give up if not granted within, say 6h; empty: never
 BUCKET=${BUCKET:-}                          # Cloud Storage bucket mounted at bucket/ in the checkout
 CONFIG=${CONFIG:-configs/e5v_llama3_8b.py}  # training configuration
-MODEL=${MODEL:-bucket/e5-v}                 # converted base model, on every host
+MODEL=${MODEL-bucket/models/llava-next-llama3-8b} # converted base model; empty: CONFIG's
+DATA=${DATA-bucket/data/nli_for_simcse.csv} # training rows; empty: CONFIG's
 OUTPUT=${OUTPUT:-bucket/runs/e5v}           # run folder, shared by all hosts
 COMMAND=${COMMAND:-}                        # what every host runs; empty: train, resuming OUTPUT
 INTERVAL=${INTERVAL:-60}                    # seconds between two looks at the slice
@@ -26,8 +27,8 @@ GKE_ACCELERATOR=${GKE_ACCELERATOR:-tpu-v5-lite-podslice} # GKE's name of the chi
 CHIPS_PER_HOST=${CHIPS_PER_HOST:-4}         # TPU chips of one GKE node
 PRINT=${PRINT:-}                            # not empty: show the commands, run none (--print)
 
-SETTINGS=(PROJECT ZONE NAME ACCELERATOR RUNTIME CAPACITY VALID_UNTIL BUCKET CONFIG MODEL OUTPUT
-  COMMAND INTERVAL MAX_FAILURES CLUSTER IMAGE SLICES TOPOLOGY GKE_ACCELERATOR CHIPS_PER_HOST)
+SETTINGS=(PROJECT ZONE NAME ACCELERATOR RUNTIME CAPACITY VALID_UNTIL BUCKET CONFIG MODEL DATA
+  OUTPUT COMMAND INTERVAL MAX_FAILURES CLUSTER IMAGE SLICES TOPOLOGY GKE_ACCELERATOR CHIPS_PER_HOST)
 
 TPU_DIR=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
@@ -76,7 +77,8 @@ parse_flags() {
     esac
   done
   if [[ -z $COMMAND ]]; then
-    COMMAND="python -m e5v_jax.train --config $CONFIG --model $MODEL --output $OUTPUT --resume"
+    COMMAND="python -m e5v_jax.train --config $CONFIG${MODEL:+ --model $MODEL}${DATA:+ --data.path $DATA}"
+    COMMAND+=" --output $OUTPUT --resume"
   fi
   [[ $INTERVAL =~ ^[0-9]+$ ]] || fail "--interval $INTERVAL: expected seconds"
   [[ $MAX_FAILURES =~ ^[0-9]+$ ]] || fail "--max-failures $MAX_FAILURES: expected a number"

@@ -2,8 +2,9 @@
 # Train on GPU nodes under Slurm, one process a GPU:
 #   sbatch --nodes 2 tpu/slurm_gpu.sh --config configs/e5v_llama3_8b.py --output runs/e5v
 #
-# Run from the checkout, with the environment in .venv (pip install -e ".[cuda]"). Slurm's SIGTERM
-# makes the run save; --requeue then starts it again, and it resumes.
+# Run from the checkout, with the environment in .venv (pip install -e ".[cuda]"), base model and data
+# where the configuration says (or --model, --data). Slurm's SIGTERM makes the run save; --requeue then
+# starts it again, and it resumes.
 #SBATCH --job-name=e5v
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8
@@ -14,6 +15,10 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 set -euo pipefail
+# There is no bucket here: what is not given is the configuration's.
+MODEL=${MODEL-}
+DATA=${DATA-}
+OUTPUT=${OUTPUT:-runs/e5v}
 # Slurm runs a copy of this file from elsewhere, but in the folder sbatch was called from.
 # shellcheck source=env.sh
 source "${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}/tpu/env.sh"

@@ -132,7 +132,8 @@ def _pair_batch(cfg: TrainConfig, mesh: Mesh, sequence_lengths: tuple[int, ...])
     if inputs % (multiple * len(sequence_lengths)):
         raise ValueError(
             f"{inputs} sentences a step cannot be split into {len(sequence_lengths)} groups of "
-            f"parts of {multiple} (the devices that share a batch, or chunk_size)"
+            f"parts of {multiple} (the devices that share a batch, or chunk_size): take one that "
+            f"divides {inputs // len(sequence_lengths)}"
         )
     rows = inputs // len(sequence_lengths)
     replicated = NamedSharding(mesh, PartitionSpec())

@@ -218,11 +218,15 @@ def describe(options: BulkOptions, **about: Any) -> dict[str, Any]:
     return {"format_version": FORMAT_VERSION, **about, **asdict(options), "versions": versions}
 
 
-def read_embeddings(output: Path) -> tuple[list[str], np.ndarray]:
-    """All ids and vectors [N, D] of a finished or unfinished output folder, in input order."""
+def read_embeddings(output: str | Path) -> tuple[list[str], np.ndarray]:
+    """All ids and vectors [N, D] of a finished or unfinished output folder, in input order.
+
+    Raises:
+        ValueError: no shard is there.
+    """
     ids: list[str] = []
     parts: list[np.ndarray] = []
-    for path in sorted(output.glob("shard-*")):
+    for path in sorted(Path(output).glob("shard-*")):
         if path.suffix == ".npy":
             ids += json.loads(path.with_suffix(".ids.json").read_text(encoding="utf-8"))
             parts.append(np.load(path))
@@ -233,4 +237,6 @@ def read_embeddings(output: Path) -> tuple[list[str], np.ndarray]:
             ids += table["id"].to_pylist()
             flat = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
             parts.append(flat.reshape(len(table), table.schema.field("embedding").type.list_size))
+    if not parts:
+        raise ValueError(f"{output}: no shard there, neither .parquet nor .npy")
     return ids, np.concatenate(parts)

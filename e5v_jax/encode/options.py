@@ -28,8 +28,8 @@ class Args:
     for many inputs a folder of shards, with which a killed run goes on. Without it, the cosine
     similarities of at most 20 inputs are shown."""
     prompt_name: str | None = None
-    """Instruction by name: text, image, sts, text_image, cirr_gallery or cirr_query; by
-    default chosen by what an input has."""
+    """Instruction by name: text, image, sts, plain, text_image, cirr_gallery or cirr_query;
+    by default chosen by what an input has."""
     prompt: str | None = None
     """Instruction of your own, with <sent> where the text goes and <image> for the image."""
     template: str | None = None
@@ -77,7 +77,15 @@ def check(args: Args) -> None:
     """Raises:
     cli.UsageError: flags that do not go together, or a value that cannot be.
     """
-    for flag in ("batch_size", "max_num_batched_tokens", "truncate_dim", "shard_size", "tensor"):
+    counts = (
+        "batch_size",
+        "max_num_batched_tokens",
+        "truncate_dim",
+        "shard_size",
+        "fsdp",
+        "tensor",
+    )
+    for flag in counts:
         value = getattr(args, flag)
         if value is not None and value < 1:
             raise cli.UsageError(f"--{flag.replace('_', '-')}: {value}, expected at least 1")

@@ -26,9 +26,10 @@ def evaluate(args: EvaluateConfig) -> None:
     from e5v_jax.evaluate.tasks import choose_tasks, load_data, run_tasks
 
     names = choose_tasks(args.tasks)
-    for flag, value in (("--stride", args.stride), ("--batch-size", args.batch_size)):
-        if value < 1:
-            raise cli.UsageError(f"{flag}: {value}, expected at least 1")
+    for field in ("stride", "batch_size", "fsdp", "tensor"):
+        if (value := getattr(args, field)) < 1:
+            flag = field.replace("_", "-")
+            raise cli.UsageError(f"--{flag}: {value}, expected at least 1")
     if args.model is None or args.data is None:
         missing = "--model" if args.model is None else "--data"
         raise cli.UsageError(f"{missing}: needed to evaluate (--help says what it is)")
@@ -50,6 +51,9 @@ def evaluate(args: EvaluateConfig) -> None:
             template=args.template,
             batch_size=args.batch_size,
             cache=args.cache,
+            quantize=args.quantize,
+            fsdp=args.fsdp,
+            tensor=args.tensor,
         )
         start = time.perf_counter()
         result = run_tasks(embedder, data, protocol=args.protocol)
@@ -61,6 +65,7 @@ def evaluate(args: EvaluateConfig) -> None:
                 "template": embedder.template,
                 "protocol": args.protocol,
                 "dtype": args.dtype,
+                "quantize": args.quantize,
                 "batch size": args.batch_size,
                 "stride": args.stride,
                 "device": jax.devices()[0].device_kind,

@@ -40,5 +40,11 @@ class EvaluateConfig:
     """Chat template: llama3, mistral, phi3, chatml or vicuna; by default told from the model."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     """Precision of weights and arithmetic."""
+    quantize: Literal["int8", "nf4"] | None = None
+    """Store the decoder's weights in 8 or 4 bits: less memory, slightly other scores."""
+    fsdp: int = 1
+    """Devices over which weights and batch are split; the rest share batches."""
+    tensor: int = 1
+    """Devices over which heads and MLP columns are split."""
     batch_size: int = 32
     """Inputs per device batch."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from e5v_jax import E5V
     from e5v_jax.embedder import Dtype
     from e5v_jax.encode.inputs import Input
+    from e5v_jax.model.quantized import Quantization
 
 _TEXTS, _IMAGES = 1024, 64  # inputs prepared at once: sorts lengths well; bounds decoded images
 Item = TypeVar("Item")
@@ -137,25 +138,37 @@ def open_embedder(
     template: str | None,
     batch_size: int,
     cache: Path | None,
+    quantize: "Quantization | None" = None,
+    fsdp: int = 1,
+    tensor: int = 1,
 ) -> Embedder:
     """Load a model to evaluate; arguments as the command's.
 
     Raises:
-        cli.UsageError: an unknown template.
+        cli.UsageError: an unknown template, or a mesh that the devices do not make.
         FileNotFoundError, ValueError: the model cannot be loaded.
     """
     from convert.hf_source import resolve
     from e5v_jax import E5V
     from e5v_jax.prompts import TEMPLATES
+    from e5v_jax.sharding import make_mesh
 
     if template is not None and template not in TEMPLATES:
         raise cli.UsageError(
             f"--template: unknown {template!r}, expected one of {', '.join(TEMPLATES)}"
         )
-    loaded = E5V.from_pretrained(model, dtype=dtype, adapter=adapter, template=template)
+    try:
+        mesh = make_mesh(-1, fsdp, tensor)
+    except ValueError as error:
+        raise cli.UsageError(str(error)) from error
+    loaded = E5V.from_pretrained(
+        model, dtype=dtype, adapter=adapter, template=template, quantize=quantize, mesh=mesh
+    )
     about = {}
     if cache is not None:
         about = {"model": model_key(resolve(model, None), adapter), "dtype": dtype}
+        if quantize is not None:
+            about["quantize"] = quantize
     return Embedder(loaded, batch_size=batch_size, cache=cache, about=about)
 
 

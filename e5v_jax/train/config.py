@@ -16,7 +16,8 @@ class DataConfig:
     """Training triplets (sent0, sent1, hard_neg) or plain pairs (sent0, sent1)."""
 
     path: tuple[Path, ...] = ()
-    """csv, jsonl or parquet files with columns sent0, sent1 and, if any, hard_neg."""
+    """csv, jsonl or parquet files with columns sent0, sent1 and, if any, hard_neg; or image0,
+    image1, hard_neg_image for images (docs/training.md)."""
     tfds: Literal["snli", "multi_nli"] | None = None
     """A tensorflow-datasets NLI corpus turned into triplets, instead of files."""
     tfds_dir: Path | None = None
@@ -133,3 +134,27 @@ class TrainConfig:
     """This is one process of several, also if the environment does not say so."""
     wandb_project: str | None = None
     """Also log to this project of Weights & Biases (pip install wandb)."""
+
+
+def check_counts(cfg: TrainConfig) -> None:
+    """Every number that counts something is at least 1, where it is given.
+
+    Raises:
+        ValueError: names the field.
+    """
+    counts = {
+        "batch_size": cfg.batch_size,
+        "num_epochs": cfg.num_epochs,
+        "max_steps": cfg.max_steps,
+        "chunk_size": cfg.chunk_size,
+        "checkpoint_every": cfg.checkpoint_every,
+        "keep_checkpoints": cfg.keep_checkpoints,
+        "log_every": cfg.log_every,
+        "data.max_tokens": cfg.data.max_tokens,
+        "data.length_groups": cfg.data.length_groups,
+        "optimizer.accumulate_steps": cfg.optimizer.accumulate_steps,
+        "evaluation.stride": cfg.evaluation.stride,
+    }
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise ValueError(f"{name}: {value}, expected at least 1")

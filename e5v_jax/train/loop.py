@@ -18,7 +18,7 @@ from e5v_jax.train.checkpoint import (
     save,
     write_run_info,
 )
-from e5v_jax.train.config import TrainConfig
+from e5v_jax.train.config import TrainConfig, check_counts
 from e5v_jax.train.export import export_adapter, export_model
 from e5v_jax.train.feed import HostBatch, load_data
 from e5v_jax.train.metrics import Meter, MetricsLog
@@ -38,6 +38,7 @@ def train(cfg: TrainConfig) -> None:
         FileNotFoundError, ValueError: one line naming the file, row, key or field; the loss or the
             gradient is not finite.
     """
+    check_counts(cfg)
     initialize(distributed=cfg.distributed)
     check_run_folder(cfg)
     base = ConvertedFolder(cfg.model)
