@@ -73,8 +73,10 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """STS-B dev at every checkpoint, by the paper's protocol (prompt `sts`); the best one is kept, and
-    is what the run leaves."""
+    """STS-B dev at every checkpoint, by the paper's protocol (prompt `sts`).
+
+    The best checkpoint is kept, and is what the run leaves.
+    """
 
     data: Path | None = None
     """Folder with STS/ in SentEval's layout; None does not evaluate."""
