@@ -31,6 +31,7 @@ from e5v_jax.converted import (
     write_params,
 )
 from e5v_jax.prompts import IMAGE_PLACEHOLDER
+from e5v_jax.storage import BucketPath
 from e5v_jax.tokenizer import load_tokenizer, with_image_token
 
 
@@ -40,7 +41,7 @@ class Args:
 
     src: Annotated[str, tyro.conf.Positional]
     """Folder with config.json and safetensors, a Llama-architecture .gguf file, or a hub id."""
-    dst: Annotated[Path, tyro.conf.Positional]
+    dst: Annotated[BucketPath, tyro.conf.Positional]
     """Folder to write; must not exist."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Storage dtype of the weights; auto keeps the source's."""

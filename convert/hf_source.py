@@ -23,6 +23,7 @@ from convert.names import (
 from convert.safetensors_file import DTYPES, INDEX
 from e5v_jax.config import ModelConfig, UnsupportedModelError
 from e5v_jax.loading import stored_shapes
+from e5v_jax.storage import as_path, in_bucket
 
 
 class TensorReader(Protocol):
@@ -237,10 +238,10 @@ def resolve(source: str, revision: str | None = None) -> Path:
     Raises:
         FileNotFoundError: neither a local path nor a repository that can be fetched.
     """
-    path = Path(source)
+    path = as_path(source)
     if path.exists():
         return path
-    if source.count("/") != 1 or source.startswith((".", "/", "~")):
+    if source.count("/") != 1 or source.startswith((".", "/", "~", "gs:")):
         raise FileNotFoundError(f"{source}: no such folder or file")
     import huggingface_hub  # only for hub ids: it is slow to import
 
@@ -264,8 +265,13 @@ def open_source(path: Path) -> HfSource:
 
     Raises:
         FileNotFoundError: no config.json or weights.
-        ValueError: as :class:`HfSource` and :class:`SafetensorsFolder` say.
+        ValueError: in a bucket; as :class:`HfSource` and :class:`SafetensorsFolder` say.
     """
+    if in_bucket(path):
+        raise ValueError(
+            f"{path}: only a converted folder can be read from a bucket; fetch it, then run "
+            "python -m convert.from_hf"
+        )
     if path.is_file():
         if path.suffix != ".gguf":
             raise ValueError(f"{path}: expected a folder or a .gguf file")

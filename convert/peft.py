@@ -13,6 +13,7 @@ import safetensors.numpy
 from convert.names import PREFIXES
 from e5v_jax.config import TextConfig
 from e5v_jax.model.layers import LoRAConfig
+from e5v_jax.storage import as_path
 
 PROJECTIONS: dict[str, str] = {
     **{f"{x}_proj": "self_attn" for x in "qkvo"},
@@ -87,7 +88,7 @@ def read_adapter(folder: Path, cfg: TextConfig) -> Adapter:
         ValueError: an option, key or shape that does not fit, by name.
         FileNotFoundError: no adapter_config.json or adapter_model.safetensors.
     """
-    folder = Path(folder)
+    folder = as_path(folder)
     for name in ADAPTER_FILES:
         if not (folder / name).is_file():
             raise FileNotFoundError(
@@ -104,7 +105,7 @@ def read_adapter(folder: Path, cfg: TextConfig) -> Adapter:
         values[f"{path}.lora_b"] = np.zeros((layers, rank, fan_out), np.float32)
     file = folder / "adapter_model.safetensors"
     try:
-        tensors = safetensors.numpy.load_file(file)
+        tensors = safetensors.numpy.load(file.read_bytes())
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file}: damaged or truncated ({error}); fetch it again") from error
     seen: dict[tuple[str, int], set[str]] = {}

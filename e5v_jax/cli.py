@@ -113,8 +113,8 @@ def refuse_remote_paths(args: object) -> None:
     if isinstance(args, Path) and args.parts and re.fullmatch(r"[a-z][a-z0-9]+:", args.parts[0]):
         url = str(args).replace(":/", "://", 1)
         raise UsageError(
-            f"{url}: not a path on this machine; mount the bucket and give its path there "
-            "(tpu/README.md, Cloud Storage)"
+            f"{url}: not a path on this machine; mount the bucket and give its path there, or in "
+            "a configuration file write e5v_jax.storage.as_path(...) (tpu/README.md, Cloud Storage)"
         )
     if is_dataclass(args) and not isinstance(args, type):
         for field in fields(args):

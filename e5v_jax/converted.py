@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import re
-import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -26,6 +26,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from e5v_jax.config import ModelConfig
+from e5v_jax.storage import absolute, as_path, in_bucket, remove_folder, upload
 
 FORMAT_VERSION = 1
 TOKENIZER_FILES = (
@@ -83,14 +84,21 @@ def check_new(dst: Path) -> None:
 def new_folder(dst: Path) -> Iterator[Path]:
     """A temporary sibling of ``dst`` that becomes ``dst`` when the block ends well, else vanishes.
 
+    If ``dst`` is in a bucket, it is a temporary folder here, uploaded then.
+
     Raises:
         FileExistsError: ``dst`` exists and is not an empty folder.
     """
-    dst = Path(dst).absolute()
+    dst = absolute(dst)
     check_new(dst)
+    if in_bucket(dst):
+        with tempfile.TemporaryDirectory() as local:
+            yield Path(local)
+            upload(Path(local), dst)
+        return
     dst.parent.mkdir(parents=True, exist_ok=True)
     temporary = dst.with_name(f".{dst.name}.{os.getpid()}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    remove_folder(temporary)
     temporary.mkdir()
     try:
         yield temporary
@@ -98,7 +106,7 @@ def new_folder(dst: Path) -> Iterator[Path]:
             dst.rmdir()
         temporary.rename(dst)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove_folder(temporary)
 
 
 def _orbax_saving() -> ocp.Context:
@@ -204,7 +212,7 @@ class ConvertedFolder:
         Raises:
             ValueError: not a converted folder.
         """
-        self.folder = Path(folder)
+        self.folder = as_path(folder)
         self.info = read_info(self.folder)
         self.config = ModelConfig.from_dict(self.info.model)
         self._dtype = np.dtype(self.info.dtype)
@@ -225,7 +233,7 @@ class ConvertedFolder:
         like = _nested({name: np.empty(shapes[name], self._dtype) for name in names})
         try:
             with context:
-                tree = ocp.load(self.folder.absolute() / "params", like)
+                tree = ocp.load(absolute(self.folder) / "params", like)
         except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
             raise ValueError(
                 f"{self.folder}/params: cannot read {names[0]!r}: {str(error).splitlines()[0]}; "

@@ -34,6 +34,7 @@ from e5v_jax.prompts import (
     forbidden_pattern,
 )
 from e5v_jax.sharding import make_mesh
+from e5v_jax.storage import as_path
 from e5v_jax.tokenizer import load_tokenizer, with_image_token
 from e5v_jax.train.checkpoint import find_run, read_run_adapter
 
@@ -106,7 +107,7 @@ class E5V:
         """Load a converted folder, a Hugging Face folder or GGUF file, or a hub id.
 
         Args:
-            path: what to load.
+            path: what to load; a converted folder may be in a bucket, ``gs://bucket/folder``.
             dtype: of weights and arithmetic; norms, softmax and rotary angles are fp32 always.
             mesh: devices to place the model on; None uses all of them for data parallelism.
             adapter: a PEFT LoRA folder or a run folder of ``python -m e5v_jax.train``; None applies
@@ -133,7 +134,7 @@ class E5V:
                 adapter = folder / "adapter"
         else:
             source = open_source(folder)
-        lora = None if adapter is None else load_adapter(Path(adapter), source.config)
+        lora = None if adapter is None else load_adapter(as_path(adapter), source.config)
         if mesh is None:
             mesh = make_mesh(data=-1, fsdp=1)
         precision = Precision(jnp.dtype(dtype), jnp.dtype(dtype), quantize)

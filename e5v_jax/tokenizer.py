@@ -2,12 +2,15 @@
 
 import dataclasses
 import json
+import tempfile
 from pathlib import Path
 
 from transformers import AddedToken, PreTrainedTokenizerFast
 
 from e5v_jax.config import ModelConfig
+from e5v_jax.converted import TOKENIZER_FILES
 from e5v_jax.prompts import IMAGE_PLACEHOLDER
+from e5v_jax.storage import copy_file, in_bucket
 
 # Classes (of transformers 4 and 5) that take tokenizer.json as it is; others may change it.
 _AS_IN_TOKENIZER_JSON = ("PreTrainedTokenizerFast", "TokenizersBackend")
@@ -25,6 +28,11 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         return build_tokenizer(folder)
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
         raise FileNotFoundError(f"{folder}: no tokenizer.json or tokenizer.model")
+    if in_bucket(folder):  # transformers reads files of this machine only
+        with tempfile.TemporaryDirectory() as local:
+            for name in filter(lambda name: (folder / name).is_file(), TOKENIZER_FILES):
+                copy_file(folder / name, Path(local, name))
+            return load_tokenizer(Path(local))
     settings_file = folder / "tokenizer_config.json"
     settings = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
     as_it_is = settings.get("tokenizer_class") in _AS_IN_TOKENIZER_JSON

@@ -1,4 +1,4 @@
-"""A bucket's URL where a path is meant is refused, not written to a folder called gs:."""
+"""A URL where only a path can be is refused, not written to a folder called gs: or s3:."""
 
 from pathlib import Path
 
@@ -14,10 +14,10 @@ def test_training_refuses_a_url(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stop:
-        main(["--model", "base", "--output", "gs://bucket/runs/x", "--data.path", "a.csv"])
+        main(["--model", "base", "--output", "s3://bucket/runs/x", "--data.path", "a.csv"])
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert "gs://bucket/runs/x" in line and "mount" in line
+    assert "s3://bucket/runs/x" in line and "mount" in line
     assert list(tmp_path.iterdir()) == []
 
 

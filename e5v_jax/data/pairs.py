@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from e5v_jax.data.rows import read_rows
+from e5v_jax.storage import in_bucket
 
 # The sides of the loss and the columns that fill them: texts, images, or both in each row.
 SIDES = {
@@ -95,7 +96,7 @@ def load_triplets(path: Path | Sequence[Path]) -> Triplets:
             text that is not UTF-8, broken csv, json or parquet, no rows, a file given twice, or
             columns in some rows only.
     """
-    paths = [path] if isinstance(path, Path) else list(path)
+    paths = list(path) if isinstance(path, Sequence) else [path]
     if not paths:
         raise ValueError("no training file given: expected .csv, .jsonl or .parquet files")
     rows: list[tuple[str | Path, ...]] = []
@@ -166,7 +167,11 @@ def _ordered(where: str, names: Iterable[str]) -> tuple[str, ...]:
 
 def _value(where: str, column: str, value: object, file: Path) -> str | Path:
     text = _sentence(where, column, value)
-    return file.parent / text if column in _IMAGE_COLUMNS else text
+    if column not in _IMAGE_COLUMNS:
+        return text
+    if in_bucket(file):
+        raise ValueError(f"{where}: {column}: images are not read from a bucket: mount it")
+    return file.parent / text
 
 
 def _sentence(where: str, column: str, value: object) -> str:
@@ -212,7 +217,8 @@ def _short(value: object) -> str:
 
 def _read_parquet(file: Path) -> Iterator[_Row]:
     try:
-        table = pq.ParquetFile(file).read()  # read_table would take columns from folder names
+        with file.open("rb") as content:
+            table = pq.ParquetFile(content).read()
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file}: broken parquet: {str(error).splitlines()[0]}") from None
     _ordered(str(file), table.column_names)

@@ -113,7 +113,7 @@ def _read_parquet(file: Path, check_columns: CheckColumns) -> Iterator[Row]:
 
     try:
         # read_table would take columns from folder names
-        with pq.ParquetFile(file) as table:
+        with file.open("rb") as content, pq.ParquetFile(content) as table:
             check_columns(str(file), table.schema_arrow.names)
             number = 0
             for batch in table.iter_batches(batch_size=256):  # rows may hold images

@@ -20,6 +20,7 @@ from e5v_jax.dryrun.topology import Topology, compile_devices, parse_topology
 from e5v_jax.model.quantized import Quantization
 from e5v_jax.presets import ARCHITECTURES, architecture_of
 from e5v_jax.sharding import MESH_AXES, make_mesh
+from e5v_jax.storage import as_path
 from e5v_jax.train.config import MeshConfig, TrainConfig
 
 PROMPT_TOKENS = 32
@@ -177,7 +178,7 @@ def report_encode(args: EncodeDryRun) -> Report:
         ValueError: one line naming the flag.
     """
     topology = parse_topology(args.topology)
-    name, model = find_architecture(Path(args.model), args.architecture)
+    name, model = find_architecture(as_path(args.model), args.architecture)
     mesh = _mesh(args.mesh, topology)
     rows = args.batch_size * mesh.shape["data"] * mesh.shape["fsdp"]
     program = encode_program(

@@ -112,10 +112,11 @@ def encode_to_folder(args: Args) -> None:
         device=jax.devices()[0].device_kind,
         **arguments,
     )
+    bulk.check_output(args.output, manifest)
+    model = load_model(args)
     if is_first():
         bulk.start_output(args.output, manifest)
     wait_for_all("the output folder is there")
-    model = load_model(args)
     share = bulk.Share(jax.process_index(), jax.process_count())
     with (
         decoding_pool(args.num_workers) as pool,

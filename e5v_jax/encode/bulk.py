@@ -23,7 +23,8 @@ from e5v_jax import __version__
 from e5v_jax.encode.files import Item, iterate_items
 from e5v_jax.encode.inputs import InputError
 from e5v_jax.encode.progress import BulkProgress
-from e5v_jax.encode.vectors import write_json, write_vectors, write_whole
+from e5v_jax.encode.vectors import write_json, write_vectors
+from e5v_jax.storage import as_path, in_bucket, write_whole
 
 if TYPE_CHECKING:
     from e5v_jax import E5V
@@ -51,10 +52,8 @@ class Share:
     count: int = 1
 
 
-def start_output(output: Path, manifest: dict[str, Any]) -> None:
-    """Make the folder with its manifest, or see that one there is of the same run.
-
-    What a killed run was writing is removed.
+def check_output(output: Path, manifest: dict[str, Any]) -> None:
+    """See that the folder is empty, not there, or of the same run, before a model is loaded.
 
     Raises:
         ValueError: the folder is another run's, or none of ours; one line naming what differs.
@@ -63,7 +62,6 @@ def start_output(output: Path, manifest: dict[str, Any]) -> None:
     if not path.exists():
         if output.exists() and any(not is_temporary(entry) for entry in output.iterdir()):
             raise ValueError(f"{output}: not empty and no output of this command; choose another")
-        output.mkdir(parents=True, exist_ok=True)
     else:
         found = json.loads(path.read_text(encoding="utf-8"))
         for key in sorted((found.keys() | manifest.keys()) - set(_NOT_COMPARED)):
@@ -72,9 +70,15 @@ def start_output(output: Path, manifest: dict[str, Any]) -> None:
                     f"{output}: begun with {key} {found.get(key)!r}, this run has "
                     f"{manifest.get(key)!r}; choose another --output or delete it"
                 )
-    for entry in output.iterdir():
-        if is_temporary(entry):
+
+
+def start_output(output: Path, manifest: dict[str, Any]) -> None:
+    """Make the folder with its manifest, if it is not there; what a kill left there is removed."""
+    if not in_bucket(output):
+        output.mkdir(parents=True, exist_ok=True)
+        for entry in filter(is_temporary, output.iterdir()):
             entry.unlink()
+    path = output / "manifest.json"
     if not path.exists():
         write_json(path, manifest)
 
@@ -226,14 +230,16 @@ def read_embeddings(output: str | Path) -> tuple[list[str], np.ndarray]:
     """
     ids: list[str] = []
     parts: list[np.ndarray] = []
-    for path in sorted(Path(output).glob("shard-*")):
+    for path in sorted(as_path(output).glob("shard-*")):
         if path.suffix == ".npy":
             ids += json.loads(path.with_suffix(".ids.json").read_text(encoding="utf-8"))
-            parts.append(np.load(path))
+            with path.open("rb") as file:
+                parts.append(np.load(file))
         elif path.suffix == ".parquet":
             import pyarrow.parquet as pq
 
-            table = pq.read_table(path)
+            with path.open("rb") as file:
+                table = pq.read_table(file)
             ids += table["id"].to_pylist()
             flat = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
             parts.append(flat.reshape(len(table), table.schema.field("embedding").type.list_size))

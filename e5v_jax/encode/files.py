@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from e5v_jax.data.rows import read_lines, read_rows
+from e5v_jax.storage import in_bucket
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """What a folder is searched for; an image named by path may have any suffix."""
@@ -68,6 +69,11 @@ def _value(
             raise ValueError("image is empty")
         if "://" in image:
             raise ValueError(f"image {image}: URLs are not fetched; download it and give its path")
+        if in_bucket(folder):
+            raise ValueError(
+                f"image {image}: not read from a bucket by its path; mount the bucket, or put "
+                "the bytes of images into parquet"
+            )
         value["image"] = folder / image
         if not os.path.exists(folder / image):  # unlike Path.exists, False for any odd string
             raise ValueError(f"image {folder / image}: no such file")
@@ -143,7 +149,7 @@ def _iterate(source: Path) -> Iterator[Item]:
     if source.is_dir():
         for name in list_folder(source)[0]:
             yield Item(str(source), name, {"image": source / name})
-    elif source.exists() or not glob.has_magic(str(source)):
+    elif source.exists() or in_bucket(source) or not glob.has_magic(str(source)):
         yield from _iterate_file(source, prefix="")
     else:
         for match in map(Path, sorted(glob.glob(str(source), recursive=True))):
@@ -157,8 +163,13 @@ def list_folder(folder: Path) -> tuple[list[str], list[str]]:
     """Names of a folder's images and of its other entries, hidden ones left out, sorted.
 
     Raises:
-        ValueError: there is no image.
+        ValueError: there is no image, or the folder is in a bucket.
     """
+    if in_bucket(folder):
+        raise ValueError(
+            f"{folder}: in a bucket, expected one file of {', '.join(_TABLES)}; mount the bucket "
+            "for folders of images and patterns"
+        )
     images: list[str] = []
     others: list[str] = []
     for name in sorted(entry.name for entry in folder.iterdir()):

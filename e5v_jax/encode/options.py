@@ -1,12 +1,12 @@
 """Flags of ``python -m e5v_jax.encode``, and which of them go together."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
 from e5v_jax import cli
+from e5v_jax.storage import BucketPath
 
 
 @dataclass(frozen=True)
@@ -19,11 +19,11 @@ class Args:
     """Texts to embed."""
     image: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
     """Image files to embed, after the texts."""
-    input: Path | None = None
+    input: BucketPath | None = None
     """Instead of --text and --image: a folder of images, a file or a glob pattern: .txt (one text a
     line), .jsonl (keys text and/or image, and any id), .csv or .parquet (columns of the same names;
     in parquet, image may be bytes). Image paths are relative to the file's folder."""
-    output: Path | None = None
+    output: BucketPath | None = None
     """File to write, .npy (float32 [N, D]) or .parquet (id, embedding), which must not exist; or
     for many inputs a folder of shards, with which a killed run goes on. Without it, the cosine
     similarities of at most 20 inputs are shown."""
@@ -34,7 +34,7 @@ class Args:
     """Instruction of your own, with <sent> where the text goes and <image> for the image."""
     template: str | None = None
     """Chat template: llama3, mistral, phi3, chatml or vicuna; by default told from the model."""
-    adapter: Path | None = None
+    adapter: BucketPath | None = None
     """LoRA to apply: a run folder of e5v_jax.train, one of its checkpoints, or a PEFT folder."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of weights and arithmetic."""

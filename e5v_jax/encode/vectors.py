@@ -1,12 +1,13 @@
 """Vector files: one .npy or .parquet, there only when whole."""
 
-import io
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
+
+from e5v_jax.storage import in_bucket, write_whole
 
 OUTPUT_SUFFIXES = (".npy", ".parquet")
 
@@ -26,6 +27,8 @@ def check_output(path: Path) -> None:
         )
     if path.exists():
         raise FileExistsError(f"{path}: already exists; choose another name or delete it")
+    if in_bucket(path):  # no folders there
+        return
     if not path.parent.is_dir():
         raise FileNotFoundError(f"{path.parent}: no such folder; create it first")
     if not os.access(path.parent, os.W_OK):
@@ -53,18 +56,7 @@ def write_json(path: Path, value: object) -> None:
     write_whole(path, lambda file: file.write(data + b"\n"))
 
 
-def write_whole(path: Path, write: Callable[[io.BufferedWriter], object]) -> None:
-    """Let ``write`` fill a file under a temporary name, then give it its own."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write_parquet(file: io.BufferedWriter, ids: list[str], vectors: np.ndarray) -> None:
+def _write_parquet(file: BinaryIO, ids: list[str], vectors: np.ndarray) -> None:
     # here and not above: the import takes a while and .npy does not need it
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from e5v_jax.storage import size_and_time, walk_files
+
 _LARGE = 64 * 2**20  # bytes; larger files are known by size and time, as reading them takes minutes
 _NO_WEIGHTS = ("metrics.jsonl", "tensorboard")  # of a run folder: change without the model
 
@@ -49,15 +51,15 @@ def model_key(folder: Path, adapter: Path | None) -> str:
     digest = hashlib.sha256()
     for root in filter(None, (folder, adapter)):
         converted = root.is_dir() and is_converted(root)  # its config.json has the weights' hash
-        for path in [root] if root.is_file() else sorted(root.rglob("*")):
+        for path in [root] if root.is_file() else walk_files(root):
             name = path.relative_to(root)
             skipped = ("params", "unused.safetensors") if converted else _NO_WEIGHTS
-            if not path.is_file() or (name.parts and name.parts[0] in skipped):
+            if name.parts and name.parts[0] in skipped:
                 continue
-            status = path.stat()
-            digest.update(f"{name} {status.st_size} ".encode())
-            if status.st_size > _LARGE:
-                digest.update(str(status.st_mtime_ns).encode())
+            size, written = size_and_time(path)
+            digest.update(f"{name} {size} ".encode())
+            if size > _LARGE:
+                digest.update(written.encode())
             else:
                 digest.update(path.read_bytes())
     return digest.hexdigest()

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from e5v_jax.storage import BucketPath
+
 
 @dataclass(frozen=True)
 class EvaluateConfig:
@@ -34,7 +36,7 @@ class EvaluateConfig:
     """Folder to write results.json, results.md and items.npz to; must be empty or not exist."""
     cache: Path | None = None
     """Folder to keep embeddings in: what is there for this model is not embedded again."""
-    adapter: Path | None = None
+    adapter: BucketPath | None = None
     """LoRA to apply: a run folder of e5v_jax.train, one of its checkpoints, or a PEFT folder."""
     template: str | None = None
     """Chat template: llama3, mistral, phi3, chatml or vicuna; by default told from the model."""

@@ -10,7 +10,6 @@ The base model stays where it is; ``run.json`` names it by content hash.
 import dataclasses
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +26,7 @@ from e5v_jax.converted import new_folder
 from e5v_jax.distributed import is_first, wait_for_all
 from e5v_jax.loading import build, dotted
 from e5v_jax.model.layers import LoRAConfig, LoRAParam, Precision
+from e5v_jax.storage import absolute, as_path, remove_folder, write_whole
 from e5v_jax.train.config import TrainConfig
 
 _logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def open_checkpointer(cfg: TrainConfig) -> ocp.training.Checkpointer:
         )
         preservation.append(best)
     return ocp.training.Checkpointer(
-        (cfg.output / CHECKPOINTS).absolute(),
+        absolute(cfg.output / CHECKPOINTS),
         save_decision_policy=policies.FixedIntervalPolicy(cfg.checkpoint_every),
         preservation_policy=kept.AnyPreservationPolicy(preservation),
         cleanup_tmp_directories=True,
@@ -149,10 +149,10 @@ def _set_aside(checkpointer: ocp.training.Checkpointer, damaged: list[int]) -> N
         return
     wait_for_all("restored")  # before the first process moves what another still reads
     for step in damaged:
-        folder = Path(checkpointer.directory)
+        folder = as_path(checkpointer.directory)
         if is_first():
             target = folder.parent / f"damaged-{step}"
-            shutil.rmtree(target, ignore_errors=True)
+            remove_folder(target)
             (folder / str(step)).rename(target)
     wait_for_all("damaged checkpoints moved")
     checkpointer.reload()
@@ -232,15 +232,13 @@ def write_run_info(run: Path, info: dict[str, Any]) -> None:
             with new_folder(run) as folder:  # so that a run folder always has its run.json
                 (folder / "run.json").write_text(text)
         else:
-            temporary = run / "run.json.tmp"
-            temporary.write_text(text)
-            temporary.rename(run / "run.json")
+            write_whole(run / "run.json", lambda file: file.write(text.encode()))
     wait_for_all("run.json")
 
 
 def find_run(folder: Path) -> tuple[Path, int | None] | None:
     """(run folder, step) of a run folder (step None: the newest) or a RUN/checkpoints/STEP."""
-    folder = Path(folder).absolute()
+    folder = absolute(folder)
     if (folder / "run.json").is_file():
         return folder, None
     run = folder.parent.parent
@@ -270,7 +268,7 @@ def read_run_adapter(run: Path, step: int | None, cfg: ModelConfig) -> Adapter:
     shapes = nnx.split(model, LoRAParam, ...)[1]
     context = ocp.Context()
     context.pytree.loading.partial_load = True
-    folder = (run / CHECKPOINTS).absolute()
+    folder = absolute(run / CHECKPOINTS)
     with ocp.training.Checkpointer(folder, context=context) as checkpointer:
         steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
         if not steps or (step is not None and step not in steps):

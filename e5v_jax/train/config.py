@@ -9,13 +9,14 @@ import tyro
 from e5v_jax.model.layers import LoRAConfig
 from e5v_jax.model.llama import Remat
 from e5v_jax.model.quantized import Quantization
+from e5v_jax.storage import BucketPath
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Training triplets (sent0, sent1, hard_neg) or plain pairs (sent0, sent1)."""
 
-    path: tuple[Path, ...] = ()
+    path: tuple[BucketPath, ...] = ()
     """csv, jsonl or parquet files with columns sent0, sent1 and, if any, hard_neg; or image0,
     image1, hard_neg_image for images (docs/training.md)."""
     tfds: Literal["snli", "multi_nli"] | None = None
@@ -93,9 +94,9 @@ class TrainConfig:
     step would need on those chips (--dry-run --help).
     """
 
-    model: Path
+    model: BucketPath
     """Converted folder of the base model (python -m convert.from_hf)."""
-    output: Path
+    output: BucketPath
     """Run folder to write: checkpoints, metrics.jsonl, TensorBoard events, the final adapter."""
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

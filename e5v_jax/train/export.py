@@ -1,7 +1,6 @@
 """What a finished run leaves for others: a PEFT adapter, or a whole model as converted folder."""
 
 import dataclasses
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from e5v_jax.converted import ConvertedFolder, new_folder, write_info, write_par
 from e5v_jax.distributed import is_first
 from e5v_jax.loading import dotted, layer_names
 from e5v_jax.model.layers import LoRAConfig
+from e5v_jax.storage import copy_file, remove_folder
 
 
 def export_adapter(dst: Path, lora: LoRAConfig, factors: nnx.State, base: ConvertedFolder) -> None:
@@ -22,7 +22,7 @@ def export_adapter(dst: Path, lora: LoRAConfig, factors: nnx.State, base: Conver
     values = {dotted(path): _whole(x[...]) for path, x in nnx.to_flat_state(factors)}
     if not is_first():
         return
-    shutil.rmtree(dst, ignore_errors=True)
+    remove_folder(dst)
     with new_folder(dst) as folder:
         write_adapter(
             folder,
@@ -42,12 +42,12 @@ def export_model(dst: Path, weights: nnx.State, base: ConvertedFolder) -> None:
         trained = {name: _whole(x) for name, x in trained.items()}
     if not is_first():
         return
-    shutil.rmtree(dst, ignore_errors=True)
+    remove_folder(dst)
     with new_folder(dst) as folder:
         digest, shapes = write_params(folder, _groups(trained, base))
         for file in base.folder.iterdir():
             if file.is_file() and file.name != "config.json":
-                shutil.copyfile(file, folder / file.name)
+                copy_file(file, folder / file.name)
         write_info(folder, dataclasses.replace(base.info, content_hash=digest, parameters=shapes))
 
 

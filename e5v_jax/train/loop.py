@@ -116,10 +116,13 @@ def _take_steps(
             preempted = preemption.noted(step)
             last = step == feed.total_steps
             score = None
-            if validation and (last or step % cfg.checkpoint_every == 0) and not preempted:
+            saved = last or step % cfg.checkpoint_every == 0
+            if validation and saved and not preempted:
                 score = validation.score(training.trainable, training.frozen)
                 log.write_score(step, score)
                 meter = Meter(step)  # time spent here is not the step's
+            if saved or preempted:
+                log.upload()
             save(
                 checkpointer,
                 step,

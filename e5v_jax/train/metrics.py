@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import TracebackType
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple, Self
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from e5v_jax.distributed import is_first
+from e5v_jax.storage import in_bucket, upload, write_whole
 
 
 class Speed(NamedTuple):
@@ -38,7 +40,8 @@ class MetricsLog:
     """Writes ``metrics.jsonl`` and TensorBoard events; shows progress on a terminal.
 
     On resume, lines and events after ``start_step`` are dropped, so every step appears once. With
-    several processes only the first one writes.
+    several processes only the first one writes. In a bucket nothing can be appended to: both are
+    written here and uploaded, every 30 s, at checkpoints and at the end.
     """
 
     def __init__(
@@ -64,18 +67,19 @@ class MetricsLog:
         if not self._writes:
             return
         self._wandb = None if wandb_project is None else _open_wandb(wandb_project, run)
-        self._path = run / "metrics.jsonl"
+        self._run, self._uploaded = run, time.monotonic()
+        self._spool = tempfile.TemporaryDirectory() if in_bucket(run) else None
+        folder = Path(self._spool.name) if self._spool else run
         kept = []
-        if self._path.is_file():
-            lines = self._path.read_text().splitlines()
-            kept = [line for line in lines if _step_of(line) <= start_step]
-        temporary = run / "metrics.jsonl.tmp"  # a kill in here must not cost the earlier lines
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.rename(self._path)
-        self._file = self._path.open("a", buffering=1)  # a line is on disk once it is written
+        if (run / "metrics.jsonl").is_file():
+            lines = (run / "metrics.jsonl").read_text().splitlines()
+            kept = [line + "\n" for line in lines if _step_of(line) <= start_step]
+        path = folder / "metrics.jsonl"  # a kill in here must not cost the earlier lines
+        write_whole(path, lambda file: file.write("".join(kept).encode()))
+        self._file = path.open("a", buffering=1)  # a line is on disk once it is written
         from tensorboardX import SummaryWriter  # imports torch where it is installed: 2 s
 
-        self._events = SummaryWriter(str(run / "tensorboard"), purge_step=start_step + 1)
+        self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=start_step + 1)
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -91,6 +95,9 @@ class MetricsLog:
         if self._writes:
             self._file.close()
             self._events.close()
+            self.upload()
+            if self._spool:
+                self._spool.cleanup()
             if self._wandb is not None:
                 self._wandb.finish()
 
@@ -121,6 +128,12 @@ class MetricsLog:
         if self._writes:
             self._progress.console.print(f"step {step}/{self._total}  STS-B dev {score:.2f}")
 
+    def upload(self) -> None:
+        """Bring all of it to the bucket, if the run is in one."""
+        if self._writes and self._spool:
+            upload(Path(self._spool.name), self._run)
+            self._uploaded = time.monotonic()
+
     def _append(self, step: int, values: dict[str, float]) -> None:
         if not self._writes:
             return
@@ -128,6 +141,8 @@ class MetricsLog:
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
         self._events.flush()  # by itself only every two minutes, which a kill would take away
+        if time.monotonic() > self._uploaded + 30:
+            self.upload()
         if self._wandb is not None:
             self._wandb.log(values, step=step)
 

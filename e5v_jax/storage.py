@@ -1,0 +1,145 @@
+"""Paths in a Cloud Storage bucket, ``gs://bucket/folder``, beside those of this machine.
+
+Arrays are read and written there by Orbax itself. Everything else goes through epath, which Orbax
+and tensorflow-datasets use too: pathlib's methods, on gcsfs. A bucket has neither folders nor
+renames, but an object appears only when it is whole.
+"""
+
+import importlib.util
+import io
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, BinaryIO, cast
+
+from tyro.constructors import PrimitiveConstructorSpec
+
+# Files that say that the folder they are in is whole: uploaded last.
+_LAST = ("config.json", "adapter_config.json", "run.json")
+
+
+def as_path(path: str | os.PathLike[str]) -> Path:
+    """A ``Path``; for ``gs://`` an epath with the same methods, which ``Path`` would make local.
+
+    Raises:
+        ImportError: a bucket, and gcsfs is not installed.
+    """
+    if not os.fspath(path).startswith("gs://"):
+        return Path(path)
+    if importlib.util.find_spec("gcsfs") is None:
+        raise ImportError(f"{path}: needs gcsfs: pip install -e '.[gcs]', or mount the bucket")
+    os.environ.setdefault("EPATH_USE_TF", "0")  # one way to the bucket, with TensorFlow or without
+    import fsspec  # here and below: loaded for buckets only
+    from etils import epath
+
+    # what another process has written must be seen
+    fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
+    return cast(Path, epath.Path(path))
+
+
+def _from_words(words: list[str]) -> Path:
+    try:
+        return as_path(words[0])
+    except ImportError as error:  # of a flag, tyro shows ValueErrors
+        raise ValueError(str(error)) from None
+
+
+BucketPath = Annotated[
+    Path,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH|gs://",
+        instance_from_str=_from_words,
+        is_instance=lambda value: isinstance(value, os.PathLike),
+        str_from_instance=lambda path: [str(path)],
+    ),
+]
+"""The type of a flag that takes a path in a bucket too."""
+
+
+def in_bucket(path: str | os.PathLike[str]) -> bool:
+    """Whether ``path`` is in a bucket rather than on this machine."""
+    return os.fspath(path).startswith("gs://")
+
+
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """``path`` as Orbax wants it."""
+    return as_path(path) if in_bucket(path) else Path(path).absolute()
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete ``folder`` and what is in it, if it is there."""
+    if in_bucket(folder):
+        if folder.exists():
+            _filesystem().rm(str(folder), recursive=True)
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def walk_files(folder: Path) -> Iterator[Path]:
+    """All files under ``folder``, sorted."""
+    if in_bucket(folder):
+        yield from (as_path(f"gs://{name}") for name in sorted(_filesystem().find(str(folder))))
+    else:
+        yield from (path for path in sorted(folder.rglob("*")) if path.is_file())
+
+
+def size_and_time(file: Path) -> tuple[int, str]:
+    """Bytes of a file, and a string that changes when it is written again."""
+    if in_bucket(file):
+        info = _filesystem().info(str(file))
+        return info["size"], info["generation"]
+    status = file.stat()
+    return status.st_size, str(status.st_mtime_ns)
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let ``write`` fill a file that has the name ``path`` only once it is whole."""
+    if in_bucket(path):
+        buffer = io.BytesIO()
+        write(buffer)
+        with _named(path):
+            path.write_bytes(buffer.getvalue())
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def copy_file(src: Path, dst: Path) -> None:
+    """Copy a file of this machine or of a bucket to this machine."""
+    if in_bucket(src):
+        _filesystem().get_file(str(src), str(dst))
+    else:
+        shutil.copyfile(src, dst)
+
+
+def upload(folder: Path, dst: Path) -> None:
+    """Copy what is in the local ``folder`` into a bucket; what says that it is whole comes last."""
+    files = list(walk_files(folder))
+    for last in (False, True):
+        batch = [file for file in files if (file.name in _LAST) == last]
+        targets = [str(dst / str(file.relative_to(folder))) for file in batch]
+        if batch:
+            with _named(dst):
+                _filesystem().put([str(file) for file in batch], targets)
+
+
+@contextmanager
+def _named(dst: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:  # of gcsfs, naming an address
+        raise FileNotFoundError(f"{dst}: there is no such bucket to write to") from None
+
+
+def _filesystem() -> Any:
+    import fsspec
+
+    return fsspec.filesystem("gcs")
