@@ -39,10 +39,10 @@ from e5v_jax.tokenizer import load_tokenizer, with_image_token
 class Args:
     """Convert a Hugging Face checkpoint (folder, .gguf file or hub id) to a converted folder."""
 
-    src: Annotated[str, tyro.conf.Positional]
+    src: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """Folder with config.json and safetensors, a Llama-architecture .gguf file, or a hub id."""
-    dst: Annotated[BucketPath, tyro.conf.Positional]
-    """Folder to write; must not exist."""
+    dst: Annotated[BucketPath, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    """Folder to write; must not exist. May be in a bucket, gs://BUCKET/FOLDER."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Storage dtype of the weights; auto keeps the source's."""
     adapter: Path | None = None

@@ -34,9 +34,9 @@ from e5v_jax.embedder import load_adapter
 class Args:
     """Write a converted folder as a Hugging Face folder, or its adapter as a PEFT folder."""
 
-    src: Annotated[Path, tyro.conf.Positional]
+    src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
     """Converted folder."""
-    dst: Annotated[Path, tyro.conf.Positional]
+    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
     """Folder to write; must not exist."""
     adapter: Path | None = None
     """PEFT LoRA folder or run folder of e5v_jax.train; else the one that SRC carries, if any."""

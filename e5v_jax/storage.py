@@ -50,7 +50,7 @@ BucketPath = Annotated[
     Path,
     PrimitiveConstructorSpec(
         nargs=1,
-        metavar="PATH|gs://",
+        metavar="PATH",
         instance_from_str=_from_words,
         is_instance=lambda value: isinstance(value, os.PathLike),
         str_from_instance=lambda path: [str(path)],

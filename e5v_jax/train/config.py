@@ -97,7 +97,8 @@ class TrainConfig:
     model: BucketPath
     """Converted folder of the base model (python -m convert.from_hf)."""
     output: BucketPath
-    """Run folder to write: checkpoints, metrics.jsonl, TensorBoard events, the final adapter."""
+    """Run folder to write: checkpoints, metrics.jsonl, TensorBoard events, the final adapter. Like
+    model and data.path it may be in a bucket, gs://BUCKET/FOLDER."""
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)
