@@ -1,5 +1,6 @@
 """The public class: load a model, embed anything, compare."""
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
@@ -36,8 +37,9 @@ from e5v_jax.prompts import (
 from e5v_jax.sharding import make_mesh
 from e5v_jax.storage import as_path
 from e5v_jax.tokenizer import load_tokenizer, with_image_token
-from e5v_jax.train.checkpoint import find_run, read_run_adapter
+from e5v_jax.train.checkpoint import find_run, read_run_adapter, read_run_info
 
+_logger = logging.getLogger(__name__)
 Dtype = Literal["bfloat16", "float16", "float32"]
 _DECODING_THREADS = 4  # Pillow decodes and resizes without Python's lock
 _MAX_BATCHED_TOKENS = {"cpu": 1024}  # beyond, activations leave the caches
@@ -257,7 +259,9 @@ class E5V:
 
 
 def load_adapter(folder: Path, config: ModelConfig) -> Adapter:
-    """LoRA factors of a PEFT folder, a run folder (newest checkpoint) or RUN/checkpoints/STEP.
+    """LoRA factors of a PEFT folder, a run folder or RUN/checkpoints/STEP.
+
+    Of a run folder, those that the finished run left, else those of the newest checkpoint.
 
     Raises:
         FileNotFoundError: neither.
@@ -265,7 +269,13 @@ def load_adapter(folder: Path, config: ModelConfig) -> Adapter:
     """
     run = find_run(folder)
     if run is not None:
-        return read_run_adapter(*run, config)
+        path, step = run
+        prompt = read_run_info(path)["config"]["data"]["prompt"]
+        if prompt not in ("text", "released"):
+            _logger.warning("%s was trained with data.prompt %r: encode with it too", path, prompt)
+        if step is None and is_peft(path / "adapter"):
+            return read_adapter(path / "adapter", config.text)
+        return read_run_adapter(path, step, config)
     if is_peft(folder):
         return read_adapter(folder, config.text)
     raise FileNotFoundError(

@@ -388,3 +388,12 @@ def test_help_documents_every_field() -> None:
     for name in flags(TrainConfig):
         assert f"--{name}" in done.stdout, name
     assert "Triplets per optimizer step, over all devices" in done.stdout
+
+
+def test_a_prompt_of_its_own_is_told(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = dataclasses.replace(config(folder, tmp_path).data, prompt="<sent>\nTopic: ")
+    train(config(folder, tmp_path / "run", data=data, max_steps=1))
+    E5V.from_pretrained(folder / "base", dtype="float32", adapter=tmp_path / "run")
+    assert "was trained with data.prompt '<sent>\\nTopic: '" in caplog.text

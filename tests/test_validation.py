@@ -57,7 +57,8 @@ def test_the_best_checkpoint_is_what_the_run_leaves(
         return E5V.from_pretrained(folder / "base", dtype="float32", adapter=adapter)
 
     pairs = {"stsb-dev": load_task(folder / "sts", "stsb-dev", stride=1)}
-    for adapter, step in ((run / "adapter", best), (run / "checkpoints" / str(STEPS), STEPS)):
+    last = run / "checkpoints" / str(STEPS)
+    for adapter, step in ((run, best), (run / "adapter", best), (last, STEPS)):
         model = embed(adapter)
         found = score_tasks(lambda texts, m=model: m.encode(texts, prompt_name="sts"), pairs)
         assert found["stsb-dev"].spearman == pytest.approx(scores[step], abs=0.05)

@@ -237,7 +237,7 @@ def write_run_info(run: Path, info: dict[str, Any]) -> None:
 
 
 def find_run(folder: Path) -> tuple[Path, int | None] | None:
-    """(run folder, step) of a run folder (step None: the newest) or a RUN/checkpoints/STEP."""
+    """(run folder, step) of a run folder (step None) or a RUN/checkpoints/STEP."""
     folder = absolute(folder)
     if (folder / "run.json").is_file():
         return folder, None

@@ -8,6 +8,7 @@ from orbax.checkpoint import v1 as ocp
 from e5v_jax.converted import ConvertedFolder
 from e5v_jax.data.pairs import Triplets
 from e5v_jax.distributed import initialize, is_first, wait_for_all
+from e5v_jax.storage import remove_folder
 from e5v_jax.train.checkpoint import (
     check_run_folder,
     check_same_run,
@@ -92,6 +93,8 @@ def _take_steps(
     if restored is not None:
         start, training.trainable, training.opt_state, position = restored
         feed.batches.set_state(position)
+    if is_first() and start < feed.total_steps:
+        remove_folder(cfg.output / "adapter")  # of an earlier, shorter end
     if is_first():
         trained, kept = _size(training.trainable), _size(training.frozen)
         print(
