@@ -109,7 +109,7 @@ def read_adapter(folder: Path, cfg: TextConfig) -> Adapter:
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file}: damaged or truncated ({error}); fetch it again") from error
     seen: dict[tuple[str, int], set[str]] = {}
-    for key, array in tensors.items():
+    for key, array in sorted(tensors.items()):  # read from bytes, they come in any order
         match = _KEY.fullmatch(key)
         if not match or PROJECTIONS.get(match["proj"]) != match["module"]:
             raise ValueError(f"{file}: {key}: only LoRA on the decoder's linear maps is supported")
