@@ -22,10 +22,10 @@ import ml_dtypes
 import numpy as np
 import tyro
 
-from convert.names import HF_PREFIXES, invert_shape, to_hf_name
-from convert.safetensors_file import TensorSpec, header, split_shards, write_index
-from e5v_jax.config import ModelConfig
-from e5v_jax.loading import stored_shapes
+from e5v_jax.checkpoints.loading import stored_shapes
+from e5v_jax.checkpoints.names import HF_PREFIXES, invert_shape, to_hf_name
+from e5v_jax.checkpoints.safetensors_file import TensorSpec, header, split_shards, write_index
+from e5v_jax.nn.config import ModelConfig
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 

@@ -20,8 +20,8 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from e5v_jax.config import ModelConfig
-from e5v_jax.presets import ARCHITECTURES
+from e5v_jax.families.llava_next.presets import ARCHITECTURES
+from e5v_jax.nn.config import ModelConfig
 
 Kind = Literal["texts", "images"]
 TEXT_TOKENS = 40
@@ -106,12 +106,12 @@ def ours(args: Args, cfg: ModelConfig) -> dict[Kind, float]:
     import jax
     import jax.numpy as jnp
 
+    from e5v_jax.checkpoints.loading import build
     from e5v_jax.data.images import NEWLINE
+    from e5v_jax.data.inputs import Measured, Prepared
     from e5v_jax.encode.batching import IMAGE_BUCKETS, Batch
     from e5v_jax.encode.encoder import Encoder
-    from e5v_jax.encode.inputs import Measured, Prepared
-    from e5v_jax.loading import build
-    from e5v_jax.model.layers import Precision
+    from e5v_jax.nn.layers import Precision
     from e5v_jax.sharding import make_mesh
 
     assert cfg.vision is not None

@@ -85,7 +85,7 @@ def open_reference(args: Args, sentences: list[str]) -> tuple[Encode, Notes]:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from convert.gguf_tokenizer import build_tokenizer
+    from e5v_jax.checkpoints.gguf_tokenizer import build_tokenizer
 
     torch.set_num_threads(args.threads)
     path = find_gguf()

@@ -19,10 +19,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from e5v_jax import cli
-from e5v_jax.config import ModelConfig
 from e5v_jax.dryrun.program import train_program
 from e5v_jax.dryrun.run import TrainDryRun, report_train
-from e5v_jax.presets import ARCHITECTURES
+from e5v_jax.families.llava_next.presets import ARCHITECTURES
+from e5v_jax.nn.config import ModelConfig
 from e5v_jax.sharding import make_mesh
 
 
@@ -33,7 +33,7 @@ class Args:
     topology: str = "gpu:h100:1"
     """What this machine is, for the estimate and the peak FLOP/s."""
     architecture: str = "llava-next-llama3-8b"
-    """Name in e5v_jax.presets."""
+    """Name in e5v_jax.families.llava_next.presets."""
     tiny: bool = False
     """The same architecture with 2 layers of width 128: does the benchmark run at all?"""
     quantize: Literal["nf4", "int8"] | None = None

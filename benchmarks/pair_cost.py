@@ -63,9 +63,9 @@ def open_kind(args: Args) -> tuple[Any, Any]:
     """A function that runs one step, and its figures."""
     import jax
 
-    from e5v_jax.converted import ConvertedFolder
+    from e5v_jax.checkpoints.converted import ConvertedFolder
     from e5v_jax.dryrun.flops import traced_flops
-    from e5v_jax.model.layers import LoRAConfig
+    from e5v_jax.nn.layers import LoRAConfig
     from e5v_jax.train.config import DataConfig, TrainConfig
     from e5v_jax.train.feed import load_data, place
     from e5v_jax.train.setup import set_up
@@ -110,7 +110,7 @@ def main(args: Args) -> None:
         folder = Path(name)
         model = args.model
         if model is None:
-            from convert import from_hf
+            from e5v_jax.checkpoints import from_hf
 
             make_model(folder / "hf", tiny=args.tiny)
             model = folder / "model"

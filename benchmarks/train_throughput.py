@@ -87,13 +87,13 @@ def prepare(args: Args, folder: Path) -> None:
     import jax
     from flax import nnx
 
-    from convert.peft import Adapter, write_adapter
-    from e5v_jax.converted import ConvertedFolder
+    from e5v_jax.checkpoints.converted import ConvertedFolder
+    from e5v_jax.checkpoints.loading import build, dotted
+    from e5v_jax.checkpoints.peft import Adapter, write_adapter
+    from e5v_jax.checkpoints.tokenizer import load_tokenizer
     from e5v_jax.data.pipeline import make_batches
-    from e5v_jax.loading import build, dotted
-    from e5v_jax.model.layers import LoRAParam, Precision
+    from e5v_jax.nn.layers import LoRAParam, Precision
     from e5v_jax.prompts import detect_template
-    from e5v_jax.tokenizer import load_tokenizer
     from e5v_jax.train.batches import tokenize_pairs
     from e5v_jax.train.feed import load_data
 
@@ -135,7 +135,7 @@ def open_ours(args: Args) -> tuple[Step, Notes]:
     """A step as e5v_jax.train.loop runs it; padded lengths are those of the whole run."""
     import jax
 
-    from e5v_jax.converted import ConvertedFolder
+    from e5v_jax.checkpoints.converted import ConvertedFolder
     from e5v_jax.train.feed import load_data
     from e5v_jax.train.setup import set_up
 

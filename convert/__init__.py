@@ -1,1 +1,1 @@
-"""Conversion between Hugging Face or GGUF checkpoints and this project's converted folders."""
+"""Commands between Hugging Face or GGUF checkpoints and converted folders (e5v_jax/checkpoints)."""

@@ -1,6 +1,7 @@
 """What all commands share: typed flags, one line per error, exit codes."""
 
 import logging
+import os
 import re
 import runpy
 import sys
@@ -12,6 +13,9 @@ from pathlib import Path
 from typing import Annotated, Generic, NoReturn, TypeVar
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
+
+from e5v_jax.storage import as_path
 
 Args = TypeVar("Args")
 # Errors whose message is written for the user; any other class is named in front of its message.
@@ -81,7 +85,7 @@ def read_config(file: Path, config_type: type[Args]) -> Args:
     return config
 
 
-def split_config(argv: list[str], config_type: type[Args]) -> tuple[Args | None, list[str]]:
+def split_config(argv: Sequence[str], config_type: type[Args]) -> tuple[Args | None, Sequence[str]]:
     """(what the file after --config gives, the other words); None without that flag.
 
     Raises:
@@ -94,7 +98,7 @@ def split_config(argv: list[str], config_type: type[Args]) -> tuple[Args | None,
                 if not equals and i + 1 == len(argv):
                     raise UsageError("--config: expected a file")
                 config = read_config(Path(value if equals else argv[i + 1]), config_type)
-            return config, argv[:i] + argv[i + (1 if equals else 2) :]
+            return config, [*argv[:i], *argv[i + (1 if equals else 2) :]]
     return None, argv
 
 
@@ -153,3 +157,23 @@ def one_line(error: Exception) -> str:
         return " ".join(lines)
     # Only the first line: an error of XLA may go on for pages.
     return ": ".join([type(error).__name__, *lines[:1]]) + " (--traceback shows where)"
+
+
+def _from_words(words: list[str]) -> Path:
+    try:
+        return as_path(words[0])
+    except ImportError as error:  # of a flag, tyro shows ValueErrors
+        raise ValueError(str(error)) from None
+
+
+BucketPath = Annotated[
+    Path,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=_from_words,
+        is_instance=lambda value: isinstance(value, os.PathLike),
+        str_from_instance=lambda path: [str(path)],
+    ),
+]
+"""The type of a flag that takes a path in a bucket too."""

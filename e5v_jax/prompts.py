@@ -5,6 +5,7 @@ strings are byte-exact, misspellings included: a changed byte is another embeddi
 """
 
 import re
+from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
@@ -54,7 +55,7 @@ PROMPTS = {
 }
 
 IMAGE_PLACEHOLDER = "<image>"
-_SLOT = re.compile(r"<sent>|\{type\}")
+_SLOT = re.compile(r"<sent>|\{type\}|<image>")
 _CONTROL = re.compile(r"<\|[^|]+\|>|\[/?INST\]")
 _SURROGATE = r"[\ud800-\udfff]"
 # Tokens that only a model trained on the template has; the template without them is plain text.
@@ -76,19 +77,75 @@ def slots(prompt: str) -> frozenset[str]:
     return frozenset(name for slot, name in names.items() if slot in prompt)
 
 
-def fill(prompt: str, *, template: str, text: str | None = None, type: str | None = None) -> str:
+@dataclass(frozen=True)
+class PromptChoice:
+    """Which instruction each input of a call gets: by kind, or one for all."""
+
+    instruction: str | None = None
+    """One for all; None takes TEXT, IMAGE or, for a text with an image, CIRR_QUERY."""
+    released: bool = False
+    """Fill it as the authors' training script does (:func:`fill_released`); for texts only."""
+
+    def fill(self, text: str | None, *, has_image: bool, template: str, image: str) -> str:
+        """The string to tokenise for one input; ``image`` is what stands for an image in it.
+
+        Raises:
+            ValueError: the instruction has no place for what the input has, or lacks it.
+        """
+        instruction = self.instruction
+        if instruction is None:
+            kind = "text" if not has_image else "image" if text is None else "text_image"
+            instruction = PROMPTS[kind]
+        if has_image != ("image" in slots(instruction)):
+            have, want = ("an image", "none") if has_image else ("no image", "one")
+            raise ValueError(f"the input has {have}, the prompt {instruction!r} takes {want}")
+        if self.released:
+            return fill_released(instruction, template=template, text=text or "")
+        return fill(instruction, template=template, text=text, image=image)
+
+
+def choose_prompt(prompt_name: str | None, prompt: str | None) -> PromptChoice:
+    """The prompt of a call: by name, by text with ``<sent>``/``<image>`` slots, or by item kind.
+
+    Raises:
+        ValueError: both given, an unknown name, or a text without any slot or with ``{type}``.
+    """
+    if prompt_name is not None and prompt is not None:
+        raise ValueError("give prompt_name or prompt, not both")
+    if prompt_name is not None:
+        if prompt_name not in PROMPTS:
+            raise ValueError(f"prompt_name {prompt_name!r}: expected one of {sorted(PROMPTS)}")
+        prompt = PROMPTS[prompt_name]
+    if prompt is not None and not slots(prompt) & {"text", "image"}:
+        raise ValueError(f"prompt {prompt!r} has no slot: put <sent> for the text, <image> or both")
+    if prompt is not None and "type" in slots(prompt):
+        raise ValueError(
+            f"prompt {prompt!r}: put a kind of garment for {{type}}, give it as prompt"
+        )
+    return PromptChoice(prompt)
+
+
+def fill(
+    prompt: str,
+    *,
+    template: str,
+    text: str | None = None,
+    type: str | None = None,
+    image: str = IMAGE_PLACEHOLDER,
+) -> str:
     """The string to tokenise: ``prompt`` inside ``template`` with its slots filled.
 
     ``prompt`` is a value of :data:`PROMPTS` or one's own, ``template`` a value of
-    :data:`TEMPLATES`. Filling is one pass: ``<sent>``, ``{type}`` or ``{}`` inside ``text`` stay as
-    they are. ``text`` must have passed :func:`check_text`.
+    :data:`TEMPLATES`, ``image`` what a model family puts where an image goes. Filling is one pass:
+    ``<sent>``, ``{type}`` or ``{}`` inside ``text`` stay as they are. ``text`` must have passed
+    :func:`check_text`.
 
     Raises:
         ValueError: a slot without its value, a value without its slot, or a template that does not
             have exactly one ``{}``.
     """
     head, tail = _split(prompt, template)
-    return head + _substitute(prompt, text, type) + tail
+    return head + _substitute(prompt, text, type, image) + tail
 
 
 def fill_released(prompt: str, *, template: str, text: str) -> str:
@@ -102,7 +159,7 @@ def fill_released(prompt: str, *, template: str, text: str) -> str:
         ValueError: as :func:`fill`.
     """
     head, tail = (part.replace("_", " ") for part in _split(prompt, template))
-    return (head + _substitute(prompt.replace("_", " "), text, None) + tail).strip()
+    return (head + _substitute(prompt.replace("_", " "), text, None, "") + tail).strip()
 
 
 def detect_template(
@@ -190,12 +247,12 @@ def _split(prompt: str, template: str) -> tuple[str, str]:
     return head, tail
 
 
-def _substitute(prompt: str, text: str | None, type: str | None) -> str:
+def _substitute(prompt: str, text: str | None, type: str | None, image: str) -> str:
     wanted = slots(prompt)
     for name, value in (("text", text), ("type", type)):
         if name in wanted and value is None:
             raise ValueError(f"the prompt {prompt!r} needs a {name}, but none was given")
         if name not in wanted and value is not None:
             raise ValueError(f"the prompt {prompt!r} has no place for the {name} {value!r}")
-    values = {"<sent>": text or "", "{type}": type or ""}
+    values = {"<sent>": text or "", "{type}": type or "", IMAGE_PLACEHOLDER: image}
     return _SLOT.sub(lambda match: values[match.group()], prompt)

@@ -6,15 +6,12 @@ renames, but an object appears only when it is whole.
 """
 
 import importlib.util
-import io
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, cast
-
-from tyro.constructors import PrimitiveConstructorSpec
+from typing import Any, cast
 
 # Files that say that the folder they are in is whole: uploaded last.
 _LAST = ("config.json", "adapter_config.json", "run.json")
@@ -37,26 +34,6 @@ def as_path(path: str | os.PathLike[str]) -> Path:
     # what another process has written must be seen
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     return cast(Path, epath.Path(path))
-
-
-def _from_words(words: list[str]) -> Path:
-    try:
-        return as_path(words[0])
-    except ImportError as error:  # of a flag, tyro shows ValueErrors
-        raise ValueError(str(error)) from None
-
-
-BucketPath = Annotated[
-    Path,
-    PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="PATH",
-        instance_from_str=_from_words,
-        is_instance=lambda value: isinstance(value, os.PathLike),
-        str_from_instance=lambda path: [str(path)],
-    ),
-]
-"""The type of a flag that takes a path in a bucket too."""
 
 
 def in_bucket(path: str | os.PathLike[str]) -> bool:
@@ -95,21 +72,14 @@ def size_and_time(file: Path) -> tuple[int, str]:
     return status.st_size, str(status.st_mtime_ns)
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let ``write`` fill a file that has the name ``path`` only once it is whole."""
-    if in_bucket(path):
-        buffer = io.BytesIO()
-        write(buffer)
-        with _named(path):
-            path.write_bytes(buffer.getvalue())
-        return
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            write(file)
-        temporary.rename(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def write_object(path: Path, content: bytes) -> None:
+    """Write an object of a bucket, which appears only when it is whole.
+
+    Raises:
+        FileNotFoundError: there is no such bucket.
+    """
+    with _named(path):
+        path.write_bytes(content)
 
 
 def copy_file(src: Path, dst: Path) -> None:

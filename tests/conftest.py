@@ -110,7 +110,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[str], Case]":
 @pytest.fixture(scope="session")
 def smollm2_converted(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The real SmolLM2 as a converted folder, in the fp32 that its quantised weights stand for."""
-    from convert.from_hf import Args, convert
+    from e5v_jax.checkpoints.from_hf import Args, convert
 
     folder = tmp_path_factory.mktemp("smollm2") / "converted"
     convert(Args(str(smollm2_gguf), folder))

@@ -16,8 +16,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from e5v_jax import E5V
-from e5v_jax.model.attention import attention, use_attention
-from e5v_jax.model.layers import Precision
+from e5v_jax.nn.attention import attention, use_attention
+from e5v_jax.nn.layers import Precision
 from e5v_jax.sharding import BATCH_SPEC, make_mesh
 
 ITEMS: list[Any] = ["A dog sits.", "Snow.", "Two men play football in the rain."]

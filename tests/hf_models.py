@@ -28,12 +28,13 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 
-from convert.hf_source import open_source
 from e5v_jax import E5V
-from e5v_jax.embedder import Dtype
-from e5v_jax.loading import load_model
-from e5v_jax.model.layers import Precision
-from e5v_jax.model.llava_next import LlavaNext
+from e5v_jax.checkpoints.hf_source import open_source
+from e5v_jax.checkpoints.loading import load_model
+from e5v_jax.e5v import Dtype
+from e5v_jax.families.llava_next.model import LlavaNext
+from e5v_jax.nn.layers import Precision
+from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh
 
 # The prompts of reference.md section 2 once more, so that a change in e5v_jax.prompts shows.
@@ -281,9 +282,8 @@ class Case:
     def module(self) -> LlavaNext:
         """The flax module in fp32, for tests of its parts."""
         precision = Precision(param=np.float32, compute=np.float32)
-        return load_model(
-            open_source(self.folder), precision=precision, mesh=make_mesh(data=-1, fsdp=1)
-        )
+        runtime = Runtime.on(make_mesh(data=-1, fsdp=1))
+        return load_model(open_source(self.folder), precision=precision, runtime=runtime)
 
 
 def build_llava(recipe: Recipe, folder: Path) -> Case:

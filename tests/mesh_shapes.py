@@ -16,9 +16,9 @@ from flax import nnx
 from jax.sharding import Mesh
 from test_train_step import LORA, TEMPERATURE, flat, largest_relative, make_tokens
 
-from convert.hf_source import open_source
-from e5v_jax.loading import dotted, load_model
-from e5v_jax.model.layers import LoRAParam, Precision
+from e5v_jax.checkpoints.hf_source import open_source
+from e5v_jax.checkpoints.loading import dotted, load_model
+from e5v_jax.nn.layers import LoRAParam, Precision
 from e5v_jax.sharding import make_mesh, param_spec
 from e5v_jax.train.batches import group_lengths, make_pair_batch
 from e5v_jax.train.config import LossConfig

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from e5v_jax.model import attention as module
-from e5v_jax.model.attention import Implementation, attention, use_attention
-from e5v_jax.model.layers import Precision
+
+from e5v_jax.nn.attention import Implementation, attention, use_attention
+from e5v_jax.nn.layers import Precision
 
 FP32 = Precision(jnp.float32, jnp.float32)
 

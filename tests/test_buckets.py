@@ -23,8 +23,8 @@ from training_runs import (
     words,
 )
 
-from convert import from_hf
 from e5v_jax import E5V, cli
+from e5v_jax.checkpoints import from_hf
 from e5v_jax.encode.__main__ import encode
 from e5v_jax.encode.bulk import read_embeddings
 from e5v_jax.encode.options import Args

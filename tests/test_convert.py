@@ -15,11 +15,11 @@ import safetensors.numpy
 from hf_models import TEXT_RECIPES, Case, build_text, build_tokenizer, picture
 from transformers import AutoTokenizer
 
-from convert import from_hf
-from convert.hf_source import open_source
 from e5v_jax import E5V
-from e5v_jax.config import ModelConfig, UnsupportedModelError
-from e5v_jax.converted import ConvertedFolder, read_info
+from e5v_jax.checkpoints import from_hf
+from e5v_jax.checkpoints.converted import ConvertedFolder, read_info
+from e5v_jax.checkpoints.hf_source import open_source
+from e5v_jax.nn.config import ModelConfig, UnsupportedModelError
 
 Llava = Callable[[str], Case]
 Tensors = dict[str, np.ndarray]

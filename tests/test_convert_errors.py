@@ -17,10 +17,10 @@ from hf_models import TEXT_RECIPES, Case, build_text
 from test_convert import save
 from test_to_hf import random_adapter
 
-from convert import from_hf, to_hf
-from convert.peft import write_adapter
 from e5v_jax import cli
-from e5v_jax.converted import ConvertedFolder
+from e5v_jax.checkpoints import from_hf, to_hf
+from e5v_jax.checkpoints.converted import ConvertedFolder
+from e5v_jax.checkpoints.peft import write_adapter
 
 Llava = Callable[[str], Case]
 DOWN = "language_model.model.layers.1.mlp.down_proj.weight"

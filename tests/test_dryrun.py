@@ -16,8 +16,8 @@ from jax.experimental import topologies
 from training_runs import STEPS, config, make_folder
 
 from e5v_jax import cli
-from e5v_jax.config import ModelConfig, TextConfig
-from e5v_jax.converted import ConvertedFolder
+from e5v_jax.checkpoints.converted import ConvertedFolder
+from e5v_jax.checkpoints.loading import stored_shapes
 from e5v_jax.dryrun import flops, run
 from e5v_jax.dryrun import program as program_module
 from e5v_jax.dryrun.chips import GiB
@@ -25,9 +25,9 @@ from e5v_jax.dryrun.measure import needed_memory
 from e5v_jax.dryrun.program import encode_program, per_device_bytes, train_program
 from e5v_jax.dryrun.run import TrainDryRun, report_train
 from e5v_jax.dryrun.topology import compile_devices, parse_topology
-from e5v_jax.loading import stored_shapes
-from e5v_jax.model.layers import LoRAConfig
-from e5v_jax.presets import ARCHITECTURES, architecture_of
+from e5v_jax.families.llava_next.presets import ARCHITECTURES, architecture_of
+from e5v_jax.nn.config import ModelConfig, TextConfig
+from e5v_jax.nn.layers import LoRAConfig
 from e5v_jax.sharding import make_mesh
 from e5v_jax.train import loop, setup
 from e5v_jax.train.__main__ import main as train_main
@@ -193,7 +193,7 @@ from test_dryrun import SMALL, dry, one_device
 import jax, jax.numpy as jnp, numpy as np
 from e5v_jax.dryrun.program import train_program
 from e5v_jax.dryrun.measure import reserved_memory
-from e5v_jax.model.layers import LoRAConfig
+from e5v_jax.nn.layers import LoRAConfig
 
 args = dry(batch_size=64, lora=LoRAConfig(16, 16.0, 0.0), dtype="float32")
 program = train_program(args, SMALL, one_device(), (64,))

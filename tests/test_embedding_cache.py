@@ -173,8 +173,8 @@ def test_large_files_count_by_size_and_time(
 def test_converted_folder_counts_by_its_content_hash(
     tmp_path: Path, llava: "Callable[[str], Case]"
 ) -> None:
-    from convert.from_hf import Args as ConvertArgs
-    from convert.from_hf import convert
+    from e5v_jax.checkpoints.from_hf import Args as ConvertArgs
+    from e5v_jax.checkpoints.from_hf import convert
 
     convert(ConvertArgs(str(llava("llama-gqa").folder), tmp_path / "a"))
     key = model_key(tmp_path / "a", None)

@@ -13,13 +13,13 @@ import pytest
 from hf_models import Case, Recipe, build_text, picture
 
 from e5v_jax import E5V
+from e5v_jax.checkpoints.tokenizer import load_tokenizer
 from e5v_jax.data.images import image_size
+from e5v_jax.data.inputs import InputError, Measured, num_image_tokens, num_tiles
 from e5v_jax.encode import compilation, stream
 from e5v_jax.encode.batching import plan_batches
-from e5v_jax.encode.inputs import InputError, Measured, num_image_tokens, num_tiles
-from e5v_jax.model.llava_next import TextBatch
+from e5v_jax.families.llava_next.model import TextBatch
 from e5v_jax.prompts import CHATML, TEXT, fill
-from e5v_jax.tokenizer import load_tokenizer
 
 TOLERANCE = 1e-6
 ITEMS: list[Any] = [f"Text {i}: {'very ' * (i % 5)}short." for i in range(9)]

@@ -15,11 +15,11 @@ import pytest
 from hf_models import RECIPES, build_llava, picture
 from PIL import Image
 
-from convert import from_hf
 from e5v_jax import E5V, cli
+from e5v_jax.checkpoints import from_hf
+from e5v_jax.data.inputs import InputError
 from e5v_jax.encode.__main__ import encode, label
 from e5v_jax.encode.files import IMAGE_SUFFIXES, make_item, read_items
-from e5v_jax.encode.inputs import InputError
 from e5v_jax.encode.options import Args
 
 Command = Callable[..., tuple[int, str, str]]

@@ -17,10 +17,10 @@ from gguf import GGMLQuantizationType as QType
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from convert.gguf import GGUFTensors, read_config
-from convert.gguf_file import GGUFError
-from convert.gguf_tokenizer import build_tokenizer
-from e5v_jax.config import ModelConfig, UnsupportedModelError
+from e5v_jax.checkpoints.gguf import GGUFTensors, read_config
+from e5v_jax.checkpoints.gguf_file import GGUFError
+from e5v_jax.checkpoints.gguf_tokenizer import build_tokenizer
+from e5v_jax.nn.config import ModelConfig, UnsupportedModelError
 
 # head_dim * heads differs from hidden_size; every size is different, so that no swap goes unseen
 HIDDEN, INTER, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 64, 160, 4, 2, 24, 2
@@ -252,7 +252,7 @@ def test_smollm2_tokenizer_survives_saving(
 
 def test_reading_needs_no_torch(tiny: Path) -> None:
     program = (
-        "import sys; from convert.gguf import *; from convert.gguf_tokenizer import *\n"
+        "import sys; from e5v_jax.checkpoints.gguf import *; from e5v_jax.checkpoints.gguf_tokenizer import *\n"
         f"p = {str(tiny)!r}; t = GGUFTensors(p); t.read(t.keys()[0]); build_tokenizer(p)('a')\n"
         "assert 'torch' not in sys.modules"
     )

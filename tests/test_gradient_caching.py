@@ -18,9 +18,9 @@ from test_train_step import (
     with_random_factors,
 )
 
-from e5v_jax.model.layers import LoRAParam
-from e5v_jax.model.llama import Remat
-from e5v_jax.model.llava_next import LlavaNext
+from e5v_jax.families.llava_next.model import LlavaNext
+from e5v_jax.nn.decoder import Remat
+from e5v_jax.nn.layers import LoRAParam
 from e5v_jax.train.batches import group_lengths, make_pair_batch
 from e5v_jax.train.config import LossConfig, OptimizerConfig
 from e5v_jax.train.optimizer import make_optimizer

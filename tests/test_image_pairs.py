@@ -12,12 +12,12 @@ from flax import nnx
 from hf_models import Case, Recipe, build_llava, picture
 from training_runs import read_metrics
 
-from convert import from_hf
-from e5v_jax.config import ModelConfig
+from e5v_jax.checkpoints import from_hf
 from e5v_jax.data.pairs import load_triplets
 from e5v_jax.data.text import truncate_texts
-from e5v_jax.model.layers import LoRAConfig
-from e5v_jax.model.llava_next import l2_normalize
+from e5v_jax.families.llava_next.model import l2_normalize
+from e5v_jax.nn.config import ModelConfig
+from e5v_jax.nn.layers import LoRAConfig
 from e5v_jax.sharding import make_mesh
 from e5v_jax.train.config import DataConfig, LossConfig, OptimizerConfig, TrainConfig
 from e5v_jax.train.feed import Feed, open_feed, place

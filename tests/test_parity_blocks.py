@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from e5v_jax.encode.arrays import pack_images
 from hf_models import Case, picture
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from e5v_jax.data.images import NEWLINE, image_token_index, tile_image
-from e5v_jax.encode.arrays import pack_images
-from e5v_jax.encode.inputs import choose_prompt, prepare
-from e5v_jax.model.layers import apply_rope, rope_angles
-from e5v_jax.model.llava_next import ImageBatch
+from e5v_jax.data.inputs import choose_prompt, prepare
+from e5v_jax.families.llava_next.model import ImageBatch
+from e5v_jax.nn.layers import apply_rope, rope_angles
 from e5v_jax.prompts import TEMPLATES, forbidden_pattern
 
 NAMES = ("llama-gqa", "mistral", "wide-heads", "vicuna")

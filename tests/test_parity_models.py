@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from e5v_jax.model import clip, layers, llama, llava_next
 from hf_models import (
     RECIPES,
     TEXT_RECIPES,
@@ -24,16 +25,15 @@ from hf_models import (
     picture,
 )
 
-import e5v_jax.embedder
-from convert.from_hf import Args, convert
-from convert.hf_source import HfSource
+import e5v_jax.e5v
 from e5v_jax import E5V
-from e5v_jax.config import ModelConfig, TextConfig, VisionConfig
-from e5v_jax.converted import ConvertedFolder
+from e5v_jax.checkpoints.converted import ConvertedFolder
+from e5v_jax.checkpoints.from_hf import Args, convert
+from e5v_jax.checkpoints.hf_source import HfSource
 from e5v_jax.data import images
 from e5v_jax.encode import inputs as encode_inputs
-from e5v_jax.model import clip, layers, llama, llava_next
-from e5v_jax.model.attention import attention
+from e5v_jax.nn.attention import attention
+from e5v_jax.nn.config import ModelConfig, TextConfig, VisionConfig
 
 TEXTS = [
     "A dog sits.",
@@ -123,7 +123,7 @@ def test_converted_folder_holds_the_same_model(
     source = ConvertedFolder(tmp_path / "converted")
     assert source.config == case.e5v.config
     names = list(source.shapes())
-    from_hf = e5v_jax.embedder.open_source(case.folder)
+    from_hf = e5v_jax.e5v.open_source(case.folder)
     assert set(names) == set(from_hf.shapes())
     for name, ours, theirs in zip(names, source.read(names), from_hf.read(names), strict=True):
         np.testing.assert_array_equal(ours, theirs, err_msg=name, strict=True)
@@ -335,8 +335,8 @@ def test_every_config_field_matters(
         source.config = changed(source.config, section, field, value)
         return source
 
-    open_source = e5v_jax.embedder.open_source
-    monkeypatch.setattr(e5v_jax.embedder, "open_source", open_changed)
+    open_source = e5v_jax.e5v.open_source
+    monkeypatch.setattr(e5v_jax.e5v, "open_source", open_changed)
     # the model type decides the template where the tokenizer has no chat tokens
     case = llava("mistral" if field == "model_type" else "llama-gqa")
     try:

@@ -13,14 +13,14 @@ from hf_models import prompt_of
 from transformers import AutoTokenizer
 
 from e5v_jax import E5V
-from e5v_jax.converted import ConvertedFolder
+from e5v_jax.checkpoints.converted import ConvertedFolder
+from e5v_jax.checkpoints.loading import load_model
+from e5v_jax.checkpoints.tokenizer import load_tokenizer
 from e5v_jax.data.text import encode_batch, pad_right
 from e5v_jax.evaluate.sts import evaluate_sts
-from e5v_jax.loading import load_model
-from e5v_jax.model.layers import Precision
-from e5v_jax.model.llava_next import LlavaNext
+from e5v_jax.families.llava_next.model import LlavaNext
+from e5v_jax.nn.layers import Precision
 from e5v_jax.sharding import make_mesh
-from e5v_jax.tokenizer import load_tokenizer
 
 SENTENCES = [
     "A dog sits.",

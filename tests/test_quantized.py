@@ -14,11 +14,11 @@ from hf_models import Recipe, build_text
 from qwix import QArray
 from test_train_step import LORA, flat, make_tokens, with_random_factors
 
-from convert.hf_source import open_source
-from e5v_jax.loading import dotted, load_model
-from e5v_jax.model.layers import Precision
-from e5v_jax.model.llava_next import LlavaNext
-from e5v_jax.model.quantized import NF4_TILE, Quantization, dense_kernel, quantize_kernel
+from e5v_jax.checkpoints.hf_source import open_source
+from e5v_jax.checkpoints.loading import dotted, load_model
+from e5v_jax.families.llava_next.model import LlavaNext
+from e5v_jax.nn.layers import Precision
+from e5v_jax.nn.quantized import NF4_TILE, Quantization, dense_kernel, quantize_kernel
 from e5v_jax.sharding import make_mesh
 from e5v_jax.train.batches import group_lengths, make_pair_batch
 from e5v_jax.train.config import LossConfig

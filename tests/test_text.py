@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from convert.gguf_tokenizer import build_tokenizer
+from e5v_jax.checkpoints.gguf_tokenizer import build_tokenizer
 from e5v_jax.data.text import (
     bucket_length,
     encode_batch,

@@ -22,12 +22,12 @@ from transformers import (
     PreTrainedModel,
 )
 
-from convert import from_hf, to_hf
-from convert.peft import Adapter, read_adapter, write_adapter
 from e5v_jax import E5V
-from e5v_jax.converted import TOKENIZER_FILES, ConvertedFolder
-from e5v_jax.loading import build, dotted
-from e5v_jax.model.layers import LoRAConfig, LoRAParam, Precision
+from e5v_jax.checkpoints import from_hf, to_hf
+from e5v_jax.checkpoints.converted import TOKENIZER_FILES, ConvertedFolder
+from e5v_jax.checkpoints.loading import build, dotted
+from e5v_jax.checkpoints.peft import Adapter, read_adapter, write_adapter
+from e5v_jax.nn.layers import LoRAConfig, LoRAParam, Precision
 from e5v_jax.train import checkpoint
 from e5v_jax.train.config import TrainConfig
 

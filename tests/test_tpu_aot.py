@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import pytest
 
 from e5v_jax.dryrun.topology import compile_devices, parse_topology
-from e5v_jax.model.attention import attention, compile_for
-from e5v_jax.model.layers import Precision
+from e5v_jax.nn.attention import attention, compile_for
+from e5v_jax.nn.layers import Precision
 from e5v_jax.sharding import batch_sharding, make_mesh
 
 pytestmark = [

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from hf_models import TEXT_RECIPES, build_text, picture
 
-from convert.from_hf import Args, convert
+from e5v_jax.checkpoints.from_hf import Args, convert
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]

@@ -6,7 +6,7 @@ import pytest
 from hf_models import build_text
 from test_train_run import RECIPE, words, write_csv
 
-from convert import from_hf
+from e5v_jax.checkpoints import from_hf
 from e5v_jax.train.__main__ import main
 
 GOOD = b"sent0,sent1,hard_neg\nA dog.,A hound.,A cat.\nTwo men.,Men.,No men.\n"

@@ -32,9 +32,9 @@ from training_runs import (
     write_csv,
 )
 
-from convert import from_hf
 from e5v_jax import E5V
-from e5v_jax.converted import ConvertedFolder
+from e5v_jax.checkpoints import from_hf
+from e5v_jax.checkpoints.converted import ConvertedFolder
 from e5v_jax.train.__main__ import main
 from e5v_jax.train.checkpoint import check_same_run, read_run_info
 from e5v_jax.train.config import OptimizerConfig, TrainConfig

@@ -15,12 +15,12 @@ from hf_models import Case, Recipe, build_text
 from peft import PeftModel
 from transformers import get_linear_schedule_with_warmup
 
-from convert.hf_source import open_source
-from convert.peft import Adapter, write_adapter
-from e5v_jax.loading import dotted, load_model
-from e5v_jax.model.layers import Linear, LoRAConfig, LoRAParam, Precision
-from e5v_jax.model.llama import Remat
-from e5v_jax.model.llava_next import LlavaNext
+from e5v_jax.checkpoints.hf_source import open_source
+from e5v_jax.checkpoints.loading import dotted, load_model
+from e5v_jax.checkpoints.peft import Adapter, write_adapter
+from e5v_jax.families.llava_next.model import LlavaNext
+from e5v_jax.nn.decoder import Remat
+from e5v_jax.nn.layers import Linear, LoRAConfig, LoRAParam, Precision
 from e5v_jax.sharding import make_mesh
 from e5v_jax.train.batches import PairTokens, group_lengths, make_pair_batch
 from e5v_jax.train.config import LossConfig, OptimizerConfig

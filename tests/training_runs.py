@@ -15,8 +15,8 @@ import numpy as np
 from hf_models import Recipe, build_text
 from orbax.checkpoint import v1 as ocp
 
-from convert import from_hf
-from e5v_jax.model.layers import LoRAConfig
+from e5v_jax.checkpoints import from_hf
+from e5v_jax.nn.layers import LoRAConfig
 from e5v_jax.train.config import DataConfig, OptimizerConfig, TrainConfig
 
 ROOT = Path(__file__).parents[1]

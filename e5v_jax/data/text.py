@@ -9,6 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
+# Fine where texts are many; beyond, at most a fifth of a sequence is padding.
+_DOUBLINGS = [
+    quarters * step for step in (32, 64, 128, 256, 512, 1024, 2048) for quarters in (5, 6, 7, 8)
+]
+TEXT_BUCKETS = (16, 20, 24, 28, 32, 36, 40, 48, 56, 64, 80, 96, 112, 128, *_DOUBLINGS)
+"""Lengths that texts are padded to."""
+IMAGE_BUCKETS = tuple(range(256, 16385, 128))
+"""Lengths that sequences with images are padded to: what TPU's splash attention takes."""
+
 
 def encode_batch(tokenizer: PreTrainedTokenizerFast, filled: Sequence[str]) -> list[list[int]]:
     """Token ids of filled prompts (:func:`e5v_jax.prompts.fill`), unpadded and never truncated.

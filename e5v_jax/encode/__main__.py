@@ -3,7 +3,7 @@
 import multiprocessing
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,7 +61,7 @@ def encode_in_memory(args: Args) -> None:
     # Here, not above: they load JAX and transformers, which --help and the errors so far do not
     # need.
     from e5v_jax import E5V
-    from e5v_jax.encode.inputs import InputError
+    from e5v_jax.data.inputs import InputError
 
     try:
         with decoding_pool(args.num_workers) as pool:
@@ -90,7 +90,7 @@ def encode_to_folder(args: Args) -> None:
 
     import jax
 
-    from convert.hf_source import resolve
+    from e5v_jax.checkpoints.hf_source import resolve
     from e5v_jax.encode import bulk
     from e5v_jax.encode.progress import bulk_progress
     from e5v_jax.evaluate.cache import model_key
@@ -153,8 +153,7 @@ def load_model(args: Args) -> "E5V":
     import jax
 
     from e5v_jax import E5V
-    from e5v_jax.encode.inputs import choose_prompt
-    from e5v_jax.prompts import TEMPLATES
+    from e5v_jax.prompts import TEMPLATES, choose_prompt
     from e5v_jax.sharding import make_mesh
 
     if args.template is not None and args.template not in TEMPLATES:
@@ -162,7 +161,7 @@ def load_model(args: Args) -> "E5V":
             f"--template: unknown {args.template!r}, expected one of {', '.join(TEMPLATES)}"
         )
     try:
-        choose_prompt("{}", args.prompt_name, args.prompt)
+        choose_prompt(args.prompt_name, args.prompt)
         mesh = make_mesh(-1, args.fsdp, args.tensor, devices=jax.local_devices())
     except ValueError as error:
         raise cli.UsageError(str(error)) from error
@@ -252,15 +251,10 @@ def print_similarities(labels: list[str], cosines: np.ndarray) -> None:
     console.print(table)
 
 
-def main(argv: list[str]) -> None:
-    """``--dry-run`` only says what a batch would need on other chips; it has flags of its own."""
-    if "--dry-run" in argv:
-        from e5v_jax.dryrun.run import EncodeDryRun, dry_run_encode  # loads JAX
-
-        flags = [word for word in argv if word != "--dry-run"]
-        cli.run(dry_run_encode, EncodeDryRun, argv=flags)
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command; ``argv`` are its words, None takes the command line's."""
     cli.run(encode, Args, argv=argv)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

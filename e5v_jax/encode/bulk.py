@@ -20,11 +20,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from e5v_jax import __version__
+from e5v_jax.atomic import write_whole
+from e5v_jax.data.inputs import InputError
 from e5v_jax.encode.files import Item, iterate_items
-from e5v_jax.encode.inputs import InputError
 from e5v_jax.encode.progress import BulkProgress
 from e5v_jax.encode.vectors import write_json, write_vectors
-from e5v_jax.storage import as_path, in_bucket, write_whole
+from e5v_jax.storage import as_path, in_bucket
 
 if TYPE_CHECKING:
     from e5v_jax import E5V

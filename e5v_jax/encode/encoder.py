@@ -1,22 +1,21 @@
-"""Prepared batches to vectors: the jitted model, few compiled shapes, the device kept busy."""
+"""Batches to vectors: the jitted model, few compiled shapes, the device kept busy."""
 
 import logging
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import NamedSharding, PartitionSpec
 
-from e5v_jax.encode.arrays import stack
 from e5v_jax.encode.batching import Batch
-from e5v_jax.encode.inputs import Prepared
-from e5v_jax.model.attention import Implementation, use_attention
-from e5v_jax.model.llava_next import ImageBatch, LlavaNext, TextBatch
-from e5v_jax.sharding import batch_sharding
+from e5v_jax.families.base import BatchShape, Model, Processor
+from e5v_jax.runtime import Runtime
+from e5v_jax.sharding import place_split
 
 _logger = logging.getLogger("e5v_jax")
 _IN_FLIGHT = 2  # batches on the device: the next one waits there while this one runs
@@ -30,8 +29,8 @@ class Statistics:
     tokens: int = 0
     positions: int = 0
     """Tokens and padding."""
-    compilations: dict[tuple[int, int, int], float] = field(default_factory=dict)
-    """Seconds by shape (rows, length, tiles of a row)."""
+    compilations: dict[BatchShape, float] = field(default_factory=dict)
+    """Seconds by shape."""
 
     @property
     def padding(self) -> float:
@@ -40,70 +39,62 @@ class Statistics:
 
 
 class Encoder:
-    """Holds the parameters and runs the jitted model over batches."""
+    """The one engine that embeds: for users, in bulk, in evaluations and during training."""
 
-    def __init__(
-        self,
-        model: LlavaNext,
-        mesh: Mesh,
-        *,
-        pad_id: int,
-        attn_implementation: Implementation = "auto",
-    ) -> None:
-        graphdef, self._state = nnx.split(model)
-        self._pad_id = pad_id
-        self._sharding = batch_sharding(mesh)
-        self.multiple = mesh.shape["data"] * mesh.shape["fsdp"]
-        """Of which the rows of a batch are a multiple: devices that share it."""
+    def __init__(self, graphdef: nnx.GraphDef[Any], processor: Processor, runtime: Runtime) -> None:
+        """Make the jitted program of a model, whose parameters each call brings along."""
+        self.processor = processor
+        self.runtime = runtime
         self.statistics = Statistics()
 
-        def run(state: nnx.State, batch: TextBatch | ImageBatch) -> jax.Array:
-            abstract = mesh.abstract_mesh  # for sharding.split_batch
-            with use_attention(attn_implementation), jax.sharding.use_abstract_mesh(abstract):
-                merged: LlavaNext = nnx.merge(graphdef, state)
-                return merged.encode(batch)
+        def run(state: nnx.State, batch: Any) -> jax.Array:
+            model: Model = nnx.merge(graphdef, state)
+            return model.encode(batch)
 
-        self._run = jax.jit(run)
+        # whole vectors everywhere, so that every process has them all
+        replicated = NamedSharding(runtime.mesh, PartitionSpec())
+        self._run = jax.jit(run, out_shardings=replicated)
 
     def run(
-        self, batches: Iterable[tuple[Batch, Sequence[Prepared]]]
+        self, state: nnx.State, batches: Iterable[tuple[Batch, Sequence[Any]]]
     ) -> Iterator[tuple[Batch, np.ndarray]]:
         """Each batch with its vectors fp32 [items, D], not normalised, in the order given.
+
+        A batch comes with its items as ``Processor.load`` returned them.
 
         The next batch is asked for and sent while the device works on the last ones.
         """
         running: deque[tuple[Batch, jax.Array]] = deque()
         for batch, prepared in batches:
-            running.append((batch, self._start(batch, prepared)))
+            running.append((batch, self._start(state, batch, prepared)))
             if len(running) > _IN_FLIGHT:
                 yield self._finish(*running.popleft())
         while running:
             yield self._finish(*running.popleft())
 
-    def _start(self, batch: Batch, prepared: Sequence[Prepared]) -> jax.Array:
+    def _start(self, state: nnx.State, batch: Batch, prepared: Sequence[Any]) -> jax.Array:
         """Vectors [rows, D], on their way."""
+        shape, statistics = batch.shape, self.statistics
         # a batch short of items repeats its last one
-        filled = [*prepared, *[prepared[-1]] * (batch.rows - len(prepared))]
-        arrays = stack(filled, batch.length, num_tiles=batch.tiles, pad_id=self._pad_id)
-        shape = (batch.rows, batch.length, batch.tiles)
+        filled = [*prepared, *[prepared[-1]] * (shape.rows - len(prepared))]
+        arrays = place_split(self.processor.stack(filled, shape), self.runtime.mesh)
         start = time.perf_counter()
-        out = self._run(self._state, jax.device_put(arrays, self._sharding))
-        statistics = self.statistics
+        out = self._run(state, arrays)
         if shape not in statistics.compilations:
             seconds = time.perf_counter() - start
             statistics.compilations[shape] = seconds
             _logger.info(
                 "compiled %d rows of %d positions%s in %.1f s (shape %d, %.1f s in all)",
-                batch.rows,
-                batch.length,
-                f" and {batch.tiles} tiles" if batch.tiles else "",
+                shape.rows,
+                shape.length,
+                f" and images of {shape.shape_key}" if shape.shape_key else "",
                 seconds,
                 len(statistics.compilations),
                 sum(statistics.compilations.values()),
             )
         statistics.items += len(prepared)
-        statistics.tokens += sum(len(item.ids) for item in prepared)
-        statistics.positions += batch.rows * batch.length
+        statistics.tokens += sum(item.length for item in batch.items)
+        statistics.positions += shape.rows * shape.length
         return out
 
     def _finish(self, batch: Batch, out: jax.Array) -> tuple[Batch, np.ndarray]:

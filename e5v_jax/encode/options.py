@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 import tyro
 
 from e5v_jax import cli
-from e5v_jax.storage import BucketPath
+from e5v_jax.cli import BucketPath
 
 
 @dataclass(frozen=True)

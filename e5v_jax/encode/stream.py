@@ -5,19 +5,24 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Seq
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import numpy as np
+from flax import nnx
 from PIL import Image
 
-from e5v_jax.config import ModelConfig
+from e5v_jax.data.inputs import Input, InputError
 from e5v_jax.encode.batching import Batch, plan_batches
 from e5v_jax.encode.encoder import Encoder
-from e5v_jax.encode.inputs import Input, InputError, Measured, Prepared, load
+from e5v_jax.families.base import Measured
+from e5v_jax.prompts import PromptChoice
 
 WINDOW = 8192
 """Inputs that are tokenised, measured and sorted at a time."""
 _AHEAD = 8
 """Batches whose images are being decoded while the device works."""
+_MAX_TOKENS = {"cpu": 1024, "gpu": 16384, "tpu": 16384}
+"""On a CPU, the activations of more leave the caches."""
 
 OnError = Callable[[InputError], None]
 
@@ -26,28 +31,29 @@ OnError = Callable[[InputError], None]
 class BatchLimits:
     """The size of a device batch."""
 
-    max_rows: int | None
-    max_tokens: int
+    max_rows: int | None = None
+    max_tokens: int | None = None
+    """None is 1024 on a CPU, 16384 on a GPU or TPU."""
 
 
 def encode_stream(
+    encoder: Encoder,
+    state: nnx.State,
     inputs: Sequence[Input],
     *,
-    encoder: Encoder,
-    measure: Callable[[Sequence[Input], OnError | None], list[Measured]],
-    cfg: ModelConfig,
+    prompts: PromptChoice,
     limits: BatchLimits,
     pool: Executor,
-    on_error: OnError | None,
-    on_batch: Callable[[int], None],
+    on_error: OnError | None = None,
+    on_batch: Callable[[int], None] = lambda done: None,
 ) -> np.ndarray:
     """Vectors fp32 [N, D], not normalised, in the order of ``inputs``.
 
     Args:
+        encoder: the model's program.
+        state: its parameters.
         inputs: what to embed; equal ones are embedded once.
-        encoder: the model.
-        measure: :func:`e5v_jax.encode.inputs.measure` with all but inputs and on_error given.
-        cfg: the model's.
+        prompts: which instruction an input gets.
         limits: of a batch.
         pool: decodes images.
         on_error: hears of each bad input, whose vector is zero; without it the first one raises.
@@ -56,6 +62,8 @@ def encode_stream(
     Raises:
         InputError: a bad input, by its position.
     """
+    processor, runtime = encoder.processor, encoder.runtime
+    max_tokens = limits.max_tokens or _MAX_TOKENS[runtime.platform]
     positions: dict[Hashable, list[int]] = {}  # of equal inputs
     for position, item in enumerate(inputs):
         positions.setdefault(identity(item), []).append(position)
@@ -71,16 +79,17 @@ def encode_stream(
     def batches() -> Iterator[Batch]:
         for start in range(0, len(groups), WINDOW):
             window = [inputs[group[0]] for group in groups[start : start + WINDOW]]
-            measured = measure(window, partial(fail, start=start))
+            measured = processor.measure(window, prompts, on_error=partial(fail, start=start))
             yield from plan_batches(
                 [replace(item, position=start + item.position) for item in measured],
+                padded_length=processor.padded_length,
                 max_rows=limits.max_rows,
-                max_tokens=limits.max_tokens,
-                multiple=encoder.multiple,
+                max_tokens=max_tokens,
+                multiple=runtime.batch_devices,
             )
 
-    vectors = np.zeros((len(inputs), cfg.text.hidden_size), np.float32)
-    for batch, found in encoder.run(_load_ahead(batches(), cfg, pool, fail)):
+    vectors = np.zeros((len(inputs), processor.config.text.hidden_size), np.float32)
+    for batch, found in encoder.run(state, _load_ahead(batches(), processor.load, pool, fail)):
         for embedded, vector in zip(batch.items, found, strict=True):
             vectors[groups[embedded.position]] = vector
         on_batch(sum(len(groups[embedded.position]) for embedded in batch.items))
@@ -97,21 +106,17 @@ def identity(item: Input) -> Hashable:
 
 
 def _load_ahead(
-    batches: Iterable[Batch], cfg: ModelConfig, pool: Executor, fail: OnError
-) -> Iterator[tuple[Batch, list[Prepared]]]:
+    batches: Iterable[Batch], load: Callable[[Measured], Any], pool: Executor, fail: OnError
+) -> Iterator[tuple[Batch, list[Any]]]:
     """Batches with their images decoded; items whose image is broken are told and left out."""
-    waiting: deque[tuple[Batch, list[Prepared | Future[Prepared]]]] = deque()
+    waiting: deque[tuple[Batch, list[Any]]] = deque()
     try:
         for batch in batches:
-            waiting.append(
-                (
-                    batch,
-                    [
-                        pool.submit(load, item, cfg) if batch.tiles else load(item, cfg)
-                        for item in batch.items
-                    ],
-                )
-            )
+            loading = [
+                load(item) if item.image is None else pool.submit(load, item)
+                for item in batch.items
+            ]
+            waiting.append((batch, loading))
             if len(waiting) > _AHEAD:
                 yield from _loaded(*waiting.popleft(), fail)
         while waiting:
@@ -124,8 +129,8 @@ def _load_ahead(
 
 
 def _loaded(
-    batch: Batch, loading: Sequence[Prepared | Future[Prepared]], fail: OnError
-) -> Iterator[tuple[Batch, list[Prepared]]]:
+    batch: Batch, loading: Sequence[Any], fail: OnError
+) -> Iterator[tuple[Batch, list[Any]]]:
     items, prepared = [], []
     for item, future in zip(batch.items, loading, strict=True):
         try:

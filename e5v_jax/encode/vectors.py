@@ -7,7 +7,8 @@ from typing import BinaryIO
 
 import numpy as np
 
-from e5v_jax.storage import in_bucket, write_whole
+from e5v_jax.atomic import write_whole
+from e5v_jax.storage import in_bucket
 
 OUTPUT_SUFFIXES = (".npy", ".parquet")
 

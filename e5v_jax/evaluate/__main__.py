@@ -40,7 +40,7 @@ def evaluate(args: EvaluateConfig) -> None:
 
     import jax
 
-    from e5v_jax.converted import new_folder
+    from e5v_jax.atomic import new_folder
     from e5v_jax.evaluate.embedding import open_embedder
 
     with nullcontext() if args.output is None else new_folder(args.output) as folder:

@@ -108,7 +108,7 @@ def analyse(args: AnalyseArgs) -> None:
     if args.data is not None:
         _check_plotting()
 
-    from e5v_jax.converted import new_folder
+    from e5v_jax.atomic import new_folder
     from e5v_jax.evaluate import retrieval, sts
     from e5v_jax.evaluate.embedding import open_embedder
     from e5v_jax.evaluate.plots import PROJECTIONS, draw_projection

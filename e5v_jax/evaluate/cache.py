@@ -46,7 +46,7 @@ def model_key(folder: Path, adapter: Path | None) -> str:
 
     A file of more than 64 MB counts by name, size and time of change.
     """
-    from e5v_jax.converted import is_converted  # loads JAX
+    from e5v_jax.checkpoints.converted import is_converted  # loads JAX
 
     digest = hashlib.sha256()
     for root in filter(None, (folder, adapter)):

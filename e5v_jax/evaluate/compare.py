@@ -41,7 +41,7 @@ def compare_runs(first: Path, second: Path, *, output: Path | None = None) -> No
         if set(run) - set(other):
             print(f"only in {folder}: {_tasks({k: run[k] for k in run if k not in other})}")
     if output is not None:
-        from e5v_jax.converted import new_folder  # loads JAX
+        from e5v_jax.atomic import new_folder  # loads JAX
 
         with new_folder(output) as folder:
             content = {"a": str(first), "b": str(second), "results": results}

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from e5v_jax.storage import BucketPath
+from e5v_jax.cli import BucketPath
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ from e5v_jax.evaluate.cache import VectorCache, input_key, model_key
 
 if TYPE_CHECKING:
     from e5v_jax import E5V
-    from e5v_jax.embedder import Dtype
-    from e5v_jax.encode.inputs import Input
-    from e5v_jax.model.quantized import Quantization
+    from e5v_jax.data.inputs import Input
+    from e5v_jax.e5v import Dtype
+    from e5v_jax.nn.quantized import Quantization
 
 _TEXTS, _IMAGES = 1024, 64  # inputs prepared at once: sorts lengths well; bounds decoded images
 Item = TypeVar("Item")
@@ -62,7 +62,7 @@ class Embedder:
         Raises:
             ValueError: a bad input, or a vector that is zero or not finite.
         """
-        from e5v_jax.encode.inputs import InputError
+        from e5v_jax.data.inputs import InputError
 
         cache = self._open(prompt)
         known: dict[bytes, np.ndarray] = {}  # of this call
@@ -148,8 +148,8 @@ def open_embedder(
         cli.UsageError: an unknown template, or a mesh that the devices do not make.
         FileNotFoundError, ValueError: the model cannot be loaded.
     """
-    from convert.hf_source import resolve
     from e5v_jax import E5V
+    from e5v_jax.checkpoints.hf_source import resolve
     from e5v_jax.prompts import TEMPLATES
     from e5v_jax.sharding import make_mesh
 

@@ -1,128 +1,92 @@
-"""From pairs to the arrays of a step: tokenise once, sort each batch's texts by length."""
+"""From pairs to the arrays of a step: measured once, sorted by length, images decoded when due."""
 
-import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
-from e5v_jax.config import ModelConfig
+from e5v_jax.data.inputs import Input, InputError
 from e5v_jax.data.pairs import Side, Triplets
 from e5v_jax.data.pipeline import number_inputs
-from e5v_jax.data.text import encode_batch, pad_right, truncate_texts
-from e5v_jax.model.llava_next import ImageBatch, TextBatch
-from e5v_jax.prompts import (
-    IMAGE_PLACEHOLDER,
-    PLAIN,
-    PROMPTS,
-    TEMPLATES,
-    TextError,
-    check_text,
-    fill,
-    fill_released,
-    forbidden_pattern,
-)
+from e5v_jax.families.base import Batch, BatchShape, Measured, Processor
+from e5v_jax.prompts import IMAGE_PLACEHOLDER, PLAIN, PROMPTS, PromptChoice
 from e5v_jax.train.config import DataConfig
-from e5v_jax.train.image_pairs import ImageGroup, measure_side
 from e5v_jax.train.step import PairBatch
-
-MakeImages = Callable[[ImageGroup, np.ndarray], ImageBatch]
-"""Gets a column's images and the row numbers, int64 [B]."""
 
 
 @dataclass(frozen=True)
 class PairTokens:
-    """Token ids of every input inside its prompt."""
+    """Every input inside its prompt, tokenised; of an image, only the header was read."""
 
-    ids: list[list[list[int]]]  # [column][row] -> token ids; 3 columns for triplets, 2 for pairs
+    items: list[list[Measured]]  # [column][row]; 3 columns for triplets, 2 for pairs
     lengths: np.ndarray  # int64 [columns, rows], the positions of images counted
     text_ids: np.ndarray  # int32 [columns, rows], equal where two inputs are
-    images: dict[int, ImageGroup] = field(default_factory=dict)
-    """By column; the ids there have one placeholder for the image."""
+    image_shapes: dict[int, BatchShape]
+    """Of the columns with images: the shape of each step's batch but for its rows."""
 
     @property
     def columns(self) -> int:
         """3 for triplets, 2 for pairs."""
-        return len(self.ids)
+        return len(self.items)
 
     @property
     def text_columns(self) -> list[int]:
         """Those without images."""
-        return [column for column in range(self.columns) if column not in self.images]
+        return [column for column in range(self.columns) if column not in self.image_shapes]
 
 
-def tokenize_pairs(
-    triplets: Triplets,
-    tokenizer: PreTrainedTokenizerFast,
-    cfg: DataConfig,
-    template_name: str,
-    model: ModelConfig,
-) -> PairTokens:
+def tokenize_pairs(pairs: Triplets, processor: Processor, cfg: DataConfig) -> PairTokens:
     """Cut each sentence to ``cfg.max_tokens``, fill the prompt, tokenise (paper section 4.1).
 
-    Images get the prompts of images; of each, only the header is read.
+    Images get the prompts of images.
 
     Raises:
         ValueError: a sentence that holds a special token, an image that is none, a model without
             vision; names file, row and column.
     """
-    template = TEMPLATES[template_name]
-    forbidden = forbidden_pattern(tokenizer, template)
-    ids: list[list[list[int]]] = []
-    lengths = []
-    images = {}
-    for side in triplets.sides:
-        if side.images is None:
-            ids.append(_tokenize_side(side, triplets.row_ids, tokenizer, cfg, template, forbidden))
-            lengths.append([len(x) for x in ids[-1]])
-            continue
-        items = measure_side(
-            side,
-            triplets.row_ids,
-            cfg=model,
-            tokenizer=tokenizer,
-            template=template,
-            forbidden=forbidden,
-            max_tokens=cfg.max_tokens,
-        )
-        images[len(ids)] = ImageGroup.of(items)
-        ids.append([item.ids for item in items])
-        lengths.append([item.length for item in items])
+    items, image_shapes = [], {}
+    for column, side in enumerate(pairs.sides):
+        prompts = _prompts(cfg.prompt) if side.images is None else PromptChoice()
+        try:
+            measured = processor.measure(_inputs(side), prompts, max_tokens=cfg.max_tokens)
+        except InputError as error:
+            where = pairs.row_ids[error.position]
+            raise ValueError(f"{where}: {side.column}: {error.reason}") from None
+        items.append(measured)
+        if side.images is not None:
+            key = max(item.shape_key for item in measured)
+            length = processor.padded_length(max(item.length for item in measured), key)
+            image_shapes[column] = BatchShape(0, length, key)
     return PairTokens(
-        ids=ids,
-        lengths=np.array(lengths),
-        text_ids=number_inputs(triplets.sides).astype(np.int32).reshape(len(ids), -1),
-        images=images,
+        items=items,
+        lengths=np.array([[item.length for item in column] for column in items]),
+        text_ids=number_inputs(pairs.sides).astype(np.int32).reshape(len(items), -1),
+        image_shapes=image_shapes,
     )
 
 
-def _tokenize_side(
-    side: Side,
-    row_ids: list[str],
-    tokenizer: PreTrainedTokenizerFast,
-    cfg: DataConfig,
-    template: str,
-    forbidden: re.Pattern[str],
-) -> list[list[int]]:
-    """Token ids of the sentences of a side without images."""
-    if cfg.prompt == "released":
-        fill_in, prompt = fill_released, PLAIN
-    else:
-        fill_in, prompt = fill, PROMPTS.get(cfg.prompt, cfg.prompt)
-        if "<sent>" not in prompt or IMAGE_PLACEHOLDER in prompt:
-            raise ValueError(
-                f"data.prompt: {cfg.prompt!r} is no prompt for texts; expected text, plain, sts, "
-                "released, or one of your own with <sent> in it"
-            )
-    texts = side.texts or []
-    for row, text in enumerate(texts):
-        try:
-            check_text(text, forbidden)
-        except TextError as error:
-            raise ValueError(f"{row_ids[row]}: {side.column}: {error}") from None
-    cut = truncate_texts(tokenizer, texts, cfg.max_tokens)
-    return encode_batch(tokenizer, [fill_in(prompt, template=template, text=x) for x in cut])
+def _inputs(side: Side) -> Sequence[Input]:
+    if side.images is None:
+        return side.texts or []
+    if side.texts is None:
+        return side.images
+    both = zip(side.texts, side.images, strict=True)
+    return [{"text": text, "image": image} for text, image in both]
+
+
+def _prompts(name: str) -> PromptChoice:
+    """What ``data.prompt`` says for texts."""
+    if name == "released":
+        return PromptChoice(PLAIN, released=True)
+    prompt = PROMPTS.get(name, name)
+    if "<sent>" not in prompt or IMAGE_PLACEHOLDER in prompt:
+        raise ValueError(
+            f"data.prompt: {name!r} is no prompt for texts; expected text, plain, sts, "
+            "released, or one of your own with <sent> in it"
+        )
+    return PromptChoice(prompt)
 
 
 def _group_bounds(count: int, groups: int, multiple: int) -> list[int]:
@@ -158,36 +122,71 @@ def group_lengths(
     return tuple(int(c) for c in caps)
 
 
-def make_pair_batch(
-    tokens: PairTokens,
-    rows: np.ndarray,
-    *,
-    lengths: tuple[int, ...],
-    pad_id: int,
-    multiple: int,
-    make_images: MakeImages | None = None,
-) -> PairBatch:
-    """The step's arrays for the given rows, in NumPy.
+class BatchMaker:
+    """Makes the arrays of a step, in NumPy, from its row numbers."""
 
-    First the texts of all columns, sorted into ``lengths`` groups, then each column of images as a
-    group of its own, which ``make_images`` makes.
-    """
-    texts = [(column, row) for column in tokens.text_columns for row in range(len(rows))]
-    sequences = [tokens.ids[column][rows[row]] for column, row in texts]
-    by_length = np.argsort([len(s) for s in sequences], kind="stable")
-    bounds = _group_bounds(len(sequences), len(lengths), multiple) if lengths else [0]
-    groups: list[TextBatch | ImageBatch] = []
-    for length, start, end in zip(lengths, bounds[:-1], bounds[1:], strict=True):
-        members = [sequences[i] for i in by_length[start:end]]
-        groups.append(TextBatch(*pad_right(members, length, pad_id)))
-    inputs = [texts[i] for i in by_length]  # (column, row) in the order of the groups
-    for column, images in tokens.images.items():
-        assert make_images is not None
-        groups.append(make_images(images, rows))
-        inputs += [(column, row) for row in range(len(rows))]
-    places = np.array([column * len(rows) + row for column, row in inputs])
-    return PairBatch(
-        groups=tuple(groups),
-        order=np.argsort(places).astype(np.int32),
-        text_ids=tokens.text_ids[:, rows].reshape(-1),
-    )
+    def __init__(
+        self,
+        tokens: PairTokens,
+        processor: Processor,
+        *,
+        lengths: tuple[int, ...],
+        multiple: int,
+        wanted: np.ndarray,
+        row_ids: Sequence[str],
+        pool: Executor,
+    ) -> None:
+        """Keep what all steps share.
+
+        Args:
+            tokens: all rows.
+            processor: the model's.
+            lengths: of the groups of texts, see :func:`group_lengths`.
+            multiple: of which the size of a group is one.
+            wanted: bool [B], the rows of a batch whose images are needed here; others are empty.
+            row_ids: where a person finds each row.
+            pool: decodes images.
+        """
+        self._tokens, self._processor = tokens, processor
+        self._lengths, self._multiple, self._wanted = lengths, multiple, wanted
+        self._row_ids, self._pool = row_ids, pool
+
+    def __call__(self, rows: np.ndarray) -> PairBatch:
+        """The batch of rows int64 [B].
+
+        First the texts of all columns, sorted into groups of similar length, then each column of
+        images as a group of its own.
+
+        Raises:
+            ValueError: a broken image; names row and file.
+        """
+        tokens = self._tokens
+        texts = [(column, row) for column in tokens.text_columns for row in range(len(rows))]
+        members = [tokens.items[column][rows[row]] for column, row in texts]
+        by_length = np.argsort([item.length for item in members], kind="stable")
+        lengths, load = self._lengths, self._processor.load
+        bounds = _group_bounds(len(members), len(lengths), self._multiple) if lengths else [0]
+        groups: list[Batch] = []
+        for length, start, end in zip(lengths, bounds[:-1], bounds[1:], strict=True):
+            items = [load(members[i]) for i in by_length[start:end]]
+            groups.append(self._processor.stack(items, BatchShape(len(items), length)))
+        inputs = [texts[i] for i in by_length]  # (column, row) in the order of the groups
+        for column, shape in tokens.image_shapes.items():
+            decoded = self._pool.map(
+                lambda row, column=column: self._load(column, row), rows[self._wanted]
+            )
+            items = [next(decoded) if here else None for here in self._wanted]
+            groups.append(self._processor.stack(items, shape))
+            inputs += [(column, row) for row in range(len(rows))]
+        places = np.array([column * len(rows) + row for column, row in inputs])
+        return PairBatch(
+            groups=tuple(groups),
+            order=np.argsort(places).astype(np.int32),
+            text_ids=tokens.text_ids[:, rows].reshape(-1),
+        )
+
+    def _load(self, column: int, row: int) -> Any:
+        try:
+            return self._processor.load(self._tokens.items[column][row])
+        except ValueError as error:
+            raise ValueError(f"{self._row_ids[row]}: {error}") from None

@@ -20,13 +20,15 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
-from convert.peft import Adapter
-from e5v_jax.config import ModelConfig
-from e5v_jax.converted import new_folder
+from e5v_jax.atomic import new_folder, write_whole
+from e5v_jax.checkpoints.converted import WeightSource
+from e5v_jax.checkpoints.loading import abstract_model, dotted
+from e5v_jax.checkpoints.peft import Adapter
 from e5v_jax.distributed import is_first, wait_for_all
-from e5v_jax.loading import build, dotted
-from e5v_jax.model.layers import LoRAConfig, LoRAParam, Precision
-from e5v_jax.storage import absolute, as_path, remove_folder, write_whole
+from e5v_jax.nn.layers import LoRAConfig, LoRAParam, Precision
+from e5v_jax.runtime import Runtime
+from e5v_jax.sharding import make_mesh
+from e5v_jax.storage import absolute, as_path, remove_folder
 from e5v_jax.train.config import TrainConfig
 
 _logger = logging.getLogger(__name__)
@@ -253,7 +255,7 @@ def read_run_info(run: Path) -> dict[str, Any]:
     return info
 
 
-def read_run_adapter(run: Path, step: int | None, cfg: ModelConfig) -> Adapter:
+def read_run_adapter(run: Path, step: int | None, base: WeightSource) -> Adapter:
     """LoRA factors of a run's checkpoint after ``step`` (None: the newest), on the host.
 
     Raises:
@@ -264,7 +266,14 @@ def read_run_adapter(run: Path, step: int | None, cfg: ModelConfig) -> Adapter:
         raise ValueError(f"{run}: this run trained all weights (lora None): it has no adapter")
     lora = LoRAConfig(**lora_fields)
     precision = Precision(param=np.float32, compute=np.float32)
-    model = jax.eval_shape(lambda: build(cfg, precision=precision, lora=lora, load_vision=False))
+    model = abstract_model(
+        base.family,
+        base.config,
+        precision=precision,
+        runtime=Runtime.on(make_mesh(devices=jax.local_devices()[:1])),
+        lora=lora,
+        load_vision=False,
+    )
     shapes = nnx.split(model, LoRAParam, ...)[1]
     context = ocp.Context()
     context.pytree.loading.partial_load = True

@@ -6,10 +6,10 @@ from typing import Literal
 
 import tyro
 
-from e5v_jax.model.layers import LoRAConfig
-from e5v_jax.model.llama import Remat
-from e5v_jax.model.quantized import Quantization
-from e5v_jax.storage import BucketPath
+from e5v_jax.cli import BucketPath
+from e5v_jax.nn.decoder import Remat
+from e5v_jax.nn.layers import LoRAConfig
+from e5v_jax.nn.quantized import Quantization
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,12 @@ import numpy as np
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from convert.peft import Adapter, write_adapter
-from e5v_jax.converted import ConvertedFolder, new_folder, write_info, write_params
+from e5v_jax.atomic import new_folder
+from e5v_jax.checkpoints.converted import ConvertedFolder, write_info, write_params
+from e5v_jax.checkpoints.loading import dotted
+from e5v_jax.checkpoints.peft import Adapter, write_adapter
 from e5v_jax.distributed import is_first
-from e5v_jax.loading import dotted, layer_names
-from e5v_jax.model.layers import LoRAConfig
+from e5v_jax.nn.layers import LoRAConfig
 from e5v_jax.storage import copy_file, remove_folder
 
 
@@ -24,12 +25,7 @@ def export_adapter(dst: Path, lora: LoRAConfig, factors: nnx.State, base: Conver
         return
     remove_folder(dst)
     with new_folder(dst) as folder:
-        write_adapter(
-            folder,
-            Adapter(lora, values),
-            text_only=base.config.vision is None,
-            base_model=base.info.source,
-        )
+        write_adapter(folder, Adapter(lora, values), base.table, base_model=base.info.source)
 
 
 def export_model(dst: Path, weights: nnx.State, base: ConvertedFolder) -> None:
@@ -61,13 +57,16 @@ def _whole(array: jax.Array) -> np.ndarray:
 def _groups(
     trained: Mapping[str, jax.Array | np.ndarray], base: ConvertedFolder
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Decoder layer by layer from the run, everything else from the base."""
+    """Layer by layer: what was trained from the run, everything else from the base."""
     dtype = np.dtype(base.info.dtype)
-    stacked = {path: array for path, array in trained.items() if ".layers." in path}
-    yield {p: np.asarray(x.astype(dtype)) for p, x in trained.items() if p not in stacked}
-    names = {path: layer_names(path, array.shape) for path, array in stacked.items()}
-    for i in range(base.config.text.num_hidden_layers):
-        yield {names[path][i]: np.asarray(x[i].astype(dtype)) for path, x in stacked.items()}
-    for name in base.shapes():
-        if not name.startswith("language_model."):
-            yield {name: next(base.read([name]))}
+    for group in base.table.groups(base.shapes()):
+        arrays = {}
+        for name in group:
+            slot = base.table.stored[name]
+            if slot.row.path in trained:
+                array = trained[slot.row.path]
+                array = array if slot.layer is None else array[slot.layer]
+                arrays[name] = np.asarray(array.astype(dtype))
+            else:
+                arrays[name] = next(base.read([name]))
+        yield arrays

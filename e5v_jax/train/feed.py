@@ -5,17 +5,15 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerFast
 
-from e5v_jax.config import ModelConfig
 from e5v_jax.data.nli import load_tfds
 from e5v_jax.data.pairs import Triplets, load_triplets
 from e5v_jax.data.pipeline import BatchIterator, make_batches
-from e5v_jax.model.llava_next import ImageBatch
+from e5v_jax.families.base import Processor
+from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import local_rows, place_replicated, place_split
-from e5v_jax.train.batches import group_lengths, make_pair_batch, tokenize_pairs
+from e5v_jax.train.batches import BatchMaker, group_lengths, tokenize_pairs
 from e5v_jax.train.config import DataConfig, TrainConfig
-from e5v_jax.train.image_pairs import ImageGroup
 from e5v_jax.train.step import PairBatch
 
 
@@ -50,14 +48,23 @@ def load_data(cfg: DataConfig) -> Triplets:
     return load_triplets(cfg.path)
 
 
-def open_feed(
-    cfg: TrainConfig,
-    triplets: Triplets,
-    tokenizer: PreTrainedTokenizerFast,
-    template: str,
-    model: ModelConfig,
-    mesh: Mesh,
-) -> Feed:
+def group_multiple(cfg: TrainConfig, runtime: Runtime) -> int:
+    """What the number of inputs of each group is a multiple of: the devices, or the chunk size.
+
+    Raises:
+        ValueError: the chunks do not divide over the devices.
+    """
+    devices = runtime.batch_devices
+    multiple = cfg.chunk_size or devices
+    if multiple % devices:
+        raise ValueError(
+            f"chunk_size {cfg.chunk_size} cannot be split over the {devices} devices that share a "
+            f"batch: make it a multiple of {devices}"
+        )
+    return multiple
+
+
+def open_feed(cfg: TrainConfig, triplets: Triplets, processor: Processor, runtime: Runtime) -> Feed:
     """Every sentence tokenised once; batches in an order fixed by the seed.
 
     Every process goes through the same global batches, whose texts are small; :func:`place` gives
@@ -66,36 +73,13 @@ def open_feed(
     Raises:
         ValueError: one line naming file, row and column, or the field of ``cfg``.
     """
-    tokens = tokenize_pairs(triplets, tokenizer, cfg.data, template, model)
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    multiple = cfg.chunk_size or devices
-    if multiple % devices:
-        raise ValueError(
-            f"chunk_size {cfg.chunk_size} cannot be split over the {devices} devices that share a "
-            f"batch: make it a multiple of {devices}"
-        )
-
-    if tokens.images and cfg.batch_size % min(multiple, cfg.batch_size):
+    multiple = group_multiple(cfg, runtime)
+    tokens = tokenize_pairs(triplets, processor, cfg.data)
+    if tokens.image_shapes and cfg.batch_size % min(multiple, cfg.batch_size):
         raise ValueError(
             f"batch_size: {cfg.batch_size} images of a step cannot be split into parts of "
             f"{multiple} (the devices that share a batch, or chunk_size)"
         )
-    pool = ThreadPoolExecutor()  # starts no thread before there is an image
-    wanted = local_rows(cfg.batch_size, mesh)
-
-    def make_images(images: ImageGroup, rows: np.ndarray) -> ImageBatch:
-        return images.batch(rows, cfg=model, pool=pool, wanted=wanted, row_ids=triplets.row_ids)
-
-    def host_batch(rows: np.ndarray) -> HostBatch:
-        arrays = make_pair_batch(
-            tokens,
-            rows,
-            lengths=lengths,
-            pad_id=0,
-            multiple=multiple,
-            make_images=make_images,
-        )
-        return HostBatch(rows, arrays, int(tokens.lengths[:, rows].sum()))
 
     batching: dict[str, Any] = {
         "batch_size": cfg.batch_size,
@@ -110,14 +94,25 @@ def open_feed(
         groups=cfg.data.length_groups,
         multiple=multiple,
     )
-    batches = make_batches(triplets, **batching, transform=host_batch)
-    image_lengths = tuple(images.length for images in tokens.images.values())
+    make_batch = BatchMaker(
+        tokens,
+        processor,
+        lengths=lengths,
+        multiple=multiple,
+        wanted=local_rows(cfg.batch_size, runtime.mesh),
+        row_ids=triplets.row_ids,
+        pool=ThreadPoolExecutor(),  # starts no thread before there is an image
+    )
+
+    def host_batch(rows: np.ndarray) -> HostBatch:
+        return HostBatch(rows, make_batch(rows), int(tokens.lengths[:, rows].sum()))
+
     return Feed(
-        batches,
+        make_batches(triplets, **batching, transform=host_batch),
         total_steps,
         tokens.columns,
-        lengths + image_lengths,
-        has_images=bool(tokens.images),
+        lengths + tuple(shape.length for shape in tokens.image_shapes.values()),
+        has_images=bool(tokens.image_shapes),
     )
 
 

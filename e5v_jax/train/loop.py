@@ -5,9 +5,10 @@ import numpy as np
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
-from e5v_jax.converted import ConvertedFolder
+from e5v_jax.checkpoints.converted import ConvertedFolder
 from e5v_jax.data.pairs import Triplets
 from e5v_jax.distributed import initialize, is_first, wait_for_all
+from e5v_jax.encode.encoder import Encoder
 from e5v_jax.storage import remove_folder
 from e5v_jax.train.checkpoint import (
     check_run_folder,
@@ -49,14 +50,8 @@ def train(cfg: TrainConfig) -> None:
     training = set_up(cfg, base, triplets)
     validation = None
     if cfg.evaluation.data is not None:
-        validation = Validation(
-            cfg.evaluation.data,
-            training.graphdef,
-            training.tokenizer,
-            training.template,
-            training.mesh,
-            stride=cfg.evaluation.stride,
-        )
+        encoder = Encoder(training.graphdef, training.processor, training.runtime)
+        validation = Validation(cfg.evaluation.data, encoder, stride=cfg.evaluation.stride)
 
     wait_for_all("ready")  # nobody creates the run folder while another still checks for it
     write_run_info(cfg.output, info)
@@ -64,7 +59,7 @@ def train(cfg: TrainConfig) -> None:
         if not _take_steps(cfg, training, triplets, validation, checkpointer):
             return
         if validation:
-            best = load_best(checkpointer, training.trainable, training.mesh)
+            best = load_best(checkpointer, training.trainable, training.runtime.mesh)
             if best is not None:
                 step, score, training.trainable = best
                 if is_first():
@@ -89,7 +84,7 @@ def _take_steps(
     """From the newest checkpoint to the last step; False when preempted before it."""
     feed = training.feed
     start = 0
-    restored = restore(checkpointer, training.trainable, training.opt_state, training.mesh)
+    restored = restore(checkpointer, training.trainable, training.opt_state, training.runtime.mesh)
     if restored is not None:
         start, training.trainable, training.opt_state, position = restored
         feed.batches.set_state(position)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from e5v_jax.model.llava_next import l2_normalize
+from e5v_jax.nn.layers import l2_normalize
 
 
 class InfoNCE(NamedTuple):

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple, Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from e5v_jax.atomic import write_whole
 from e5v_jax.distributed import is_first
-from e5v_jax.storage import in_bucket, upload, write_whole
+from e5v_jax.storage import in_bucket, upload
 
 
 class Speed(NamedTuple):

@@ -1,22 +1,21 @@
 """What a run needs before its first step: data, model, optimizer and the compiled step."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
-from transformers import PreTrainedTokenizerFast
 
-from e5v_jax.converted import ConvertedFolder
+from e5v_jax.checkpoints.converted import ConvertedFolder
+from e5v_jax.checkpoints.loading import load_model
+from e5v_jax.checkpoints.tokenizer import load_tokenizer
 from e5v_jax.data.pairs import Triplets
-from e5v_jax.loading import load_model
-from e5v_jax.model.layers import Precision
-from e5v_jax.model.llava_next import LlavaNext
-from e5v_jax.prompts import detect_template
+from e5v_jax.families.base import Processor
+from e5v_jax.nn.layers import Precision
+from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh
-from e5v_jax.tokenizer import load_tokenizer, with_image_token
 from e5v_jax.train.config import TrainConfig
 from e5v_jax.train.feed import Feed, HostBatch, open_feed, place
 from e5v_jax.train.optimizer import init_optimizer, make_optimizer
@@ -27,11 +26,10 @@ from e5v_jax.train.step import Metrics, TrainStep, make_train_step, split_traina
 class Training:
     """A model in training. A step replaces ``trainable`` and ``opt_state``."""
 
-    tokenizer: PreTrainedTokenizerFast
-    template: str
-    mesh: Mesh
+    processor: Processor
+    runtime: Runtime
     feed: Feed
-    graphdef: nnx.GraphDef[LlavaNext]
+    graphdef: nnx.GraphDef[Any]
     frozen: nnx.State
     trainable: nnx.State
     opt_state: optax.OptState
@@ -40,7 +38,7 @@ class Training:
     def step(self, batch: HostBatch, key: jax.Array) -> Metrics:
         """One optimizer step; ``key`` is for dropout."""
         self.trainable, self.opt_state, metrics = self.step_fn(
-            self.trainable, self.opt_state, self.frozen, place(batch.arrays, self.mesh), key
+            self.trainable, self.opt_state, self.frozen, place(batch.arrays, self.runtime.mesh), key
         )
         return metrics
 
@@ -58,11 +56,9 @@ def set_up(cfg: TrainConfig, base: ConvertedFolder, triplets: Triplets) -> Train
             f"{cfg.model}/adapter: training would begin without this adapter; "
             "convert the model again with --adapter and --merge"
         )
-    tokenizer = load_tokenizer(cfg.model)
-    template = detect_template(tokenizer, base.config.text.model_type, override=cfg.data.template)
-    mesh = make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor)
-    model_config = with_image_token(base.config, tokenizer)
-    feed = open_feed(cfg, triplets, tokenizer, template, model_config, mesh)
+    runtime = Runtime.on(make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor))
+    processor = base.family.processor(base.config, load_tokenizer(cfg.model), cfg.data.template)
+    feed = open_feed(cfg, triplets, processor, runtime)
 
     # without images the vision tower is neither read nor placed; trained weights are fp32
     dtype = jnp.dtype(cfg.dtype)
@@ -71,14 +67,14 @@ def set_up(cfg: TrainConfig, base: ConvertedFolder, triplets: Triplets) -> Train
         precision=Precision(
             param=dtype if cfg.lora else jnp.float32, compute=dtype, quantization=cfg.quantize
         ),
-        mesh=mesh,
+        runtime=runtime,
         lora=cfg.lora,
         load_vision=feed.has_images,
         seed=cfg.seed,
     )
     graphdef, trainable, frozen = split_trainable(model, lora=cfg.lora is not None)
     optimizer = make_optimizer(cfg.optimizer, feed.total_steps)
-    opt_state = init_optimizer(optimizer, trainable, mesh)
+    opt_state = init_optimizer(optimizer, trainable, runtime.mesh)
     step_fn = make_train_step(
         graphdef,
         optimizer,
@@ -88,8 +84,5 @@ def set_up(cfg: TrainConfig, base: ConvertedFolder, triplets: Triplets) -> Train
         remat=cfg.remat,
         dropout=cfg.lora is not None and cfg.lora.dropout > 0,
         state=(trainable, opt_state),
-        mesh=mesh,
     )
-    return Training(
-        tokenizer, template, mesh, feed, graphdef, frozen, trainable, opt_state, step_fn
-    )
+    return Training(processor, runtime, feed, graphdef, frozen, trainable, opt_state, step_fn)

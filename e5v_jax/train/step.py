@@ -1,17 +1,16 @@
 """One optimizer step as a pure function of arrays."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
 
-from e5v_jax.model.layers import LoRAParam
-from e5v_jax.model.llama import Remat
-from e5v_jax.model.llava_next import Array, ImageBatch, LlavaNext, TextBatch
+from e5v_jax.families.base import Array, Batch, Model
+from e5v_jax.nn.decoder import Remat
+from e5v_jax.nn.layers import LoRAParam
 from e5v_jax.train.config import LossConfig
 from e5v_jax.train.loss import contrastive_loss
 
@@ -23,7 +22,7 @@ class PairBatch(NamedTuple):
     concatenation of the groups.
     """
 
-    groups: tuple[TextBatch | ImageBatch, ...]
+    groups: tuple[Batch, ...]
     order: Array  # int32 [3B] or [2B]
     text_ids: Array  # int32 [3B] or [2B], equal where two inputs are the same
 
@@ -42,9 +41,7 @@ TrainStep = Callable[
 ]
 
 
-def split_trainable(
-    model: LlavaNext, *, lora: bool
-) -> tuple[nnx.GraphDef[LlavaNext], nnx.State, nnx.State]:
+def split_trainable(model: Model, *, lora: bool) -> tuple[nnx.GraphDef[Any], nnx.State, nnx.State]:
     """(graphdef, trainable, frozen): the LoRA factors, or with ``lora`` off the whole decoder."""
     decoder = nnx.All(nnx.Param, nnx.PathContains("language_model"))
     graphdef, trainable, *rest = nnx.split(model, LoRAParam if lora else decoder, ...)
@@ -52,8 +49,8 @@ def split_trainable(
 
 
 def embed_group(
-    model: LlavaNext,
-    group: TextBatch | ImageBatch,
+    model: Model,
+    group: Batch,
     *,
     chunk_size: int | None,
     remat: Remat,
@@ -65,13 +62,13 @@ def embed_group(
     backward pass runs each chunk forward again. The gradient is that of the whole batch (GradCache,
     Gao et al. 2021, arXiv 2101.06983), in the memory of one chunk.
     """
-    size = group.input_ids.shape[0]
+    size = group.last_index.shape[0]
     if chunk_size is None or size <= chunk_size:
         return model(group, remat=remat, dropout_key=dropout_key)
     count = size // chunk_size
 
     def split(x: Array) -> Array:
-        """[N * K, ...] -> [count, chunk_size * K, ...]; K is the tiles of an image, or 1.
+        """[N * K, ...] -> [count, chunk_size * K, ...]; K is 1, or say the tiles of an image.
 
         Chunk j is every count-th input from j on: so each device has its share of every chunk.
         """
@@ -82,7 +79,7 @@ def embed_group(
     keys = None if dropout_key is None else jax.random.split(dropout_key, count)
 
     @jax.checkpoint
-    def embed(chunk_and_key: tuple[TextBatch | ImageBatch, jax.Array | None]) -> jax.Array:
+    def embed(chunk_and_key: tuple[Batch, jax.Array | None]) -> jax.Array:
         chunk, key = chunk_and_key
         return model(chunk, remat=remat, dropout_key=key)
 
@@ -91,7 +88,7 @@ def embed_group(
 
 
 def embed_pairs(
-    model: LlavaNext,
+    model: Model,
     batch: PairBatch,
     *,
     chunk_size: int | None,
@@ -109,7 +106,7 @@ def embed_pairs(
 
 
 def pair_loss(
-    model: LlavaNext,
+    model: Model,
     batch: PairBatch,
     *,
     columns: int,
@@ -132,7 +129,7 @@ def pair_loss(
 
 
 def make_train_step(
-    graphdef: nnx.GraphDef[LlavaNext],
+    graphdef: nnx.GraphDef[Any],
     optimizer: optax.GradientTransformation,
     *,
     columns: int,
@@ -141,7 +138,6 @@ def make_train_step(
     remat: Remat,
     dropout: bool,
     state: tuple[nnx.State, optax.OptState],
-    mesh: Mesh,
 ) -> TrainStep:
     """The jitted step; trainable and optimizer state are donated.
 
@@ -159,16 +155,15 @@ def make_train_step(
         key: jax.Array,
     ) -> tuple[nnx.State, optax.OptState, Metrics]:
         def loss_fn(trainable: nnx.State) -> tuple[jax.Array, jax.Array]:
-            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for sharding.split_batch
-                return pair_loss(
-                    nnx.merge(graphdef, trainable, frozen),
-                    batch,
-                    columns=columns,
-                    loss=loss,
-                    chunk_size=chunk_size,
-                    remat=remat,
-                    dropout_key=key if dropout else None,
-                )
+            return pair_loss(
+                nnx.merge(graphdef, trainable, frozen),
+                batch,
+                columns=columns,
+                loss=loss,
+                chunk_size=chunk_size,
+                remat=remat,
+                dropout_key=key if dropout else None,
+            )
 
         (value, accuracy), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
         metrics = Metrics(value, accuracy, optax.tree.norm(grads))

@@ -1,0 +1,66 @@
+"""Files and folders that have their name only once they are whole, here or in a bucket."""
+
+import io
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from e5v_jax.storage import absolute, in_bucket, remove_folder, upload, write_object
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Let ``write`` fill a file that has the name ``path`` only once it is whole."""
+    if in_bucket(path):
+        buffer = io.BytesIO()
+        write(buffer)
+        write_object(path, buffer.getvalue())
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+        temporary.rename(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def check_new(dst: Path) -> None:
+    """Refuse a target that :func:`new_folder` would refuse, before any work is done for it.
+
+    Raises:
+        FileExistsError: ``dst`` exists and is not an empty folder.
+    """
+    if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
+        raise FileExistsError(f"{dst}: already exists; choose another folder or delete it")
+
+
+@contextmanager
+def new_folder(dst: Path) -> Iterator[Path]:
+    """A temporary sibling of ``dst`` that becomes ``dst`` when the block ends well, else vanishes.
+
+    If ``dst`` is in a bucket, it is a temporary folder here, uploaded then.
+
+    Raises:
+        FileExistsError: ``dst`` exists and is not an empty folder.
+    """
+    dst = absolute(dst)
+    check_new(dst)
+    if in_bucket(dst):
+        with tempfile.TemporaryDirectory() as local:
+            yield Path(local)
+            upload(Path(local), dst)
+        return
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    temporary = dst.with_name(f".{dst.name}.{os.getpid()}.tmp")
+    remove_folder(temporary)
+    temporary.mkdir()
+    try:
+        yield temporary
+        if dst.exists():
+            dst.rmdir()
+        temporary.rename(dst)
+    finally:
+        remove_folder(temporary)

@@ -1,0 +1,205 @@
+"""Read a Llama-architecture GGUF file as if it were a Hugging Face text-only folder.
+
+Two views of one file: its ``config.json`` (:func:`read_config`) and its tensors under Hugging Face
+names (:class:`GGUFTensors`); ``gguf_tokenizer`` is the third. torch is never imported.
+
+Sources: the GGUF key and tensor names are llama.cpp's (``gguf.constants``); which key means what in
+Hugging Face terms follows transformers' ``modeling_gguf_pytorch_utils`` and ``integrations.gguf``.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from gguf import MODEL_ARCH, ReaderTensor, get_tensor_name_map
+from gguf.quants import dequantize
+
+from e5v_jax.checkpoints.gguf_file import GGUFError, GGUFFile, open_gguf, unreadable
+from e5v_jax.families.text import TEXT
+from e5v_jax.nn.config import UnsupportedModelError
+
+# GGUF metadata -> config.json, one value each. All are required.
+CONFIG_KEYS = {
+    "llama.vocab_size": "vocab_size",
+    "llama.context_length": "max_position_embeddings",
+    "llama.embedding_length": "hidden_size",
+    "llama.feed_forward_length": "intermediate_size",
+    "llama.block_count": "num_hidden_layers",
+    "llama.attention.head_count": "num_attention_heads",
+    "llama.attention.head_count_kv": "num_key_value_heads",
+    "llama.attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "llama.rope.dimension_count": "head_dim",
+    "llama.rope.freq_base": "rope_theta",
+}
+# Keys that ask for another computation unless they hold this value.
+NEUTRAL_VALUES = {
+    "llama.rope.scaling.type": "none",
+    "llama.expert_count": 0,
+    "llama.expert_used_count": 0,
+}
+IGNORED_KEYS = {
+    "llama.attention.key_length": "compared with llama.rope.dimension_count",
+    "llama.attention.value_length": "compared with llama.rope.dimension_count",
+    "llama.tensor_data_layout": "names the row order of q and k that every Llama GGUF file has",
+}
+ROWS_AT_ONCE = 1024  # rows of a matrix dequantised together
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """The ``config.json`` (``LlamaConfig`` fields) that a GGUF file stands for.
+
+    ``pad_token_id`` is None when the file names no padding token. ``tie_word_embeddings`` is true
+    when there is no ``output.weight`` (llama.cpp leaves out a tied one).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        GGUFError: not a GGUF file, cut short, or a required metadata key is missing.
+        UnsupportedModelError: another architecture, scaled rotary positions, experts, or any
+            architecture key or shape that this reader does not know, by its name.
+    """
+    file = open_gguf(path)
+    architecture = file.require("general.architecture")
+    if architecture != "llama":
+        raise UnsupportedModelError(
+            f"{file.path}: unsupported architecture {architecture!r} (general.architecture): "
+            "expected 'llama'"
+        )
+    _refuse_unknown_options(file)
+    config = {name: file.require(key) for key, name in CONFIG_KEYS.items()}
+    for key, name in CONFIG_KEYS.items():
+        if isinstance(config[name], list):
+            raise UnsupportedModelError(f"{file.path}: {key} is a list; expected one value")
+    for key in ("llama.attention.key_length", "llama.attention.value_length"):
+        found = file.get(key)
+        if found is not None and found != config["head_dim"]:
+            raise UnsupportedModelError(
+                f"{file.path}: {key} is {found}, expected llama.rope.dimension_count "
+                f"({config['head_dim']})"
+            )
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        **config,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "bos_token_id": file.require("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": file.require("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": file.get("tokenizer.ggml.padding_token_id"),
+    }
+
+
+def _refuse_unknown_options(file: GGUFFile) -> None:
+    """Raise for metadata or tensors that ask for something a plain Llama decoder does not do."""
+    for key in file.keys:
+        if not key.startswith("llama.") or key in CONFIG_KEYS or key in IGNORED_KEYS:
+            continue
+        value = file.get(key)
+        if key not in NEUTRAL_VALUES or value != NEUTRAL_VALUES[key]:
+            what = "scaled rotary positions" if key.startswith("llama.rope.scal") else "this option"
+            raise UnsupportedModelError(f"{file.path}: {key} is {value!r}: {what} not supported")
+    if "rope_freqs.weight" in file.tensors:
+        raise UnsupportedModelError(
+            f"{file.path}: tensor rope_freqs.weight: scaled rotary positions (Llama 3.1 and later) "
+            "not supported"
+        )
+
+
+class GGUFTensors:
+    """The tensors of a GGUF file under Hugging Face names, dequantised one at a time.
+
+    Raises what :func:`read_config` raises, and :class:`UnsupportedModelError` for a tensor with
+    no counterpart in ``LlamaForCausalLM`` (biases, experts), by its name.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self._config = read_config(path)
+        self._layers: int = self._config["num_hidden_layers"]
+        self._file = open_gguf(path)
+        names = self._hf_names()
+        self._by_key = {}
+        for name, tensor in self._file.tensors.items():
+            if name not in names:
+                raise UnsupportedModelError(
+                    f"{self._file.path}: tensor {name!r} has no place in a Llama model of "
+                    f"{self._layers} layers"
+                )
+            self._by_key[names[name]] = tensor
+
+    def keys(self) -> list[str]:
+        """Hugging Face names such as ``model.layers.0.self_attn.q_proj.weight``, in file order."""
+        return list(self._by_key)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of ``key`` as torch has it: ``(out, in)`` for matrices, ``(n,)`` for norms."""
+        return tuple(int(n) for n in reversed(self._by_key[key].shape))  # GGUF: fastest axis first
+
+    def dtype(self, key: str) -> np.dtype[Any]:
+        """Every tensor is read as float32, whatever its GGUF type."""
+        return np.dtype(np.float32)
+
+    def read(self, key: str) -> np.ndarray:
+        """``key`` as float32 ``[out, in]`` or ``[n]``, with q and k in Hugging Face's row order.
+
+        Peak memory: the float32 array (twice it for q and k) and a slice of stored bytes.
+
+        Raises:
+            KeyError: no such tensor.
+            GGUFError: the file has become shorter since it was opened.
+            UnsupportedModelError: a storage type that the ``gguf`` package cannot dequantise.
+        """
+        tensor = self._by_key[key]
+        stored = tensor.data.reshape(-1, tensor.data.shape[-1])  # a view, only for its shape
+        weight = np.empty((len(stored), self.shape(key)[-1]), np.float32)
+        # Read from the file, not the memory map, whose pages would pile up layer after layer; and
+        # in slices, because dequantize holds its result twice.
+        with self._file.path.open("rb") as file:
+            file.seek(tensor.data_offset)
+            for start in range(0, len(stored), ROWS_AT_ONCE):
+                part = stored[start : start + ROWS_AT_ONCE]
+                raw = np.fromfile(file, dtype=part.dtype, count=part.size)
+                if raw.size != part.size:
+                    raise unreadable(self._file.path, f"tensor {tensor.name} ends early")
+                weight[start : start + len(part)] = self._dequantize(
+                    raw.reshape(part.shape), tensor
+                )
+        weight = weight.reshape(self.shape(key))
+        if key.endswith("self_attn.q_proj.weight"):
+            return self._unpermute(tensor.name, weight, self._config["num_attention_heads"])
+        if key.endswith("self_attn.k_proj.weight"):
+            return self._unpermute(tensor.name, weight, self._config["num_key_value_heads"])
+        return weight
+
+    def _dequantize(self, raw: np.ndarray, tensor: ReaderTensor) -> np.ndarray:
+        try:
+            return dequantize(raw, tensor.tensor_type)
+        except NotImplementedError:
+            raise UnsupportedModelError(
+                f"{self._file.path}: tensor {tensor.name} is stored as {tensor.tensor_type.name}, "
+                "which cannot be dequantised; use a file with another quantisation"
+            ) from None
+
+    def _hf_names(self) -> dict[str, str]:
+        """Hugging Face names by the file's, as the gguf package knows them."""
+        table = TEXT.parameters(TEXT.read_config(self._config))
+        theirs = get_tensor_name_map(MODEL_ARCH.LLAMA, self._layers)
+        keys = (slot.key(table.export_prefixes) for slot in table.slots)
+        found = {key: theirs.get_name(key, try_suffixes=(".weight",)) for key in keys}
+        return {name: key for key, name in found.items() if name is not None}
+
+    def _unpermute(self, name: str, weight: np.ndarray, heads: int) -> np.ndarray:
+        """Undo the row order llama.cpp gives q and k.
+
+        Its rotary embedding turns neighbouring rows (2i, 2i + 1) of a head, Hugging Face's turns
+        rows i and i + head_dim / 2. Inverse of ``permute`` in llama.cpp's convert_hf_to_gguf.py.
+        """
+        head_dim = int(self._config["head_dim"])
+        rows, columns = weight.shape
+        if rows != heads * head_dim:
+            raise GGUFError(
+                f"{self._file.path}: tensor {name} has {rows} rows, expected {heads} heads x "
+                f"head_dim {head_dim} (llama.rope.dimension_count)"
+            )
+        weight = weight.reshape(heads, head_dim // 2, 2, columns)  # [H, D/2, 2, in]
+        return weight.swapaxes(1, 2).reshape(rows, columns)  # [H, 2, D/2, in] -> [H * D, in]

@@ -1,0 +1,162 @@
+"""The command ``e5v-export SRC DST``: a converted folder -> Hugging Face or PEFT folder."""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import tyro
+from rich.progress import track
+
+from e5v_jax import cli
+from e5v_jax.atomic import check_new, new_folder
+from e5v_jax.checkpoints.adapters import load_adapter
+from e5v_jax.checkpoints.converted import ConvertedFolder
+from e5v_jax.checkpoints.hf_source import SafetensorsFolder
+from e5v_jax.checkpoints.peft import Adapter, merge_into, write_adapter
+from e5v_jax.checkpoints.safetensors_file import SHARD_BYTES, TensorSpec, write_model
+from e5v_jax.checkpoints.tokenizer import TOKENIZER_FILES
+from e5v_jax.nn.parameters import Slot
+
+
+@dataclass(frozen=True)
+class Args:
+    """Write a converted folder as a Hugging Face folder, or its adapter as a PEFT folder."""
+
+    src: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="SRC")]
+    """Converted folder."""
+    dst: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DST")]
+    """Folder to write; must not exist."""
+    adapter: Path | None = None
+    """PEFT LoRA folder or run folder of e5v_jax.train; else the one that SRC carries, if any."""
+    merge: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Merge the adapter into the weights. This is the default; the flag insists on an adapter."""
+    peft: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Write the adapter alone, as a PEFT folder."""
+
+
+def hf_config(source: ConvertedFolder) -> dict[str, Any]:
+    """The ``config.json`` to export: the source's, or one that transformers has a class for."""
+    raw = json.loads((source.folder / "hf_config.json").read_text())
+    config = source.family.hf_config(raw, source.config)
+    for part in (config, config.get("text_config"), config.get("vision_config")):
+        for key in ("dtype", "torch_dtype"):  # transformers 5 and 4
+            if part and key in part:
+                part[key] = source.info.dtype
+    return config
+
+
+def _slots(source: ConvertedFolder) -> list[list[Slot]]:
+    groups = source.table.groups(source.shapes())
+    return [[source.table.stored[name] for name in group] for group in groups]
+
+
+def _tensors(
+    source: ConvertedFolder, unused: SafetensorsFolder | None, adapter: Adapter | None
+) -> Iterator[np.ndarray]:
+    """Every tensor as Hugging Face has it, in the order of :func:`_specs`."""
+    progress = track(_slots(source), description="exporting", disable=not sys.stderr.isatty())
+    for slots in progress:
+        arrays = source.read([slot.name for slot in slots])
+        for slot, array in zip(slots, arrays, strict=True):
+            if adapter is not None:
+                array = merge_into(slot, array, adapter).astype(source.info.dtype, copy=False)
+            yield slot.row.to_hf(array)
+            del array
+    if unused is not None:
+        yield from map(unused.read, unused.keys())
+
+
+def _specs(source: ConvertedFolder, unused: SafetensorsFolder | None) -> list[TensorSpec]:
+    prefixes, dtype = source.table.export_prefixes, np.dtype(source.info.dtype)
+    specs = [
+        TensorSpec(slot.key(prefixes), slot.row.hf_shape, dtype)
+        for slots in _slots(source)
+        for slot in slots
+    ]
+    if unused is not None:
+        specs += [TensorSpec(key, unused.shape(key), unused.dtype(key)) for key in unused.keys()]  # noqa: SIM118 (no mapping)
+    return specs
+
+
+def write_hf(
+    folder: Path,
+    source: ConvertedFolder,
+    adapter: Adapter | None,
+    *,
+    shard_bytes: int = SHARD_BYTES,
+) -> list[str]:
+    """Write a Hugging Face checkpoint into ``folder``; one layer is in memory at a time.
+
+    Returns what the user should know about it, a line each.
+    """
+    unused = None
+    if (source.folder / "unused.safetensors").is_file():
+        unused = SafetensorsFolder(source.folder)
+    specs = _specs(source, unused)
+    write_model(folder, specs, _tensors(source, unused, adapter), shard_bytes=shard_bytes)
+    config = hf_config(source)
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for name in TOKENIZER_FILES:
+        if (source.folder / name).is_file():
+            shutil.copyfile(source.folder / name, folder / name)
+    return _notes(source, {spec.name for spec in specs}, config)
+
+
+def _notes(source: ConvertedFolder, keys: set[str], config: dict[str, Any]) -> list[str]:
+    notes = []
+    prefixes = source.table.export_prefixes
+    missing = {slot.key(prefixes) for slot in source.table.slots if not slot.needed} - keys
+    if config.get("tie_word_embeddings"):
+        missing = {key for key in missing if not key.endswith("lm_head.weight")}
+    if missing:
+        notes.append(
+            f"the source had no {min(missing)}"
+            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
+            + ", which embeddings do not need: transformers starts it at random"
+        )
+    image_token, rows = source.config.image_token_id, source.config.text.vocab_size
+    if image_token is not None and image_token >= rows:
+        notes.append(
+            f"<image> is token {image_token}, outside the embedding table of {rows} rows: before "
+            "embedding images, transformers needs "
+            f"model.resize_token_embeddings({image_token + 1})"
+        )
+    return notes
+
+
+def convert(args: Args) -> None:
+    """Export; ``args.dst`` appears only when whole.
+
+    Raises:
+        ValueError, FileNotFoundError, FileExistsError: one line naming file, key or folder.
+    """
+    if args.merge and args.peft:
+        raise cli.UsageError("--merge, --peft: choose one")
+    check_new(args.dst)
+    source = ConvertedFolder(args.src)
+    path = args.adapter
+    if path is None and (source.folder / "adapter").is_dir():
+        path = source.folder / "adapter"
+    if path is None and (args.merge or args.peft):
+        raise cli.UsageError(f"{args.src} carries no adapter: name one with --adapter")
+    adapter = None if path is None else load_adapter(path, source)
+    with new_folder(args.dst) as folder:
+        if args.peft and adapter is not None:
+            write_adapter(folder, adapter, source.table, base_model=source.info.source)
+            notes = [f"PEFT adapter of rank {adapter.lora.rank} from {path}"]
+        else:
+            notes = write_hf(folder, source, adapter)
+            notes.insert(0, f"Hugging Face checkpoint in {source.info.dtype}")
+            notes[0] += "" if path is None else f", {path} merged"
+    for note in notes:
+        print(f"{args.dst}: {note}")
+
+
+def main() -> None:
+    """Run the command."""
+    cli.run(convert, Args)

@@ -1,0 +1,84 @@
+"""The tokenizer and the image processor's settings of a model folder."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from e5v_jax.checkpoints.gguf_tokenizer import build_tokenizer
+from e5v_jax.storage import copy_file, in_bucket
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "generation_config.json",
+)
+
+# Classes (of transformers 4 and 5) that take tokenizer.json as it is; others may change it.
+_AS_IN_TOKENIZER_JSON = ("PreTrainedTokenizerFast", "TokenizersBackend")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a tokenizer, and not weights alone."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    """The tokenizer of a converted or Hugging Face folder, or of a GGUF file.
+
+    Raises:
+        FileNotFoundError: the folder has no tokenizer files.
+    """
+    if folder.is_file():
+        return build_tokenizer(folder)
+    if not has_tokenizer(folder):
+        raise FileNotFoundError(f"{folder}: no tokenizer.json or tokenizer.model")
+    if in_bucket(folder):  # transformers reads files of this machine only
+        with tempfile.TemporaryDirectory() as local:
+            for name in filter(lambda name: (folder / name).is_file(), TOKENIZER_FILES):
+                copy_file(folder / name, Path(local, name))
+            return load_tokenizer(Path(local))
+    settings_file = folder / "tokenizer_config.json"
+    settings = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
+    as_it_is = settings.get("tokenizer_class") in _AS_IN_TOKENIZER_JSON
+    if as_it_is and (folder / "tokenizer.json").is_file():
+        return PreTrainedTokenizerFast.from_pretrained(folder)
+    from transformers import AutoTokenizer  # imports torch where it is installed: 2 s, 200 MB
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise ValueError(f"{folder}: only fast tokenizers (tokenizer.json) are supported")
+    return tokenizer
+
+
+def read_preprocessor(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
+    """The settings of the image processor in a folder, with their files; none is fine.
+
+    transformers 4 writes preprocessor_config.json, transformers 5 processor_config.json, in which
+    they are the ``image_processor``, beside the tokenizer's and the processor's own.
+
+    Raises:
+        ValueError: a file that is no JSON object.
+    """
+    found = []
+    for name in ("preprocessor_config.json", "processor_config.json"):
+        if not (folder / name).is_file():
+            continue
+        try:
+            settings = json.loads((folder / name).read_text())
+        except ValueError as error:
+            raise ValueError(f"{folder / name}: not valid JSON ({error})") from error
+        if not isinstance(settings, dict):
+            raise ValueError(f"{folder / name}: expected a JSON object")
+        nested = settings.pop("image_processor", {})
+        found.append((folder / name, {**settings, **nested}))
+    return found

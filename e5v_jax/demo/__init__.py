@@ -1,0 +1,1 @@
+"""The demo: a real language model converted, trained on shipped triplets, and scored."""

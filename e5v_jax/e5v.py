@@ -1,0 +1,206 @@
+"""The public class: load a model, embed anything, compare."""
+
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal, Self, get_args
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh
+from rich.progress import Progress
+
+from e5v_jax.checkpoints.adapters import load_adapter
+from e5v_jax.checkpoints.converted import ConvertedFolder, WeightSource, is_converted
+from e5v_jax.checkpoints.hf_source import check_preprocessor, open_source, resolve
+from e5v_jax.checkpoints.loading import load_model
+from e5v_jax.checkpoints.tokenizer import load_tokenizer
+from e5v_jax.data.inputs import Input, InputError
+from e5v_jax.encode.encoder import Encoder, Statistics
+from e5v_jax.encode.stream import BatchLimits, encode_stream
+from e5v_jax.families.base import Model, Processor
+from e5v_jax.nn.layers import Precision
+from e5v_jax.nn.quantized import Quantization
+from e5v_jax.prompts import choose_prompt
+from e5v_jax.runtime import Implementation, Runtime
+from e5v_jax.sharding import make_mesh
+from e5v_jax.storage import as_path
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+_DECODING_THREADS = 4  # Pillow decodes and resizes without Python's lock
+
+
+def _check_choice(name: str, value: str | None, choices: Any) -> None:
+    """See that a value is one of a Literal's, or None.
+
+    Raises:
+        ValueError: neither.
+    """
+    if value is not None and value not in get_args(choices):
+        raise ValueError(f"{name} {value!r}: expected one of {', '.join(get_args(choices))}")
+
+
+class E5V:
+    """Embeddings of texts, images and text+image from one model.
+
+    >>> model = E5V.from_pretrained("e5-v-converted")
+    >>> vectors = model.encode(["a dog", Path("dog.jpg"), {"text": "sleeping", "image": "dog.jpg"}])
+    >>> model.similarity(vectors, vectors)
+    """
+
+    def __init__(self, model: Model, processor: Processor) -> None:
+        """Wrap a loaded model and the processor of its inputs."""
+        graphdef, self._state = nnx.split(model)
+        self.processor = processor
+        self._encoder = Encoder(graphdef, processor, model.runtime)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        dtype: Dtype = "bfloat16",
+        mesh: Mesh | None = None,
+        adapter: str | Path | None = None,
+        template: str | None = None,
+        revision: str | None = None,
+        quantize: Quantization | None = None,
+        attn_implementation: Implementation = "auto",
+    ) -> Self:
+        """Load a converted folder, a Hugging Face folder or GGUF file, or a hub id.
+
+        Args:
+            path: what to load; a converted folder may be in a bucket, ``gs://bucket/folder``.
+            dtype: of weights and arithmetic; norms, softmax and rotary angles are fp32 always.
+            mesh: devices to place the model on; None uses all of them for data parallelism.
+            adapter: a PEFT LoRA folder or a run folder of ``python -m e5v_jax.train``; None applies
+                the adapter that the converted folder carries, if any.
+            template: chat template name, see ``e5v_jax.prompts.TEMPLATES``; None chooses.
+            revision: branch, tag or commit of a hub id.
+            quantize: "int8" or "nf4" stores the decoder's kernels so; arithmetic stays in dtype.
+            attn_implementation: "xla", "cudnn" (GPU) or "splash" (TPU); "auto" chooses.
+
+        Raises:
+            FileNotFoundError, ValueError: one line that names the file, key or option.
+        """
+        _check_choice("dtype", dtype, Dtype)
+        _check_choice("quantize", quantize, Quantization)
+        _check_choice("attn_implementation", attn_implementation, Implementation)
+        folder = resolve(str(path), revision)
+        source: WeightSource
+        if folder.is_dir() and is_converted(folder):
+            source = ConvertedFolder(folder)
+            check_preprocessor(folder, source.family, source.config)
+            if adapter is None and (folder / "adapter").is_dir():
+                adapter = folder / "adapter"
+        else:
+            source = open_source(folder)
+        lora = None if adapter is None else load_adapter(as_path(adapter), source)
+        mesh = make_mesh(data=-1, fsdp=1) if mesh is None else mesh
+        model = load_model(
+            source,
+            precision=Precision(jnp.dtype(dtype), jnp.dtype(dtype), quantize),
+            runtime=Runtime.on(mesh, attn_implementation),
+            lora=None if lora is None else lora.lora,
+            lora_values=None if lora is None else lora.values,
+        )
+        processor = source.family.processor(source.config, load_tokenizer(folder), template)
+        return cls(model, processor)
+
+    def encode(
+        self,
+        inputs: Input | Sequence[Input],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int | None = None,
+        normalize_embeddings: bool = True,
+        truncate_dim: int | None = None,
+        show_progress_bar: bool | None = None,
+        *,
+        max_num_batched_tokens: int | None = None,
+        pool: Executor | None = None,
+        on_error: Callable[[InputError], None] | None = None,
+        on_batch: Callable[[int], None] = lambda done: None,
+    ) -> np.ndarray:
+        """Embed inputs; order kept. Argument names follow sentence-transformers.
+
+        Args:
+            inputs: str (a text), PIL image, Path or bytes (an image), a mapping with ``text``
+                and/or ``image``, or a sequence of these.
+            prompt_name: a name in ``e5v_jax.prompts.PROMPTS``; None chooses by input kind.
+            prompt: an instruction of your own with ``<sent>`` and/or ``<image>``.
+            batch_size: most items per device batch; None leaves it to max_num_batched_tokens.
+            normalize_embeddings: L2-normalise, after truncation.
+            truncate_dim: keep only the first dimensions.
+            show_progress_bar: None shows it on a terminal when there are many inputs.
+            max_num_batched_tokens: most positions per device batch; None is 1024 on a CPU, 16384
+                on a GPU or TPU. Less takes less memory.
+            pool: where images are decoded, ahead of the device; None is a few threads. A
+                ``ProcessPoolExecutor`` must start its processes by "spawn", as JAX has threads.
+            on_error: hears of each bad input, whose vector is then zero.
+            on_batch: hears how many inputs each finished batch had.
+
+        Returns:
+            float32 [N, D]; [D] for a single input that is not a sequence.
+
+        Raises:
+            ValueError: a bad input, "input 3: ...", without on_error; a bad prompt.
+        """
+        single = isinstance(inputs, str | bytes) or not isinstance(inputs, Sequence)
+        items: Sequence[Input] = [inputs] if single else inputs  # type: ignore[list-item, assignment]
+        dimensions = self.processor.config.text.hidden_size
+        if truncate_dim is not None and not 0 < truncate_dim <= dimensions:
+            raise ValueError(f"truncate_dim {truncate_dim}: expected 1 to {dimensions}")
+        for name, value in {
+            "batch_size": batch_size,
+            "max_num_batched_tokens": max_num_batched_tokens,
+        }.items():
+            if value is not None and value < 1:
+                raise ValueError(f"{name} {value}: expected at least 1")
+        prompts = choose_prompt(prompt_name, prompt)
+        if show_progress_bar is None:
+            show_progress_bar = sys.stderr.isatty() and len(items) > 32
+        with (
+            Progress(disable=not show_progress_bar, transient=True) as progress,
+            nullcontext(pool) if pool else ThreadPoolExecutor(_DECODING_THREADS) as decoding,
+        ):
+            task = progress.add_task("encoding", total=len(items))
+
+            def advance(done: int) -> None:
+                progress.advance(task, done)
+                on_batch(done)
+
+            vectors = encode_stream(
+                self._encoder,
+                self._state,
+                items,
+                prompts=prompts,
+                limits=BatchLimits(batch_size, max_num_batched_tokens),
+                pool=decoding,
+                on_error=on_error,
+                on_batch=advance,
+            )
+        vectors = vectors[:, :truncate_dim]
+        if normalize_embeddings:
+            vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+        return vectors[0] if single else vectors
+
+    @property
+    def template(self) -> str:
+        """The name of the model's chat template in ``e5v_jax.prompts.TEMPLATES``."""
+        return self.processor.template
+
+    @property
+    def statistics(self) -> Statistics:
+        """Items, tokens, padding and compilations of all calls to :meth:`encode` so far."""
+        return self._encoder.statistics
+
+    @staticmethod
+    def similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        """Cosine similarities, fp32 [N, M], of vectors [N, D] and [M, D]."""
+        a, b = (np.atleast_2d(np.asarray(x, np.float32)) for x in (a, b))
+        a, b = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (a, b))
+        return a @ b.T

@@ -1,0 +1,56 @@
+"""The model families: each a folder with its configuration, model, processor and parameters.
+
+A family is added by its folder and its line in :data:`FAMILIES`; nothing else knows it by name.
+"""
+
+import re
+from typing import Any
+
+from e5v_jax.families.base import Family, ModelConfig
+from e5v_jax.families.llava_next import LLAVA_NEXT
+from e5v_jax.families.text import TEXT
+from e5v_jax.nn.config import UnsupportedModelError
+
+FAMILIES: dict[str, Family] = {
+    "llama": TEXT,
+    "mistral": TEXT,
+    "llava_next": LLAVA_NEXT,
+    "llava": LLAVA_NEXT,
+    "llava_llama": LLAVA_NEXT,
+    "llava_mistral": LLAVA_NEXT,
+}
+"""By the ``model_type`` of a ``config.json``."""
+
+
+def find_family(raw: dict[str, Any]) -> Family:
+    """The family of a parsed ``config.json``.
+
+    Raises:
+        UnsupportedModelError: there is none for its ``model_type``.
+    """
+    model_type = raw.get("model_type")
+    if model_type not in FAMILIES:
+        names = raw.get("architectures") or [model_type]
+        raise UnsupportedModelError(
+            f"unsupported architecture {names[0]!r} (model_type {model_type!r}): expected one of "
+            f"the model types {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[model_type]
+
+
+def architectures() -> dict[str, tuple[Family, ModelConfig]]:
+    """The architectures that have a name, for what needs no weights: dry runs and benchmarks."""
+    return {
+        name: (family, config)
+        for family in FAMILIES.values()
+        for name, config in family.architectures.items()
+    }
+
+
+def architecture_of(folder_name: str) -> str | None:
+    """The architecture that the name of a model folder says, or None."""
+    for family in FAMILIES.values():
+        for pattern, name in family.checkpoints.items():
+            if re.fullmatch(pattern, folder_name):
+                return name
+    return None

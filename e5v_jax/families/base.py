@@ -1,0 +1,172 @@
+"""The seam: what a model family provides, and what the rest of the project asks of it."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from e5v_jax.data.images import Size
+from e5v_jax.data.inputs import ImageSource, Input, InputError
+from e5v_jax.nn.config import TextConfig
+from e5v_jax.nn.decoder import Remat
+from e5v_jax.nn.parameters import ParameterTable
+from e5v_jax.prompts import PromptChoice
+from e5v_jax.runtime import Runtime
+
+Array = jax.Array | np.ndarray
+"""Batches are built in NumPy and placed on devices as they are."""
+
+
+class ModelConfig(Protocol):
+    """The architecture of one model of a family: a frozen dataclass."""
+
+    @property
+    def text(self) -> TextConfig:
+        """The decoder's part."""
+        ...
+
+    @property
+    def image_token_id(self) -> int | None:
+        """The id of the placeholder of images; None without images, or if the tokenizer tells."""
+        ...
+
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What the model embeds: "text", and perhaps "image"."""
+        ...
+
+
+class Batch(Protocol):
+    """The arrays of one forward pass: any pytree.
+
+    The leading axis of each array is the number of inputs or a multiple of it, in the same order.
+    """
+
+    @property
+    def last_index(self) -> Array:
+        """int32 [B], the position of each input's pooled token."""
+        ...
+
+
+class Model(Protocol):
+    """A module whose parameters the family's rows describe. The decoder is ``language_model``."""
+
+    runtime: Runtime
+
+    def __call__(
+        self, batch: Any, *, remat: Remat = "none", dropout_key: jax.Array | None = None
+    ) -> jax.Array:
+        """Embed a batch -> fp32 [B, D], not normalised; for training."""
+        ...
+
+    def encode(self, batch: Any) -> jax.Array:
+        """The same vectors [B, D] without what only training needs."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One input whose place in a batch is known: tokenised, its image not yet decoded."""
+
+    position: int
+    """Where it is in the call."""
+    ids: list[int]
+    """Its tokens, one placeholder for the image."""
+    length: int
+    """Positions it takes, the image's included."""
+    shape_key: int = 0
+    """Which inputs may share a batch: those of the same number. 0 means text, more is more work."""
+    image: ImageSource | str | None = None
+    image_size: Size | None = None  # pixels (height, width)
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """What a batch is padded to."""
+
+    rows: int
+    length: int
+    """Positions of each row."""
+    shape_key: int = 0
+    """As in :class:`Measured`."""
+
+
+class Processor(Protocol):
+    """All that turns inputs into batches: configuration, tokenizer, template, forbidden strings."""
+
+    config: ModelConfig
+    tokenizer: PreTrainedTokenizerFast
+    template: str
+    """Its name in ``prompts.TEMPLATES``."""
+
+    def measure(
+        self,
+        inputs: Sequence[Input],
+        prompts: PromptChoice,
+        *,
+        max_tokens: int | None = None,
+        on_error: Callable[[InputError], None] | None = None,
+    ) -> list[Measured]:
+        """Fill prompts, tokenise, read the sizes of images; order kept.
+
+        ``max_tokens`` cuts each text before the prompt goes around it. ``on_error`` hears of each
+        bad input, which is then left out.
+
+        Raises:
+            InputError: without ``on_error``, the first bad input.
+            ValueError: the tokenizer does not fit.
+        """
+        ...
+
+    @property
+    def load(self) -> Callable[[Measured], Any]:
+        """Decodes an input's image, if it has one; a worker process can unpickle it.
+
+        It raises ValueError if the image cannot be decoded.
+        """
+        ...
+
+    def padded_length(self, length: int, shape_key: int) -> int:
+        """The positions that an input of ``length`` is padded to: few different ones.
+
+        Raises:
+            ValueError: it is longer than any.
+        """
+        ...
+
+    def stack(self, items: Sequence[Any], shape: BatchShape) -> Batch:
+        """What :attr:`load` returned as the arrays of one batch; None is a row without an input."""
+        ...
+
+
+@dataclass(frozen=True)
+class Family:
+    """A model family, as functions of its configuration."""
+
+    read_config: Callable[[dict[str, Any]], ModelConfig]
+    """From a parsed Hugging Face ``config.json``; raises UnsupportedModelError."""
+    config_from_dict: Callable[[dict[str, Any]], ModelConfig]
+    """From ``dataclasses.asdict`` of a configuration, as the converted folder has it."""
+    build: Callable[..., Any]
+    """``(config, *, precision, runtime, rngs, lora=None, load_vision=True) -> Model``."""
+    parameters: Callable[[Any], ParameterTable]
+    processor: Callable[..., Any]
+    """``(config, tokenizer, template=None) -> Processor``."""
+    match_tokenizer: Callable[[Any, PreTrainedTokenizerFast], Any] = lambda config, tokenizer: (
+        config
+    )
+    """The configuration as the tokenizer has it; tokens that it lacks are added to it."""
+    hf_config: Callable[[dict[str, Any], Any], dict[str, Any]] = lambda raw, config: copy.deepcopy(
+        raw
+    )
+    """The ``config.json`` to export, for a source whose layout transformers has no class for."""
+    check_preprocessor: Callable[[Any, dict[str, Any]], None] = lambda config, settings: None
+    """Refuses, by name, settings of an image processor that the processor does not follow."""
+    architectures: Mapping[str, ModelConfig] = field(default_factory=dict)
+    """Architectures of known checkpoints by name."""
+    checkpoints: Mapping[str, str] = field(default_factory=dict)
+    """Patterns of names of model folders, and the architecture that they say."""

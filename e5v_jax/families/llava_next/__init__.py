@@ -1,0 +1,25 @@
+"""LLaVA-NeXT: CLIP tower, two-layer projector, anyres tiles, Llama or Mistral decoder."""
+
+from e5v_jax.families.base import Family
+from e5v_jax.families.llava_next.config import LlavaNextConfig, transformers_layout
+from e5v_jax.families.llava_next.model import build
+from e5v_jax.families.llava_next.parameters import parameters
+from e5v_jax.families.llava_next.presets import ARCHITECTURES, CHECKPOINTS
+from e5v_jax.families.llava_next.processor import (
+    LlavaNextProcessor,
+    check_preprocessor,
+    match_tokenizer,
+)
+
+LLAVA_NEXT = Family(
+    read_config=LlavaNextConfig.from_hf,
+    config_from_dict=LlavaNextConfig.from_dict,
+    build=build,
+    parameters=parameters,
+    processor=LlavaNextProcessor,
+    match_tokenizer=match_tokenizer,
+    hf_config=transformers_layout,
+    check_preprocessor=check_preprocessor,
+    architectures=ARCHITECTURES,
+    checkpoints=CHECKPOINTS,
+)

@@ -1,0 +1,92 @@
+"""LLaVA-NeXT as an embedding model: tower, projector, anyres merge, decoder, pooled last token."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from e5v_jax.families.base import Array
+from e5v_jax.families.llava_next.config import LlavaNextConfig
+from e5v_jax.families.text.model import TextModel
+from e5v_jax.nn.clip import ClipVision, exact_gelu
+from e5v_jax.nn.layers import Linear, LoRAConfig, Precision
+from e5v_jax.runtime import Runtime
+
+
+class ImageBatch(NamedTuple):
+    """Token sequences in which some positions are image features."""
+
+    input_ids: Array  # int32 [B, L]; 0 where image_index >= 0
+    last_index: Array  # int32 [B]
+    image_index: Array  # int32 [B, L]: -1 = text, i < K*P = feature i of its tiles, K*P = newline
+    tiles: Array  # uint8 [B*K, S, S, 3], K for each row
+
+
+class Projector(nnx.Module):
+    """Two linear maps with bias around an exact GELU."""
+
+    def __init__(self, config: LlavaNextConfig, *, precision: Precision, rngs: nnx.Rngs) -> None:
+        v, d = config.vision.hidden_size, config.text.hidden_size
+        self.linear_1 = Linear(v, d, use_bias=True, precision=precision, rngs=rngs)
+        self.linear_2 = Linear(d, d, use_bias=True, precision=precision, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[T, P, Dv] -> [T, P, D]."""
+        return self.linear_2(exact_gelu(self.linear_1(x)))
+
+
+class LlavaNext(TextModel):
+    """The whole model; a batch of texts alone does not touch the tower."""
+
+    def __init__(
+        self,
+        config: LlavaNextConfig,
+        *,
+        precision: Precision,
+        runtime: Runtime,
+        rngs: nnx.Rngs,
+        lora: LoRAConfig | None = None,
+    ) -> None:
+        super().__init__(config, precision=precision, runtime=runtime, rngs=rngs, lora=lora)
+        precision = dataclasses.replace(precision, quantization=None)  # only the decoder is large
+        self.vision_tower = ClipVision(
+            config.vision,
+            config.num_vision_layers,
+            precision=precision,
+            runtime=runtime,
+            rngs=rngs,
+        )
+        self.multi_modal_projector = Projector(config, precision=precision, rngs=rngs)
+        newline = jax.nn.initializers.normal(0.02)(
+            rngs.params(), (config.text.hidden_size,), jnp.dtype(precision.param)
+        )
+        self.image_newline = nnx.Param(newline)
+
+    def image_features(self, tiles: Array, batch_size: int) -> jax.Array:
+        """uint8 tiles [B*K, S, S, 3] -> [B, K*P + 1, D]: projected patches, then the newline."""
+        features = self.multi_modal_projector(self.vision_tower(tiles))  # [B*K, P, D]
+        features = features.reshape(batch_size, -1, features.shape[-1])  # [B, K*P, D]
+        newline = self.image_newline[...].astype(features.dtype)  # [D]
+        newline = jnp.broadcast_to(newline, (batch_size, 1, newline.shape[0]))
+        return jnp.concatenate([features, newline], axis=1)
+
+    def merge(self, batch: ImageBatch) -> jax.Array:
+        """Decoder inputs [B, L, D]: a gather from token embeddings and image features."""
+        x = self.language_model.embed(batch.input_ids)  # [B, L, D]
+        features = self.image_features(batch.tiles, x.shape[0])  # [B, K*P + 1, D]
+        is_image = batch.image_index >= 0  # [B, L]
+        index = jnp.maximum(batch.image_index, 0)[..., None]  # [B, L, 1]
+        # row by row: on several devices each gathers from its own images only
+        image = jnp.take_along_axis(features, index, axis=1)  # [B, L, D]
+        return jnp.where(is_image[..., None], image, x)
+
+    def decoder_inputs(self, batch: Any) -> jax.Array:
+        """What the decoder runs over, [B, L, D]: merged with image features if there are any."""
+        return self.merge(batch) if isinstance(batch, ImageBatch) else super().decoder_inputs(batch)
+
+
+def build(config: LlavaNextConfig, *, load_vision: bool = True, **arguments: Any) -> TextModel:
+    """The module; without ``load_vision``, as text pairs need it, the decoder alone."""
+    return (LlavaNext if load_vision else TextModel)(config, **arguments)

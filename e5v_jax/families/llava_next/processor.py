@@ -1,0 +1,225 @@
+"""Images and texts to batches: ``<image>`` in the tokenizer, tiles, and each token's feature."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from transformers import AddedToken, PreTrainedTokenizerFast
+
+from e5v_jax.data.images import Size, load_image
+from e5v_jax.data.text import IMAGE_BUCKETS, bucket_length, expand_image_tokens, pad_right
+from e5v_jax.families.base import Batch, BatchShape, Measured
+from e5v_jax.families.llava_next.config import LlavaNextConfig
+from e5v_jax.families.llava_next.model import ImageBatch
+from e5v_jax.families.llava_next.tiling import (
+    NEWLINE,
+    image_token_index,
+    num_image_tokens,
+    select_best_resolution,
+    tile_image,
+)
+from e5v_jax.families.text.processor import TextProcessor
+from e5v_jax.nn.clip import IMAGE_MEAN, IMAGE_STD
+from e5v_jax.nn.config import UnsupportedModelError
+from e5v_jax.prompts import IMAGE_PLACEHOLDER
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One input with an image, ready for the device."""
+
+    ids: list[int]  # image placeholders expanded
+    image_index: np.ndarray  # int32 [len(ids)]: -1 text, k tile feature, T*P newline
+    tiles: np.ndarray  # uint8 [T, S, S, 3]
+
+
+class LlavaNextProcessor(TextProcessor):
+    """The :class:`e5v_jax.families.base.Processor` of LLaVA-NeXT; the shape key is the tiles."""
+
+    config: LlavaNextConfig
+
+    def __init__(
+        self,
+        config: LlavaNextConfig,
+        tokenizer: PreTrainedTokenizerFast,
+        template: str | None = None,
+    ) -> None:
+        """A tokenizer that does not know ``<image>`` learns it here.
+
+        Raises:
+            ValueError: the template cannot be told, or config and tokenizer do not agree on the
+                id of ``<image>``.
+        """
+        super().__init__(match_tokenizer(config, tokenizer), tokenizer, template)
+
+    def measure_image(self, size: Size) -> tuple[int, int]:
+        """(tokens, tiles) of an image of ``size`` (height, width) pixels."""
+        vision, pinpoints = self.config.vision, self.config.image_grid_pinpoints
+        height, width = select_best_resolution(size, pinpoints)
+        tiles = 1 + (height // vision.image_size) * (width // vision.image_size)
+        tokens = num_image_tokens(
+            size,
+            grid_pinpoints=pinpoints,
+            image_size=vision.image_size,
+            patch_size=vision.patch_size,
+        )
+        return tokens, tiles
+
+    @property
+    def load(self) -> Callable[[Measured], Any]:
+        """See :attr:`e5v_jax.families.base.Processor.load`."""
+        return partial(load, config=self.config)
+
+    def padded_length(self, length: int, shape_key: int) -> int:
+        """See :meth:`e5v_jax.families.base.Processor.padded_length`."""
+        if shape_key:
+            return bucket_length(length, IMAGE_BUCKETS)
+        return super().padded_length(length, shape_key)
+
+    def stack(self, items: Sequence[Any], shape: BatchShape) -> Batch:
+        """See :meth:`e5v_jax.families.base.Processor.stack`."""
+        if not shape.shape_key:
+            return super().stack(items, shape)
+        vision, rows = self.config.vision, len(items)
+        ids = [[0] if item is None else item.ids for item in items]
+        input_ids, last_index = pad_right(ids, shape.length, pad_id=0)
+        size = vision.image_size
+        tiles = np.zeros((rows, shape.shape_key, size, size, 3), np.uint8)
+        image_index = np.full((rows, shape.length), -1, np.int32)
+        newline = shape.shape_key * vision.num_patches  # of the batch: behind the features of all
+        for row, item in enumerate(items):
+            if item is not None:
+                tiles[row, : len(item.tiles)] = item.tiles
+                own = len(item.tiles) * vision.num_patches
+                index = np.where(item.image_index == own, newline, item.image_index)
+                image_index[row, : len(index)] = index
+        input_ids = np.where(image_index >= 0, 0, input_ids)  # `<image>` may have no row
+        return ImageBatch(input_ids, last_index, image_index, tiles.reshape(-1, size, size, 3))
+
+
+def load(item: Measured, config: LlavaNextConfig) -> Prepared | list[int]:
+    """Decode and tile the image of an input, if it has one; for a worker, ahead of the device.
+
+    Raises:
+        ValueError: the image cannot be decoded.
+    """
+    if item.image is None:
+        return item.ids
+    assert config.image_token_id is not None  # since the processor was made
+    vision, pinpoints = config.vision, config.image_grid_pinpoints
+    tiled = tile_image(
+        load_image(item.image), image_size=vision.image_size, grid_pinpoints=pinpoints
+    )
+    if tiled.original_size != item.image_size:
+        raise ValueError(
+            f"the image's header says {item.image_size} (height, width), its data "
+            f"{tiled.original_size}: save it again"
+        )
+    rows = image_token_index(
+        tiled.original_size,
+        grid_pinpoints=pinpoints,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+    )
+    start = item.ids.index(config.image_token_id)
+    expanded = expand_image_tokens(item.ids, config.image_token_id, [len(rows)])
+    newline = len(tiled.tiles) * vision.num_patches  # the row after the last tile feature
+    image_index = np.full(len(expanded), -1, np.int32)
+    image_index[start : start + len(rows)] = np.where(rows == NEWLINE, newline, rows)
+    return Prepared(expanded, image_index, tiled.tiles)
+
+
+def match_tokenizer(config: LlavaNextConfig, tokenizer: PreTrainedTokenizerFast) -> LlavaNextConfig:
+    """``config`` with ``image_token_id`` the tokenizer's ``<image>``.
+
+    The original LLaVA code tokenises around the image, so its tokenizers do not know ``<image>``.
+    Such a one gets it added here; any free id serves, as the row of an image is never read.
+
+    Raises:
+        ValueError: config and tokenizer do not agree on its id.
+    """
+    found = tokenizer.added_tokens_encoder.get(IMAGE_PLACEHOLDER)
+    if found is None:
+        tokenizer.add_tokens([AddedToken(IMAGE_PLACEHOLDER, special=True)], special_tokens=True)
+        found = tokenizer.added_tokens_encoder[IMAGE_PLACEHOLDER]
+    elif config.image_token_id not in (None, found):
+        raise ValueError(
+            f"{IMAGE_PLACEHOLDER} is token {found} of the tokenizer, but image_token_id in "
+            f"config.json is {config.image_token_id}: they belong to different models"
+        )
+    return dataclasses.replace(config, image_token_id=found)
+
+
+_IGNORED_SETTINGS = {
+    "image_processor_type": "transformers' class for the same computation",
+    "processor_class": "transformers' class for the same computation",
+    "feature_extractor_type": "transformers' class for the same computation",
+    "_processor_class": "transformers' class for the same computation",
+    "auto_map": "code that is never run",
+    "do_pad": "rows of tiles are padded in any case",
+    "data_format": "the layout of transformers' arrays",
+    "input_data_format": "the layout of transformers' arrays",
+    "return_tensors": "the kind of transformers' arrays",
+    "device": "where transformers computes",
+    "disable_grouping": "how transformers batches",
+    "default_to_square": "the size is square in any case",
+    "return_metadata": "what transformers returns besides",
+    "pad_size": "None in any case: rows of tiles are padded to the most tiles",
+    "size_divisor": "None in any case",
+}
+
+
+def check_preprocessor(config: LlavaNextConfig, settings: dict[str, Any]) -> None:
+    """Refuse settings of ``LlavaNextImageProcessor`` other than what is computed here.
+
+    Raises:
+        UnsupportedModelError: names the setting, its value and the one that is supported.
+    """
+    size = config.vision.image_size
+    square = {"height": size, "width": size}
+    supported: dict[str, tuple[Any, ...]] = {
+        "do_convert_rgb": (True, None),
+        "do_resize": (True,),
+        "size": ({"shortest_edge": size}, square, size),
+        "do_center_crop": (True, False),  # of a square tile nothing is cut off
+        "crop_size": (square, size, None),
+        "resample": (3,),  # bicubic
+        "do_rescale": (True,),
+        "rescale_factor": (1 / 255,),
+        "do_normalize": (True,),
+        "image_mean": (list(IMAGE_MEAN),),
+        "image_std": (list(IMAGE_STD),),
+        "image_grid_pinpoints": ([list(pinpoint) for pinpoint in config.image_grid_pinpoints],),
+        "patch_size": (config.vision.patch_size, None),
+        "vision_feature_select_strategy": ("default", None),
+        "image_token": (IMAGE_PLACEHOLDER,),
+        "num_additional_image_tokens": (1,),
+    }
+    for name, value in settings.items():
+        if name in _IGNORED_SETTINGS:
+            continue
+        if name not in supported:
+            raise UnsupportedModelError(f"{name} is {value!r}: this setting is not known")
+        found = (
+            [list(x) if isinstance(x, tuple) else x for x in value]
+            if name.endswith("pinpoints")
+            else value
+        )
+        if not any(_same(found, one) for one in supported[name]):
+            raise UnsupportedModelError(
+                f"{name} is {value!r}: only {supported[name][0]!r} is supported"
+            )
+
+
+def _same(found: Any, expected: Any) -> bool:
+    if isinstance(expected, float) or (
+        isinstance(expected, list) and all(isinstance(x, float) for x in expected)
+    ):
+        try:  # some files round what they say
+            return bool(np.allclose(found, expected, rtol=1e-6, atol=0))
+        except (TypeError, ValueError):
+            return False
+    return bool(found == expected)

@@ -1,0 +1,58 @@
+"""A decoder as an embedding model: the pooled last token after the final norm."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from e5v_jax.families.base import Array, ModelConfig
+from e5v_jax.nn.decoder import Decoder, Remat, take
+from e5v_jax.nn.layers import LoRAConfig, Precision
+from e5v_jax.runtime import Runtime
+
+
+class TextBatch(NamedTuple):
+    """Right-padded token sequences."""
+
+    input_ids: Array  # int32 [B, L]
+    last_index: Array  # int32 [B], position of the last real token
+
+
+class TextModel(nnx.Module):
+    """The decoder alone. For text pairs, families with more than a decoder are trained as this."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        precision: Precision,
+        runtime: Runtime,
+        rngs: nnx.Rngs,
+        lora: LoRAConfig | None = None,
+        load_vision: bool = True,
+    ) -> None:
+        """Random parameters; ``load_vision`` means nothing here."""
+        self.language_model = Decoder(
+            config.text, precision=precision, runtime=runtime, lora=lora, rngs=rngs
+        )
+        self.runtime = runtime
+
+    def __call__(
+        self, batch: Any, *, remat: Remat = "none", dropout_key: jax.Array | None = None
+    ) -> jax.Array:
+        """Embed a batch -> fp32 [B, D]: final-norm output at the last token, not yet normalised."""
+        x = self.decoder_inputs(batch)
+        x = self.language_model(x, remat=remat, dropout_key=dropout_key)  # [B, L, D]
+        pooled = take(x, jnp.asarray(batch.last_index))  # [B, D]
+        return self.language_model.norm(pooled).astype(jnp.float32)
+
+    def encode(self, batch: Any) -> jax.Array:
+        """The same vectors [B, D] without what only training needs: see :meth:`Decoder.at`."""
+        x = self.decoder_inputs(batch)
+        pooled = self.language_model.at(x, jnp.asarray(batch.last_index))  # [B, D]
+        return self.language_model.norm(pooled).astype(jnp.float32)
+
+    def decoder_inputs(self, batch: Any) -> jax.Array:
+        """What the decoder runs over, [B, L, D]: here the embeddings of the tokens."""
+        return self.language_model.embed(batch.input_ids)  # [B, L, D]

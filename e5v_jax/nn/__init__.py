@@ -1,0 +1,1 @@
+"""What model families share: linear maps, norms, rotary positions, attention, decoder, towers."""

@@ -1,0 +1,174 @@
+"""Scaled dot-product attention behind one function: XLA, cuDNN's flash kernel, TPU's splash kernel.
+
+The runtime's platform, the dtype and the shape choose while a program is traced; the runtime's
+``attn_implementation`` overrides that wherever the one it names computes what is asked. The kernels
+take causal attention only: the tower's, and that of the last layer's one query, are XLA's on every
+device.
+"""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from e5v_jax.nn.layers import Precision
+from e5v_jax.runtime import Implementation, Runtime
+from e5v_jax.sharding import BATCH_SPEC
+
+SPLASH_BLOCK = 128
+"""Splash attention needs a multiple of this many positions and of head features."""
+_QUERY_BLOCK = 1024  # queries whose logits exist at a time
+_QUERY_BLOCK_CPU = 128  # their logits stay in the cache: 2 to 3 times as fast as all at once
+_CUDNN_MIN_LENGTH = 128  # the logits of shorter texts are small: one fused XLA loop
+
+
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    is_causal: bool,
+    precision: Precision,
+    runtime: Runtime,
+    key_lengths: jax.Array | None = None,
+) -> jax.Array:
+    """Attention of q [B, T, N, H] over k, v [B, S, K, H] -> [B, T, N, H]; N is a multiple of K.
+
+    Right-padded batches need no mask: under the causal one, no real token sees what is right of it.
+    With ``key_lengths`` int [B], keys from there on are not seen either.
+
+    Raises:
+        ValueError: splash was asked for, and the shape does not fit it.
+    """
+    chosen, platform = runtime.attn_implementation, runtime.platform
+    if not is_causal or key_lengths is not None:
+        chosen = "xla"
+    elif chosen == "auto":
+        chosen = _choose(q, platform)
+    if chosen == "splash":
+        return _splash(q, k, v, runtime)
+    if chosen == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+    return _xla(
+        q,
+        k,
+        v,
+        is_causal=is_causal,
+        key_lengths=key_lengths,
+        precision=precision,
+        block=_QUERY_BLOCK_CPU if platform == "cpu" else _QUERY_BLOCK,
+    )
+
+
+def _choose(q: jax.Array, backend: str) -> Implementation:
+    """What causal attention of queries [B, T, N, H] runs on."""
+    _, t, _, h = q.shape
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    if backend == "gpu" and half and t >= _CUDNN_MIN_LENGTH and h % 8 == 0 and h <= 128:
+        return "cudnn"
+    if backend == "tpu" and q.dtype != jnp.float16 and t % SPLASH_BLOCK == 0 == h % SPLASH_BLOCK:
+        return "splash"
+    return "xla"
+
+
+def _xla(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    is_causal: bool,
+    key_lengths: jax.Array | None,
+    precision: Precision,
+    block: int,
+) -> jax.Array:
+    """Blocks of queries, under a causal mask each with only the keys up to its end."""
+    keys, values = (x.transpose(0, 2, 1, 3) for x in (k, v))  # [B, K, S, H]
+    out = []
+    for start in range(0, q.shape[1], block):
+        end = min(start + block, q.shape[1])
+        seen = slice(end if is_causal else None)
+        visible = None
+        if is_causal:
+            visible = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]  # [T', S']
+        elif key_lengths is not None:
+            visible = jnp.arange(k.shape[1]) < key_lengths[:, None, None, None, None]
+        out.append(
+            _xla_block(q[:, start:end], keys[:, :, seen], values[:, :, seen], visible, precision)
+        )
+    return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)
+
+
+def _xla_block(
+    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array | None, precision: Precision
+) -> jax.Array:
+    """Queries [B, T, N, H] over k, v [B, K, S, H]; plain batched matmuls, fast on every device."""
+    b, t, n, h = q.shape
+    kv_heads, s = k.shape[1], k.shape[2]
+    groups = n // kv_heads
+    q = q.reshape(b, t, kv_heads, groups, h).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
+    q = q.reshape(b, kv_heads, groups * t, h)
+    logits = jnp.matmul(
+        q, k.swapaxes(2, 3), precision=precision.matmul, preferred_element_type=jnp.float32
+    )  # [B, K, G*T, S], fp32 through the softmax
+    logits = logits.reshape(b, kv_heads, groups, t, s) * h**-0.5
+    if visible is not None:
+        logits = jnp.where(visible, logits, jnp.finfo(jnp.float32).min)
+    weights = jnp.exp(logits - jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
+    total = weights.sum(axis=-1, keepdims=True)  # divides what comes out: S times less to divide
+    weights = weights.reshape(b, kv_heads, groups * t, s).astype(v.dtype)
+    out = jnp.matmul(weights, v, precision=precision.matmul, preferred_element_type=jnp.float32)
+    out = out.reshape(b, kv_heads, groups, t, h) / total
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h).astype(v.dtype)
+
+
+def _splash(q: jax.Array, k: jax.Array, v: jax.Array, runtime: Runtime) -> jax.Array:
+    """Causal splash attention; under a mesh each device does its own rows and heads."""
+    t, h = q.shape[1], q.shape[3]
+    if t % SPLASH_BLOCK or h % SPLASH_BLOCK:
+        raise ValueError(
+            f"attn_implementation splash needs sequences and heads that are multiples of "
+            f"{SPLASH_BLOCK}, found {t} positions and heads of {h}: choose auto or xla"
+        )
+    local = partial(_splash_local, interpret=runtime.platform != "tpu")
+    if runtime.mesh.size == 1:
+        return local(q, k, v)
+    spec = P(*BATCH_SPEC, None, "tensor", None)
+    split = jax.shard_map(
+        local, mesh=runtime.mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False
+    )
+    return split(q, k, v)
+
+
+def _splash_local(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool) -> jax.Array:
+    # here and not above: only TPU programs need it
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel,
+        splash_attention_mask,
+    )
+
+    b, t, n, h = q.shape
+    groups = n // k.shape[2]
+    mask = splash_attention_mask.MultiHeadMask(
+        [splash_attention_mask.CausalMask((t, t)) for _ in range(groups)]
+    )
+    block = next(size for size in (512, 256, SPLASH_BLOCK) if t % size == 0)
+    blocks = splash_attention_kernel.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
+    kernel = splash_attention_kernel.make_splash_mqa_single_device(
+        mask, block_sizes=blocks, interpret=interpret
+    )
+    scaled = (q.astype(jnp.float32) * np.float32(h**-0.5)).astype(q.dtype)  # it does not scale
+    grouped = scaled.reshape(b, t, -1, groups, h).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
+    keys, values = (x.transpose(0, 2, 1, 3) for x in (k, v))  # [B, K, T, H]
+    out = jax.vmap(jax.vmap(kernel))(grouped, keys, values)  # [B, K, G, T, H]
+    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)

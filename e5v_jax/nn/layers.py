@@ -1,0 +1,172 @@
+"""The leaves of the model: linear maps with optional LoRA, normalisation, rotary positions.
+
+Modules are plain pytrees of ``nnx.Variable``; a stack of layers is the same module with one more
+leading axis on every array. Storage dtype is ``param_dtype``; arithmetic runs in ``dtype``.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.typing import DTypeLike
+from qwix import QArray
+
+from e5v_jax.nn.quantized import Quantization, quantize_kernel, quantized_matmul
+
+
+class LoRAParam(nnx.Param):
+    """A trainable low-rank factor, always float32."""
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Low-rank adaptation of every decoder linear map (Hu et al. 2021, arXiv 2106.09685)."""
+
+    rank: int
+    alpha: float
+    dropout: float = 0.0
+
+    @property
+    def scale(self) -> float:
+        """Factor on ``x @ a @ b``, as in peft: alpha / rank."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Dtypes of one model: ``param`` to store base weights, ``compute`` for arithmetic.
+
+    With ``quantization`` the kernels of the decoder's linear maps are stored quantised instead.
+    """
+
+    param: DTypeLike
+    compute: DTypeLike
+    quantization: Quantization | None = None
+
+    @property
+    def matmul(self) -> jax.lax.Precision:
+        """fp32 compute means fp32: GPUs and TPUs would otherwise round operands to TF32 or bf16."""
+        exact = jnp.dtype(self.compute) == jnp.float32
+        return jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
+    """Zero a fraction ``rate`` of the entries and rescale the rest; shape and dtype kept."""
+    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+
+
+class Linear(nnx.Module):
+    """``y = x @ kernel (+ bias) (+ scale * dropout(x) @ lora_a @ lora_b)``; kernel is [in, out]."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        precision: Precision,
+        rngs: nnx.Rngs,
+        use_bias: bool = False,
+        lora: LoRAConfig | None = None,
+    ) -> None:
+        init = jax.nn.initializers.normal(0.02)
+        kernel = init(rngs.params(), (in_features, out_features), jnp.dtype(precision.param))
+        if precision.quantization is not None:
+            kernel = quantize_kernel(kernel, precision.quantization)
+        self.kernel = nnx.Param(kernel)
+        if use_bias:
+            self.bias = nnx.Param(jnp.zeros((out_features,), precision.param))
+        if lora is not None:
+            # peft's initialisation: a is kaiming-uniform with a=sqrt(5), b is zero
+            bound = in_features**-0.5
+            a = jax.random.uniform(
+                rngs.params(), (in_features, lora.rank), jnp.float32, -bound, bound
+            )
+            self.lora_a = LoRAParam(a)
+            self.lora_b = LoRAParam(jnp.zeros((lora.rank, out_features), jnp.float32))
+        self.use_bias = use_bias
+        self.lora = lora
+        self.precision = precision
+
+    def __call__(self, x: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
+        """Map [..., in] to [..., out] in the compute dtype; a ``dropout_key`` turns dropout on."""
+        dtype, precision = self.precision.compute, self.precision.matmul
+        leading = x.shape[:-1]
+        # 2-D operands: XLA's CPU backend runs a training step of them a quarter faster than 3-D
+        x = x.reshape(-1, x.shape[-1]).astype(dtype)  # [N, in]
+        kernel = self.kernel.get_value()  # [in, out]
+        if isinstance(kernel, QArray):
+            y = quantized_matmul(x, kernel, precision)  # [N, out]
+        else:
+            y = jnp.matmul(x, kernel.astype(dtype), precision=precision)  # [N, out]
+        if self.use_bias:
+            y = y + self.bias[...].astype(dtype)
+        if self.lora is not None:
+            if dropout_key is not None and self.lora.dropout > 0:
+                x = dropout(x, self.lora.dropout, dropout_key)
+            low = jnp.matmul(x, self.lora_a[...].astype(dtype), precision=precision)  # [N, r]
+            delta = jnp.matmul(low, self.lora_b[...].astype(dtype), precision=precision)
+            y = y + jnp.asarray(self.lora.scale, dtype) * delta
+        return y.reshape(*leading, y.shape[-1])  # [..., out]
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm in fp32, as transformers' ``LlamaRMSNorm``."""
+
+    def __init__(self, features: int, *, eps: float, precision: Precision) -> None:
+        self.scale = nnx.Param(jnp.ones((features,), precision.param))
+        self.eps = eps
+        self.precision = precision
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise the last axis; the result is in the compute dtype."""
+        dtype = self.precision.compute
+        x = x.astype(jnp.float32)  # a bf16 mean of squares loses small features
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + self.eps)
+        return self.scale[...].astype(dtype) * x.astype(dtype)  # HF rounds before scaling
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with bias in fp32, as ``torch.nn.LayerNorm``."""
+
+    def __init__(self, features: int, *, eps: float, precision: Precision) -> None:
+        self.scale = nnx.Param(jnp.ones((features,), precision.param))
+        self.bias = nnx.Param(jnp.zeros((features,), precision.param))
+        self.eps = eps
+        self.precision = precision
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalise the last axis; the result is in the compute dtype."""
+        x = x.astype(jnp.float32)
+        centred = x - jnp.mean(x, axis=-1, keepdims=True)
+        y = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), -1, keepdims=True) + self.eps)
+        y = y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return y.astype(self.precision.compute)
+
+
+def rope_angles(positions: jax.Array, *, head_dim: int, theta: float) -> jax.Array:
+    """Rotary angles, fp32 [T, head_dim / 2] for int positions [T] (RoFormer, arXiv 2104.09864)."""
+    # The reference's fp32 frequencies to the last bit, whatever the device's own power function:
+    # one unit in the last place turns position 8000 by 5e-4 rad.
+    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
+    wavelength = np.power(theta, exponent, dtype=np.float64).astype(np.float32)
+    frequency = np.float32(1) / wavelength  # [H/2]
+    # angles in fp32: bf16 rounds position 257 to 256
+    return positions.astype(jnp.float32)[:, None] * frequency  # [T, H/2]
+
+
+def apply_rope(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Rotate x [B, T, N, H] by angles [T, H/2]; halves are paired as in Hugging Face's Llama."""
+    cos = jnp.cos(angles)[None, :, None, :].astype(x.dtype)  # [1, T, 1, H/2]
+    sin = jnp.sin(angles)[None, :, None, :].astype(x.dtype)
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+def l2_normalize(x: jax.Array) -> jax.Array:
+    """Unit vectors along the last axis, fp32 (``torch.nn.functional.normalize``: eps 1e-12)."""
+    x = x.astype(jnp.float32)
+    norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
+    return x / jnp.maximum(norm, 1e-12)

@@ -1,0 +1,275 @@
+"""One row per parameter: its name in Hugging Face files, its name here, its shape, its place.
+
+A family's rows (``Family.parameters``) drive all that goes by the name of a parameter: conversion
+in both directions, loading, placement on a mesh, PEFT adapters, GGUF files, the count of FLOPs.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Literal, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+Transform = Literal["copy", "transpose", "conv"]
+"""How an array changes on the way in: torch keeps [out, in], a conv [D, 3, p, p] -> [3*p*p, D]."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One row. ``{i}`` in both names is the number of a layer."""
+
+    section: str
+    """The part of the checkpoint that it is in, a key of the family's sections."""
+    hf: str
+    """Its Hugging Face name inside the section."""
+    name: str
+    """Its name in the converted folder; empty for what an embedding never needs."""
+    shape: tuple[int, ...]
+    """As the module has it, without the layer axis."""
+    spec: P
+    """Which mesh axis splits which axis of ``shape``."""
+    transform: Transform = "copy"
+    layers: int | None = None
+    """How many layers are stacked into one array, with a leading axis that is never split."""
+    unused_layers: int = 0
+    """How many further layers the checkpoint has, which an embedding never needs."""
+    lora: bool = False
+    """Whether low-rank factors may stand beside it."""
+
+    @property
+    def path(self) -> str:
+        """Where the module has it: the name without the number of the layer."""
+        return self.name.replace("{i}.", "")
+
+    @property
+    def hf_shape(self) -> tuple[int, ...]:
+        """Its shape in the checkpoint."""
+        if self.transform == "copy":
+            return self.shape
+        if self.transform == "transpose":
+            return self.shape[::-1]
+        patch = math.isqrt(self.shape[0] // 3)
+        return (self.shape[1], 3, patch, patch)
+
+    def from_hf(self, array: np.ndarray) -> np.ndarray:
+        """The checkpoint's array as the module has it."""
+        if self.transform == "copy":
+            return array
+        return np.ascontiguousarray(array.reshape(array.shape[0], -1).T)
+
+    def to_hf(self, array: np.ndarray) -> np.ndarray:
+        """The inverse of :meth:`from_hf`."""
+        if self.transform == "copy":
+            return array
+        return np.ascontiguousarray(array.T).reshape(self.hf_shape)
+
+
+class Slot(NamedTuple):
+    """One array as it is stored: a parameter, or one layer of a stacked one."""
+
+    row: Parameter
+    layer: int | None = None
+
+    @property
+    def needed(self) -> bool:
+        """Whether embeddings depend on it."""
+        return bool(self.row.name) and (self.layer is None or self.layer < (self.row.layers or 0))
+
+    @property
+    def name(self) -> str:
+        """Its name in the converted folder."""
+        return self.row.name.replace("{i}", str(self.layer))
+
+    @property
+    def group(self) -> str:
+        """The layer that it is read and written with: the unit of memory; else itself."""
+        head, layer, _ = self.row.name.partition("{i}")
+        return f"{head}{self.layer}" if layer else head
+
+    def key(self, prefixes: Mapping[str, str]) -> str:
+        """Its Hugging Face key where each section has the given prefix."""
+        return prefixes[self.row.section] + self.row.hf.replace("{i}", str(self.layer))
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of a checkpoint: names inside it are fixed, their prefix differs between layouts."""
+
+    prefixes: tuple[str, ...]
+    """Where it may start in the files that people have."""
+    anchors: tuple[str, ...]
+    """Names in it of which one is always there; with it the prefix is found."""
+    export: str
+    """The prefix that we write."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Beginnings of names in other layouts, and what they are called here."""
+
+
+@dataclass(frozen=True)
+class ParameterTable:
+    """All rows of one model."""
+
+    rows: tuple[Parameter, ...]
+    sections: Mapping[str, Section]
+    adapter_prefix: str
+    """What stands before ``layers.`` in a PEFT adapter that transformers 5 loads."""
+    adapter_task: str | None = None
+    """The ``task_type`` of such an adapter."""
+
+    @cached_property
+    def slots(self) -> tuple[Slot, ...]:
+        """Every array that a checkpoint may hold, needed or not."""
+        return tuple(
+            Slot(row, layer)
+            for row in self.rows
+            for layer in ([None] if row.layers is None else range(row.layers + row.unused_layers))
+        )
+
+    @cached_property
+    def stored(self) -> dict[str, Slot]:
+        """The arrays that embeddings depend on, by name."""
+        return {slot.name: slot for slot in self.slots if slot.needed}
+
+    @cached_property
+    def by_path(self) -> dict[str, Parameter]:
+        """The rows by where the module has them."""
+        return {row.path: row for row in self.rows if row.name}
+
+    @property
+    def export_prefixes(self) -> dict[str, str]:
+        """The prefix of each section that we write."""
+        return {name: section.export for name, section in self.sections.items()}
+
+    @property
+    def adapted(self) -> list[Parameter]:
+        """The rows that take LoRA."""
+        return [row for row in self.rows if row.lora]
+
+    def groups(self, names: Iterable[str]) -> list[list[str]]:
+        """Stored names, those of one layer together, in the order in which they first come."""
+        found: dict[str, list[str]] = {}
+        for name in names:
+            found.setdefault(self.stored[name].group, []).append(name)
+        return list(found.values())
+
+    def row(self, path: str) -> Parameter:
+        """The row of the array at ``path`` of the module.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if path not in self.by_path:
+            raise ValueError(f"{path}: no row in the family's parameters")
+        return self.by_path[path]
+
+    def names(self, path: str) -> list[str]:
+        """The stored names of the array at ``path``: one for each layer of a stacked one."""
+        row = self.row(path)
+        layers = [None] if row.layers is None else range(row.layers)
+        return [Slot(row, layer).name for layer in layers]
+
+    def spec(self, path: str, ndim: int) -> P:
+        """The PartitionSpec of the array at ``path``, a parameter or a LoRA factor.
+
+        Raises:
+            ValueError: there is no row for it, or the row has another rank than the array.
+        """
+        base, _, leaf = path.rpartition(".")
+        if leaf in ("lora_a", "lora_b"):
+            row = self.row(f"{base}.kernel")
+            split_in, split_out = row.spec
+            axes = (split_in, None) if leaf == "lora_a" else (None, split_out)
+        else:
+            row = self.row(path)
+            axes = tuple(row.spec)
+        spec = P(*axes) if row.layers is None else P(None, *axes)
+        if len(spec) != ndim:
+            raise ValueError(f"{path}: spec {spec} has {len(spec)} axes, array has {ndim}")
+        return spec
+
+    def sharding(self, path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+        """The NamedSharding of the array at ``path`` on ``mesh``; an axis of size 1 is never split.
+
+        The latter is for the scales of quantised kernels, which go by the kernel's own row.
+
+        Raises:
+            ValueError: as :meth:`spec`, or an axis does not divide over its mesh axis.
+        """
+        spec = self.spec(path, len(shape))
+        axes = [None if size == 1 else axis for axis, size in zip(spec, shape, strict=True)]
+        for axis, size in zip(axes, shape, strict=True):
+            if axis is not None and size % mesh.shape[axis]:
+                raise ValueError(
+                    f"{path}: shape {list(shape)} cannot be split over {mesh.shape[axis]} devices "
+                    f"of mesh axis {axis!r}: choose a size that divides {size}"
+                )
+        return NamedSharding(mesh, P(*axes))
+
+
+def name_pattern(template: str) -> re.Pattern[str]:
+    """What matches a name with ``{i}`` in it; the group ``i`` is the number of the layer."""
+    return re.compile(re.escape(template).replace(r"\{i\}", r"(?P<i>0|[1-9]\d*)"))
+
+
+def linear(
+    section: str,
+    hf: str,
+    name: str,
+    sizes: tuple[int, int],
+    spec: P,
+    *,
+    bias: P | None = None,
+    layers: int | None = None,
+    unused_layers: int = 0,
+    lora: bool = False,
+) -> Iterator[Parameter]:
+    """The rows of a linear map of ``sizes`` (in, out): its kernel and, placed by ``bias``, that."""
+    kernel = Parameter(
+        section,
+        f"{hf}.weight",
+        f"{name}.kernel",
+        sizes,
+        spec,
+        "transpose",
+        layers=layers,
+        unused_layers=unused_layers,
+        lora=lora,
+    )
+    yield kernel
+    if bias is not None:
+        yield replace(
+            kernel,
+            hf=f"{hf}.bias",
+            name=f"{name}.bias",
+            shape=sizes[1:],
+            spec=bias,
+            transform="copy",
+            lora=False,
+        )
+
+
+def layer_norm(
+    section: str,
+    hf: str,
+    name: str,
+    size: int,
+    *,
+    layers: int | None = None,
+    unused_layers: int = 0,
+) -> Iterator[Parameter]:
+    """The rows of a layer norm: scale and bias, whole on every device."""
+    for theirs, ours in (("weight", "scale"), ("bias", "bias")):
+        yield Parameter(
+            section,
+            f"{hf}.{theirs}",
+            name and f"{name}.{ours}",
+            (size,),
+            P(None),
+            layers=layers,
+            unused_layers=unused_layers,
+        )
