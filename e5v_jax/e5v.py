@@ -55,6 +55,7 @@ class E5V:
         """Wrap a loaded model and the processor of its inputs."""
         graphdef, self._state = nnx.split(model)
         self.processor = processor
+        self.config, self.tokenizer = processor.config, processor.tokenizer
         self._encoder = Encoder(graphdef, processor, model.runtime)
 
     @classmethod
@@ -151,7 +152,7 @@ class E5V:
         """
         single = isinstance(inputs, str | bytes) or not isinstance(inputs, Sequence)
         items: Sequence[Input] = [inputs] if single else inputs  # type: ignore[list-item, assignment]
-        dimensions = self.processor.config.text.hidden_size
+        dimensions = self.config.text.hidden_size
         if truncate_dim is not None and not 0 < truncate_dim <= dimensions:
             raise ValueError(f"truncate_dim {truncate_dim}: expected 1 to {dimensions}")
         for name, value in {

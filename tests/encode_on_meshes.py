@@ -5,6 +5,7 @@ A program, not a test: it needs 4 virtual devices from the start (test_encode_me
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from e5v_jax import E5V
-from e5v_jax.nn.attention import attention, use_attention
+from e5v_jax.nn.attention import attention
 from e5v_jax.nn.layers import Precision
+from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import BATCH_SPEC, make_mesh
 
 ITEMS: list[Any] = ["A dog sits.", "Snow.", "Two men play football in the rain."]
@@ -33,13 +35,13 @@ def splash_difference() -> float:
     ]
     precision = Precision(jnp.float32, jnp.float32)
 
-    def run(*qkv: jax.Array) -> jax.Array:
-        return attention(*qkv, is_causal=True, precision=precision)
+    def run(*qkv: jax.Array, runtime: Runtime) -> jax.Array:
+        return attention(*qkv, is_causal=True, precision=precision, runtime=runtime)
 
-    expected = jax.jit(run)(*arrays)
+    one = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    expected = jax.jit(partial(run, runtime=Runtime.on(one)))(*arrays)
     placed = jax.device_put(arrays, NamedSharding(mesh, P(*BATCH_SPEC, None, "tensor", None)))
-    with use_attention("splash"), jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        found = jax.jit(lambda *qkv: run(*qkv))(*placed)
+    found = jax.jit(partial(run, runtime=Runtime.on(mesh, "splash")))(*placed)
     assert len(found.sharding.device_set) == 4
     return float(np.abs(np.asarray(found) - np.asarray(expected)).max())
 

@@ -14,13 +14,15 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
-from test_train_step import LORA, TEMPERATURE, flat, largest_relative, make_tokens
+from test_train_step import LORA, TEMPERATURE, flat, largest_relative, make_pair_batch, make_tokens
 
 from e5v_jax.checkpoints.hf_source import open_source
 from e5v_jax.checkpoints.loading import dotted, load_model
 from e5v_jax.nn.layers import LoRAParam, Precision
-from e5v_jax.sharding import make_mesh, param_spec
-from e5v_jax.train.batches import group_lengths, make_pair_batch
+from e5v_jax.nn.parameters import ParameterTable
+from e5v_jax.runtime import Runtime
+from e5v_jax.sharding import make_mesh
+from e5v_jax.train.batches import group_lengths
 from e5v_jax.train.config import LossConfig
 from e5v_jax.train.feed import place
 from e5v_jax.train.optimizer import init_optimizer
@@ -32,7 +34,7 @@ SHAPES = [(d, f, 8 // (d * f)) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d 
 def load(folder: Path, mesh: Mesh, quantization: str | None) -> nnx.Module:
     precision = Precision(np.float32, np.float32, quantization)
     source = open_source(folder)
-    model = load_model(source, precision=precision, mesh=mesh, lora=LORA, seed=5)
+    model = load_model(source, precision=precision, runtime=Runtime.on(mesh), lora=LORA, seed=5)
     graphdef, factors, rest = nnx.split(model, LoRAParam, ...)
     rng = np.random.default_rng(1)  # b that is not zero, so that it shows
     values = jax.tree.map(
@@ -47,7 +49,7 @@ def step_on(folder: Path, mesh: Mesh, **options: Any) -> dict[str, Any]:
     tokens = make_tokens(3, rows=8)
     rows = [np.arange(8)]
     lengths = group_lengths(tokens.lengths, rows, groups=1, multiple=8)
-    host = make_pair_batch(tokens, rows[0], lengths=lengths, pad_id=0, multiple=8)
+    host = make_pair_batch(tokens, rows[0], lengths=lengths, multiple=8)
     batch = place(host, mesh)
     model = load(folder, mesh, options.get("quantization"))
     graphdef, trainable, frozen = split_trainable(model, lora=True)
@@ -62,23 +64,23 @@ def step_on(folder: Path, mesh: Mesh, **options: Any) -> dict[str, Any]:
         remat=options.get("remat", "none"),
         dropout=False,
         state=(trainable, state),
-        mesh=mesh,
     )
     after, state, metrics = step(trainable, state, frozen, batch, jax.random.key(0))
     gradients = flat(state[0].trace)
-    misplaced = [*misplaced_in(after, mesh), *misplaced_in(frozen, mesh)]
+    table = open_source(folder).table
+    misplaced = [*misplaced_in(after, mesh, table), *misplaced_in(frozen, mesh, table)]
     step(after, state, frozen, batch, jax.random.key(0))
     if step._cache_size() != 1:
         misplaced.append("the step compiled again for the state that it returned")
     return {"loss": float(metrics.loss), "gradients": gradients, "misplaced": misplaced}
 
 
-def misplaced_in(state: nnx.State, mesh: Mesh) -> list[str]:
-    """Arrays that are not split as PARAM_RULES say; an axis of size 1 is whole everywhere."""
+def misplaced_in(state: nnx.State, mesh: Mesh, table: ParameterTable) -> list[str]:
+    """Arrays that are not split as the rows say; an axis of size 1 is whole everywhere."""
     found = []
     for path, leaf in nnx.to_flat_state(state):
         for array in jax.tree.leaves(leaf):
-            spec = param_spec(dotted(path), array.ndim)
+            spec = table.spec(dotted(path), array.ndim)
             expected = tuple(
                 n if axis is None or n == 1 else n // mesh.shape[axis]
                 for n, axis in zip(array.shape, spec, strict=True)

@@ -4,12 +4,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from e5v_jax.model import attention as module
 
-from e5v_jax.nn.attention import Implementation, attention, use_attention
+from e5v_jax.nn import attention as module
+from e5v_jax.nn.attention import attention
 from e5v_jax.nn.layers import Precision
+from e5v_jax.runtime import Implementation, Runtime
+from e5v_jax.sharding import make_mesh
 
 FP32 = Precision(jnp.float32, jnp.float32)
+
+
+def on(implementation: Implementation) -> Runtime:
+    return Runtime.on(make_mesh(), implementation)
 
 
 def qkv(t: int = 256, heads: int = 4, kv_heads: int = 2, h: int = 128) -> list[jax.Array]:
@@ -21,10 +27,10 @@ def qkv(t: int = 256, heads: int = 4, kv_heads: int = 2, h: int = 128) -> list[j
 
 
 def run(implementation: Implementation, arrays: list[jax.Array]) -> np.ndarray:
-    with use_attention(implementation):
-        return np.asarray(
-            jax.jit(lambda q, k, v: attention(q, k, v, is_causal=True, precision=FP32))(*arrays)
-        )
+    def compute(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        return attention(q, k, v, is_causal=True, precision=FP32, runtime=on(implementation))
+
+    return np.asarray(jax.jit(compute)(*arrays))
 
 
 def expected(q: jax.Array, k: jax.Array, v: jax.Array) -> np.ndarray:
@@ -54,8 +60,16 @@ def test_key_lengths() -> None:
     q, k, v = qkv(t=8, h=16)
     lengths = jnp.array([3, 8])
     for implementation in ("xla", "splash"):
-        with use_attention(implementation):
-            found = attention(q[:, :1], k, v, is_causal=False, key_lengths=lengths, precision=FP32)
+        runtime = on(implementation)  # type: ignore[arg-type]  # a str to mypy
+        found = attention(
+            q[:, :1],
+            k,
+            v,
+            is_causal=False,
+            key_lengths=lengths,
+            precision=FP32,
+            runtime=runtime,
+        )
         for b in range(2):
             cut = slice(int(lengths[b]))
             alone = attention(
@@ -64,6 +78,7 @@ def test_key_lengths() -> None:
                 v[b : b + 1, cut],
                 is_causal=False,
                 precision=FP32,
+                runtime=runtime,
             )
             np.testing.assert_allclose(found[b], alone[0], atol=1e-6)
 
@@ -87,11 +102,7 @@ def test_choice(backend: str, dtype: jnp.dtype, t: int, h: int, chosen: str) -> 
 
 
 def test_what_cannot_be() -> None:
-    with (
-        pytest.raises(ValueError, match="'flash': expected one of auto, xla, cudnn, splash"),
-        use_attention("flash"),  # type: ignore[arg-type]
-    ):
-        pass
+    with pytest.raises(ValueError, match="'flash': expected one of auto, xla, cudnn, splash"):
+        on("flash")  # type: ignore[arg-type]  # what is tested
     with pytest.raises(ValueError, match="multiples of 128, found 40 positions and heads of 128"):
         run("splash", qkv(t=40))
-    assert module._implementation.get() == "auto"  # also after an error

@@ -19,7 +19,8 @@ from e5v_jax import E5V
 from e5v_jax.checkpoints import from_hf
 from e5v_jax.checkpoints.converted import ConvertedFolder, read_info
 from e5v_jax.checkpoints.hf_source import open_source
-from e5v_jax.nn.config import ModelConfig, UnsupportedModelError
+from e5v_jax.families.llava_next.config import LlavaNextConfig
+from e5v_jax.nn.config import UnsupportedModelError
 
 Llava = Callable[[str], Case]
 Tensors = dict[str, np.ndarray]
@@ -233,7 +234,7 @@ def test_text_only_layouts(tmp_path: Path, name: str, prefix: str, sharded: bool
     assert found.info.content_hash == expected.info.content_hash
     assert found.info.model == expected.info.model
     assert (found.folder / "unused.safetensors").is_file() == (name == "llama")  # lm_head
-    assert found.config.vision is None
+    assert found.config.modalities == ("text",)
 
 
 def test_old_config_with_another_theta_is_read(llava: Llava) -> None:
@@ -241,9 +242,9 @@ def test_old_config_with_another_theta_is_read(llava: Llava) -> None:
     config = json.loads((llava("llama-gqa").folder / "config.json").read_text())
     for theta in (1e6, 1e4):
         config["text_config"]["rope_parameters"] = {"rope_type": "default", "rope_theta": theta}
-        assert ModelConfig.from_hf(config).text.rope_theta == theta
-        assert ModelConfig.from_hf(old_config(config)) == ModelConfig.from_hf(config)
-        original = ModelConfig.from_hf(original_config(config))
+        assert LlavaNextConfig.from_hf(config).text.rope_theta == theta
+        assert LlavaNextConfig.from_hf(old_config(config)) == LlavaNextConfig.from_hf(config)
+        original = LlavaNextConfig.from_hf(original_config(config))
         assert original.text.rope_theta == theta
 
 
@@ -252,12 +253,12 @@ def test_original_config_names_its_tower(llava: Llava) -> None:
     config = original_config(json.loads((llava("llama-gqa").folder / "config.json").read_text()))
     del config["vision_config"]
     config["mm_vision_tower"] = "openai/clip-vit-large-patch14-336"
-    vision = ModelConfig.from_hf(config).vision
+    vision = LlavaNextConfig.from_hf(config).vision
     assert vision is not None
     assert (vision.num_hidden_layers, vision.hidden_size, vision.num_patches) == (24, 1024, 576)
     config["mm_vision_tower"] = "google/siglip-so400m-patch14-384"
     with pytest.raises(UnsupportedModelError, match="siglip-so400m"):
-        ModelConfig.from_hf(config)
+        LlavaNextConfig.from_hf(config)
 
 
 def test_original_llava_embeds_images(llava: Llava, tmp_path: Path) -> None:

@@ -288,7 +288,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("text")
     case = build_text(TEXT_RECIPES["llama"], folder / "hf")
     from_hf.convert(from_hf.Args(str(case.folder), folder / "ours"))
-    write_adapter(folder / "adapter", random_adapter(folder / "ours"), text_only=True)
+    table = ConvertedFolder(folder / "ours").table
+    write_adapter(folder / "adapter", random_adapter(folder / "ours"), table)
     return folder
 
 
@@ -428,7 +429,7 @@ def test_interrupt_leaves_nothing(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from convert import {module}
+from e5v_jax.checkpoints import {module}
 
 real = {module}.{producer}
 

@@ -1,5 +1,6 @@
 """How the encoder batches, and that none of its tricks changes a vector."""
 
+import dataclasses
 import logging
 import multiprocessing
 from collections.abc import Callable, Iterator
@@ -15,10 +16,14 @@ from hf_models import Case, Recipe, build_text, picture
 from e5v_jax import E5V
 from e5v_jax.checkpoints.tokenizer import load_tokenizer
 from e5v_jax.data.images import image_size
-from e5v_jax.data.inputs import InputError, Measured, num_image_tokens, num_tiles
+from e5v_jax.data.inputs import InputError
+from e5v_jax.data.text import IMAGE_BUCKETS, TEXT_BUCKETS, bucket_length
 from e5v_jax.encode import compilation, stream
 from e5v_jax.encode.batching import plan_batches
-from e5v_jax.families.llava_next.model import TextBatch
+from e5v_jax.families.base import Measured
+from e5v_jax.families.llava_next.presets import ARCHITECTURES
+from e5v_jax.families.llava_next.processor import LlavaNextProcessor
+from e5v_jax.families.text.model import TextBatch
 from e5v_jax.prompts import CHATML, TEXT, fill
 
 TOLERANCE = 1e-6
@@ -117,34 +122,58 @@ def test_bad_inputs_are_told_and_left_out(e5v: E5V, alone: np.ndarray) -> None:
 # --- batches -------------------------------------------------------------------------------------
 
 
+def padded_length(length: int, shape_key: int) -> int:
+    return bucket_length(length, IMAGE_BUCKETS if shape_key else TEXT_BUCKETS)
+
+
 def measured(lengths: list[int], tiles: int = 0) -> list[Measured]:
-    return [Measured(i, [1], length, num_tiles=tiles) for i, length in enumerate(lengths)]
+    return [Measured(i, [1], length, shape_key=tiles) for i, length in enumerate(lengths)]
 
 
 def test_plan_holds_every_item_once_and_keeps_its_limits() -> None:
     rng = np.random.default_rng(0)
-    for max_rows, max_tokens, multiple in ((None, 1024, 1), (5, 1024, 1), (None, 512, 4)):
+    for max_rows, max_tokens, multiple in (
+        (None, 1024, 1),
+        (5, 1024, 1),
+        (None, 512, 4),
+        (5, 1024, 8),
+    ):
         items = measured(rng.integers(1, 600, 200).tolist()) + measured([900, 700, 800], tiles=3)
         batches = list(
-            plan_batches(items, max_rows=max_rows, max_tokens=max_tokens, multiple=multiple)
+            plan_batches(
+                items,
+                padded_length=padded_length,
+                max_rows=max_rows,
+                max_tokens=max_tokens,
+                multiple=multiple,
+            )
         )
         assert sorted(map(id, items)) == sorted(id(i) for batch in batches for i in batch.items)
         for batch in batches:
-            assert max(item.length for item in batch.items) <= batch.length
-            assert len(batch.items) <= batch.rows and batch.rows % multiple == 0
-            assert max_rows is None or batch.rows <= -(-max_rows // multiple) * multiple
-            assert batch.rows * batch.length <= max(max_tokens, batch.length * multiple) * (
-                1 if multiple == 1 else 2
-            )
-            assert {item.num_tiles for item in batch.items} == {batch.tiles}
-        assert [b.tiles for b in batches] == sorted((b.tiles for b in batches), reverse=True)
+            rows, length = batch.shape.rows, batch.shape.length
+            assert max(item.length for item in batch.items) <= length
+            assert len(batch.items) <= rows and rows % multiple == 0
+            assert max_rows is None or rows <= -(-max_rows // multiple) * multiple
+            assert max_rows is None or len(batch.items) <= max_rows
+            assert rows * length <= max(max_tokens, length * multiple) * (1 if multiple == 1 else 2)
+            assert {item.shape_key for item in batch.items} == {batch.shape.shape_key}
+        keys = [batch.shape.shape_key for batch in batches]
+        assert keys == sorted(keys, reverse=True)
 
 
 def padding_and_shapes(items: list[Measured], max_tokens: int) -> tuple[float, int]:
-    batches = list(plan_batches(items, max_rows=None, max_tokens=max_tokens, multiple=1))
-    positions = sum(batch.rows * batch.length for batch in batches)
+    batches = list(
+        plan_batches(
+            items,
+            padded_length=padded_length,
+            max_rows=None,
+            max_tokens=max_tokens,
+            multiple=1,
+        )
+    )
+    positions = sum(batch.shape.rows * batch.shape.length for batch in batches)
     padding = 1 - sum(item.length for item in items) / positions
-    return padding, len({(b.rows, b.length, b.tiles) for b in batches})
+    return padding, len({batch.shape for batch in batches})
 
 
 @pytest.mark.parametrize("max_tokens", [1024, 2048])
@@ -160,15 +189,15 @@ def test_padding_of_sts_sentences(shared: Path, smollm2_gguf: Path, max_tokens: 
 @pytest.mark.parametrize("max_tokens", [1024, 16384])
 @pytest.mark.parametrize("patch_size", [14, 16])
 def test_padding_of_photographs(shared: Path, patch_size: int, max_tokens: int) -> None:
-    pinpoints = [(336, 672), (672, 336), (672, 672), (1008, 336), (336, 1008)]
+    architecture = ARCHITECTURES["llava-next-llama3-8b"]
+    vision = dataclasses.replace(architecture.vision, patch_size=patch_size)
+    processor = object.__new__(LlavaNextProcessor)  # to measure images it needs no tokenizer
+    processor.config = dataclasses.replace(architecture, vision=vision)
     items = []
     for path in sorted((shared / "data/flickr8k").rglob("*.jpg")):
         size = image_size(path)
-        tokens = num_image_tokens(
-            size, grid_pinpoints=pinpoints, image_size=336, patch_size=patch_size
-        )
-        tiles = num_tiles(size, 336, pinpoints)
-        items.append(Measured(len(items), [1], tokens + 20, path, size, tiles))
+        tokens, tiles = processor.measure_image(size)
+        items.append(Measured(len(items), [1], tokens + 20, tiles, path, size))
     assert len(items) == 200
     padding, shapes = padding_and_shapes(items, max_tokens)
     assert padding < 0.1 and shapes <= 12

@@ -20,7 +20,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 from e5v_jax.checkpoints.gguf import GGUFTensors, read_config
 from e5v_jax.checkpoints.gguf_file import GGUFError
 from e5v_jax.checkpoints.gguf_tokenizer import build_tokenizer
-from e5v_jax.nn.config import ModelConfig, UnsupportedModelError
+from e5v_jax.families.text.config import TextModelConfig
+from e5v_jax.nn.config import UnsupportedModelError
 
 # head_dim * heads differs from hidden_size; every size is different, so that no swap goes unseen
 HIDDEN, INTER, HEADS, KV_HEADS, HEAD_DIM, LAYERS = 64, 160, 4, 2, 24, 2
@@ -193,7 +194,7 @@ def test_smollm2_config_equals_transformers(smollm2_gguf: Path) -> None:
     assert config.pop("rope_theta") == expected.rope_parameters["rope_theta"] == 100000.0
     for key, value in config.items():
         assert value == getattr(expected, key), key
-    text = ModelConfig.from_hf(read_config(smollm2_gguf)).text
+    text = TextModelConfig.from_hf(read_config(smollm2_gguf)).text
     assert (text.rope_theta, text.head_dim, text.num_key_value_heads) == (100000.0, 64, 3)
 
 
@@ -252,7 +253,8 @@ def test_smollm2_tokenizer_survives_saving(
 
 def test_reading_needs_no_torch(tiny: Path) -> None:
     program = (
-        "import sys; from e5v_jax.checkpoints.gguf import *; from e5v_jax.checkpoints.gguf_tokenizer import *\n"
+        "import sys; from e5v_jax.checkpoints.gguf import *\n"
+        "from e5v_jax.checkpoints.gguf_tokenizer import *\n"
         f"p = {str(tiny)!r}; t = GGUFTensors(p); t.read(t.keys()[0]); build_tokenizer(p)('a')\n"
         "assert 'torch' not in sys.modules"
     )

@@ -14,14 +14,15 @@ from test_train_step import (
     RECIPE,
     flat,
     load,
+    make_pair_batch,
     make_tokens,
     with_random_factors,
 )
 
-from e5v_jax.families.llava_next.model import LlavaNext
+from e5v_jax.families.base import Model
 from e5v_jax.nn.decoder import Remat
 from e5v_jax.nn.layers import LoRAParam
-from e5v_jax.train.batches import group_lengths, make_pair_batch
+from e5v_jax.train.batches import group_lengths
 from e5v_jax.train.config import LossConfig, OptimizerConfig
 from e5v_jax.train.optimizer import make_optimizer
 from e5v_jax.train.step import PairBatch, pair_loss, split_trainable
@@ -32,7 +33,7 @@ TEMPERATURE = 0.5
 
 
 @pytest.fixture(scope="module")
-def adapted(tmp_path_factory: pytest.TempPathFactory) -> LlavaNext:
+def adapted(tmp_path_factory: pytest.TempPathFactory) -> Model:
     case: Case = build_text(RECIPE, tmp_path_factory.mktemp("llama"))
     graphdef, factors, rest = nnx.split(with_random_factors(load(case)), LoRAParam, ...)
     return nnx.merge(graphdef, jax.tree.map(lambda x: x / 10, factors), rest)
@@ -42,11 +43,11 @@ def batch_of(chunk_size: int, groups: int, rows: int = BATCH) -> PairBatch:
     tokens = make_tokens(3, rows=max(rows, BATCH))
     order = [np.arange(rows)]
     lengths = group_lengths(tokens.lengths, order, groups=groups, multiple=chunk_size)
-    return make_pair_batch(tokens, order[0], lengths=lengths, pad_id=0, multiple=chunk_size)
+    return make_pair_batch(tokens, order[0], lengths=lengths, multiple=chunk_size)
 
 
 def compiled(
-    model: LlavaNext, batch: PairBatch, chunk_size: int | None, remat: Remat, *, dropout: bool
+    model: Model, batch: PairBatch, chunk_size: int | None, remat: Remat, *, dropout: bool
 ) -> tuple[jax.stages.Compiled, nnx.State]:
     graphdef, trainable, frozen = split_trainable(model, lora=True)
 
@@ -66,7 +67,7 @@ def compiled(
 
 
 def run(
-    model: LlavaNext,
+    model: Model,
     batch: PairBatch,
     chunk_size: int | None,
     remat: Remat,
@@ -89,9 +90,7 @@ def relative(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> floa
     ("chunk_size", "groups", "remat"),
     [(3, 1, "none"), (9, 2, "dots"), (6, 3, "full"), (1, 1, "full")],
 )
-def test_chunks_change_nothing(
-    adapted: LlavaNext, chunk_size: int, groups: int, remat: Remat
-) -> None:
+def test_chunks_change_nothing(adapted: Model, chunk_size: int, groups: int, remat: Remat) -> None:
     batch = batch_of(chunk_size, groups)
     loss, gradients = run(adapted, batch, None, remat)
     chunked_loss, chunked = run(adapted, batch, chunk_size, remat)
@@ -99,7 +98,7 @@ def test_chunks_change_nothing(
     assert relative(chunked, gradients) <= 1e-6
 
 
-def test_memory_falls_with_the_chunk(adapted: LlavaNext) -> None:
+def test_memory_falls_with_the_chunk(adapted: Model) -> None:
     """Temporary memory of the compiled step, as XLA reports it: 96 inputs, 24 tokens each."""
 
     def memory(chunk_size: int | None) -> int:
@@ -113,7 +112,7 @@ def test_memory_falls_with_the_chunk(adapted: LlavaNext) -> None:
     assert small < 0.35 * whole
 
 
-def test_dropout_differs_between_chunks_and_is_the_same_in_both_passes(adapted: LlavaNext) -> None:
+def test_dropout_differs_between_chunks_and_is_the_same_in_both_passes(adapted: Model) -> None:
     """One fixed mask per key: the numeric slope of the loss is that of the gradient."""
     rate = 0.3
     model = nnx.merge(*nnx.split(adapted))

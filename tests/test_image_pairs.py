@@ -15,9 +15,8 @@ from training_runs import read_metrics
 from e5v_jax.checkpoints import from_hf
 from e5v_jax.data.pairs import load_triplets
 from e5v_jax.data.text import truncate_texts
-from e5v_jax.families.llava_next.model import l2_normalize
-from e5v_jax.nn.config import ModelConfig
-from e5v_jax.nn.layers import LoRAConfig
+from e5v_jax.nn.layers import LoRAConfig, l2_normalize
+from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh
 from e5v_jax.train.config import DataConfig, LossConfig, OptimizerConfig, TrainConfig
 from e5v_jax.train.feed import Feed, open_feed, place
@@ -72,8 +71,7 @@ def feed_of(case: Case, file: Path, chunk_size: int | None = None) -> tuple[Feed
         chunk_size=chunk_size,
     )
     mesh = make_mesh(data=-1, fsdp=1)
-    config: ModelConfig = case.e5v.config
-    feed = open_feed(cfg, load_triplets(file), case.e5v.tokenizer, case.template, config, mesh)
+    feed = open_feed(cfg, load_triplets(file), case.e5v.processor, Runtime.on(mesh))
     batch = next(feed.batches)
     rows = [f"{file}:{i + 1}" for i in batch.rows]
     assert len(rows) == BATCH

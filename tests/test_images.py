@@ -19,20 +19,18 @@ from transformers.models.llava_next.modeling_llava_next import LlavaNextModel
 from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
 
 from e5v_jax.data import images
-from e5v_jax.data.images import (
-    IMAGE_MEAN,
-    IMAGE_SCALE,
-    IMAGE_STD,
+from e5v_jax.data.images import ImageError, load_image
+from e5v_jax.families.llava_next.tiling import (
     NEWLINE,
-    ImageError,
     image_token_index,
-    load_image,
     num_image_tokens,
     select_best_resolution,
     tile_image,
 )
+from e5v_jax.nn.clip import IMAGE_MEAN, IMAGE_STD
 
 PATCH = 14
+IMAGE_SCALE = 1 / 255
 
 
 def pinpoints(s: int) -> tuple[tuple[int, int], ...]:

@@ -10,6 +10,8 @@ import pytest
 from hf_models import Case, picture
 
 from e5v_jax import E5V
+from e5v_jax.families.llava_next import processor as llava_processor
+from e5v_jax.families.text import processor as text_processor
 
 TOLERANCE = 1e-6
 TEXTS = ["A dog sits.", "Snow.", "Two men play football in the rain while a third one watches."]
@@ -75,15 +77,14 @@ def test_padding(e5v: E5V, alone: np.ndarray) -> None:
 
 def test_mates_would_show(e5v: E5V, alone: np.ndarray, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same tests fail when the last position of the batch is pooled instead of the item's."""
-    import e5v_jax.encode.arrays as arrays
+    pad_right = text_processor.pad_right
 
-    pad_right = arrays.pad_right
-
-    def pooled_at_the_end(*args: Any) -> tuple[np.ndarray, np.ndarray]:
-        ids, last = pad_right(*args)
+    def pooled_at_the_end(*args: Any, **kwargs: Any) -> tuple[np.ndarray, np.ndarray]:
+        ids, last = pad_right(*args, **kwargs)
         return ids, np.full_like(last, ids.shape[1] - 1)
 
-    monkeypatch.setattr(arrays, "pad_right", pooled_at_the_end)
+    monkeypatch.setattr(text_processor, "pad_right", pooled_at_the_end)
+    monkeypatch.setattr(llava_processor, "pad_right", pooled_at_the_end)
     assert largest(e5v.encode(MIXED), alone) > 1e-2
 
 

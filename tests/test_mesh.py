@@ -10,7 +10,11 @@ import jax
 import pytest
 from hf_models import Recipe, build_text
 
-from e5v_jax.sharding import PARAM_RULES, make_mesh, param_sharding, param_spec
+from e5v_jax.families.llava_next import LLAVA_NEXT
+from e5v_jax.families.llava_next.presets import ARCHITECTURES
+from e5v_jax.sharding import make_mesh
+
+TABLE = LLAVA_NEXT.parameters(ARCHITECTURES["llava-next-llama3-8b"])
 
 TESTS = Path(__file__).parent
 # every axis divides by 8; scales of nf4 have 128 / 64 = 2 rows
@@ -61,16 +65,15 @@ def test_mesh_fills_in_one_size() -> None:
 
 
 def test_a_parameter_without_a_rule_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"^lm_head\.kernel: no rule in PARAM_RULES"):
-        param_spec("lm_head.kernel", 2)
+    with pytest.raises(ValueError, match=r"^lm_head\.kernel: no row in the family's parameters"):
+        TABLE.spec("lm_head.kernel", 2)
     with pytest.raises(ValueError, match=r"has 1 axes, array has 2"):
-        param_spec("language_model.norm.scale", 2)
-    assert not any(pattern in (".*", "") for pattern, _ in PARAM_RULES)
+        TABLE.spec("language_model.norm.scale", 2)
 
 
 def test_an_axis_of_size_one_is_never_split() -> None:
     """The scales of int8 kernels: [layers, 1, out]."""
     mesh = make_mesh()
     name = "language_model.layers.mlp.up_proj.kernel"
-    assert param_sharding(name, (2, 1, 128), mesh).spec == jax.P(None, None, "tensor")
-    assert param_sharding(name, (2, 128, 128), mesh).spec == jax.P(None, "fsdp", "tensor")
+    assert TABLE.sharding(name, (2, 1, 128), mesh).spec == jax.P(None, None, "tensor")
+    assert TABLE.sharding(name, (2, 128, 128), mesh).spec == jax.P(None, "fsdp", "tensor")

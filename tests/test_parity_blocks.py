@@ -9,16 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from e5v_jax.encode.arrays import pack_images
 from hf_models import Case, picture
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from e5v_jax.data.images import NEWLINE, image_token_index, tile_image
-from e5v_jax.data.inputs import choose_prompt, prepare
+from e5v_jax.families.base import BatchShape
 from e5v_jax.families.llava_next.model import ImageBatch
+from e5v_jax.families.llava_next.tiling import NEWLINE, image_token_index, tile_image
 from e5v_jax.nn.layers import apply_rope, rope_angles
-from e5v_jax.prompts import TEMPLATES, forbidden_pattern
+from e5v_jax.prompts import choose_prompt
 
 NAMES = ("llama-gqa", "mistral", "wide-heads", "vicuna")
 SIZES = [(40, 56), (70, 45), (50, 50), (8, 200), (300, 5), (1, 1), (2, 900)]  # (height, width)
@@ -151,22 +150,13 @@ def test_merge_of_a_batch(trace: Trace) -> None:
     """Text, tiles and newlines of several items land where PyTorch puts them."""
     case, e5v = trace.case, trace.case.e5v
     items = [{"text": "make it blue", "image": trace.image}, picture(40, 90), picture(30, 30)]
-    template = TEMPLATES[e5v.template]
-    prepared = prepare(
-        items,
-        cfg=e5v.config,
-        tokenizer=e5v.tokenizer,
-        choice=choose_prompt(template, None, None),
-        forbidden=forbidden_pattern(e5v.tokenizer, template),
-    )
-    length = max(len(item.ids) for item in prepared) + 3
-    ids = np.zeros((len(prepared), length), np.int32)
-    for row, item in enumerate(prepared):
-        ids[row, : len(item.ids)] = item.ids
-    image_index, tiles = pack_images(prepared, length, max(len(item.tiles) for item in prepared))
-    batch = ImageBatch(
-        *map(jnp.asarray, (ids, np.zeros(len(prepared), np.int32), image_index, tiles))
-    )
+    measured = e5v.processor.measure(items, choose_prompt(None, None))
+    prepared = [e5v.processor.load(item) for item in measured]
+    length = max(item.length for item in measured) + 3
+    tiles = max(item.shape_key for item in measured)
+    stacked = e5v.processor.stack(prepared, BatchShape(len(items), length, tiles))
+    batch = jax.tree.map(jnp.asarray, stacked)
+    assert isinstance(batch, ImageBatch)
     found = np.asarray(jax.jit(lambda m, b: m.merge(b))(case.module, batch))  # [B, L, D]
     used = len(prepared[0].ids)
     assert_close(found[:1, :used], trace.inputs_embeds)

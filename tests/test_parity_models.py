@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
-from e5v_jax.model import clip, layers, llama, llava_next
 from hf_models import (
     RECIPES,
     TEXT_RECIPES,
@@ -30,10 +29,12 @@ from e5v_jax import E5V
 from e5v_jax.checkpoints.converted import ConvertedFolder
 from e5v_jax.checkpoints.from_hf import Args, convert
 from e5v_jax.checkpoints.hf_source import HfSource
-from e5v_jax.data import images
-from e5v_jax.encode import inputs as encode_inputs
+from e5v_jax.families.llava_next import model as llava_next
+from e5v_jax.families.llava_next import processor, tiling
+from e5v_jax.families.llava_next.config import LlavaNextConfig
+from e5v_jax.nn import clip, decoder, layers
 from e5v_jax.nn.attention import attention
-from e5v_jax.nn.config import ModelConfig, TextConfig, VisionConfig
+from e5v_jax.nn.config import TextConfig, VisionConfig
 
 TEXTS = [
     "A dog sits.",
@@ -162,27 +163,27 @@ def _interleaved_rope(x: jax.Array, angles: jax.Array) -> jax.Array:
 
 
 def _without_newlines(*args: Any, **kwargs: Any) -> np.ndarray:
-    index = images.image_token_index(*args, **kwargs)
-    return index[index != images.NEWLINE]
+    index = tiling.image_token_index(*args, **kwargs)
+    return index[index != tiling.NEWLINE]
 
 
-def _swapped_tiles(*args: Any, **kwargs: Any) -> images.TiledImage:
-    tiled = images.tile_image(*args, **kwargs)
+def _swapped_tiles(*args: Any, **kwargs: Any) -> tiling.TiledImage:
+    tiled = tiling.tile_image(*args, **kwargs)
     return dataclasses.replace(tiled, tiles=tiled.tiles[[0, 2, 1, *range(3, len(tiled.tiles))]])
 
 
-def _swapped_channels(*args: Any, **kwargs: Any) -> images.TiledImage:
-    tiled = images.tile_image(*args, **kwargs)
+def _swapped_channels(*args: Any, **kwargs: Any) -> tiling.TiledImage:
+    tiled = tiling.tile_image(*args, **kwargs)
     return dataclasses.replace(tiled, tiles=tiled.tiles[..., ::-1])
 
 
-def _transposed_tiles(*args: Any, **kwargs: Any) -> images.TiledImage:
-    tiled = images.tile_image(*args, **kwargs)
+def _transposed_tiles(*args: Any, **kwargs: Any) -> tiling.TiledImage:
+    tiled = tiling.tile_image(*args, **kwargs)
     return dataclasses.replace(tiled, tiles=tiled.tiles.transpose(0, 2, 1, 3))
 
 
 def _size_as_width_height(*args: Any, **kwargs: Any) -> np.ndarray:
-    return images.image_token_index(args[0][::-1], *args[1:], **kwargs)
+    return tiling.image_token_index(args[0][::-1], *args[1:], **kwargs)
 
 
 def _tiled_kv_heads(q: jax.Array, k: jax.Array, v: jax.Array, **kwargs: Any) -> jax.Array:
@@ -205,24 +206,24 @@ def _scale_plus_one(norm: layers.RMSNorm, x: jax.Array) -> jax.Array:
 
 
 PLANTS: dict[str, Plant] = {
-    "rope pairs neighbours": lambda m: m.setattr(llama, "apply_rope", _interleaved_rope),
+    "rope pairs neighbours": lambda m: m.setattr(decoder, "apply_rope", _interleaved_rope),
     "rope turns backwards": lambda m: m.setattr(
-        llama, "apply_rope", lambda x, angles: layers.apply_rope(x, -angles)
+        decoder, "apply_rope", lambda x, angles: layers.apply_rope(x, -angles)
     ),
     "positions stretched": lambda m: m.setattr(
-        llama,
+        decoder,
         "rope_angles",
         lambda positions, **kw: layers.rope_angles(positions * 1.001, **kw),
     ),
-    "newline dropped": lambda m: m.setattr(encode_inputs, "image_token_index", _without_newlines),
-    "tiles swapped": lambda m: m.setattr(encode_inputs, "tile_image", _swapped_tiles),
-    "tiles transposed": lambda m: m.setattr(encode_inputs, "tile_image", _transposed_tiles),
-    "BGR": lambda m: m.setattr(encode_inputs, "tile_image", _swapped_channels),
+    "newline dropped": lambda m: m.setattr(processor, "image_token_index", _without_newlines),
+    "tiles swapped": lambda m: m.setattr(processor, "tile_image", _swapped_tiles),
+    "tiles transposed": lambda m: m.setattr(processor, "tile_image", _transposed_tiles),
+    "BGR": lambda m: m.setattr(processor, "tile_image", _swapped_channels),
     "width before height": lambda m: m.setattr(
-        encode_inputs, "image_token_index", _size_as_width_height
+        processor, "image_token_index", _size_as_width_height
     ),
-    "kv heads in the wrong groups": lambda m: m.setattr(llama, "attention", _tiled_kv_heads),
-    "no causal mask": lambda m: m.setattr(llama, "attention", _no_mask),
+    "kv heads in the wrong groups": lambda m: m.setattr(decoder, "attention", _tiled_kv_heads),
+    "no causal mask": lambda m: m.setattr(decoder, "attention", _no_mask),
     "quick_gelu in the projector": lambda m: m.setattr(llava_next, "exact_gelu", clip.quick_gelu),
     "gelu for quick_gelu": lambda m: m.setitem(clip.ACTIVATIONS, "quick_gelu", clip.exact_gelu),
     "mean kept in layer norm": lambda m: m.setattr(layers.LayerNorm, "__call__", _mean_kept),
@@ -284,14 +285,13 @@ VISION_CHANGES: dict[str, list[Any]] = {
     "hidden_act": ["gelu"],
 }
 MODEL_CHANGES: dict[str, list[Any]] = {
-    "vision": [None],
     "vision_feature_layer": [-1, -3],
     "image_token_id": [None, 0],
     "image_grid_pinpoints": [((28, 56),), ()],
 }
 
 
-def changed(config: ModelConfig, section: str, field: str, value: Any) -> ModelConfig:
+def changed(config: LlavaNextConfig, section: str, field: str, value: Any) -> LlavaNextConfig:
     if section == "model":
         return dataclasses.replace(config, **{field: value})
     part = dataclasses.replace(getattr(config, section), **{field: value})
@@ -304,7 +304,7 @@ def test_every_config_field_is_listed() -> None:
 
     assert set(TEXT_CHANGES) == names(TextConfig)
     assert set(VISION_CHANGES) == names(VisionConfig)
-    assert set(MODEL_CHANGES) | {"text"} == names(ModelConfig)
+    assert set(MODEL_CHANGES) | {"text", "vision"} == names(LlavaNextConfig)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,10 @@ from e5v_jax.checkpoints.loading import load_model
 from e5v_jax.checkpoints.tokenizer import load_tokenizer
 from e5v_jax.data.text import encode_batch, pad_right
 from e5v_jax.evaluate.sts import evaluate_sts
-from e5v_jax.families.llava_next.model import LlavaNext
+from e5v_jax.families.text.model import TextModel
+from e5v_jax.families.text.processor import TextProcessor
 from e5v_jax.nn.layers import Precision
+from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh
 
 SENTENCES = [
@@ -40,16 +42,16 @@ SENTENCES = [
 
 
 @pytest.fixture(scope="module")
-def module(smollm2_converted: Path) -> LlavaNext:
+def module(smollm2_converted: Path) -> TextModel:
     precision = Precision(param=np.float32, compute=np.float32)
     source = ConvertedFolder(smollm2_converted)
-    return load_model(source, precision=precision, mesh=make_mesh(1, 1))
+    return load_model(source, precision=precision, runtime=Runtime.on(make_mesh(1, 1)))
 
 
 @pytest.fixture(scope="module")
-def e5v(smollm2_converted: Path, module: LlavaNext) -> E5V:
+def e5v(smollm2_converted: Path, module: TextModel) -> E5V:
     config = ConvertedFolder(smollm2_converted).config
-    return E5V(module, config, load_tokenizer(smollm2_converted), mesh=make_mesh(1, 1))
+    return E5V(module, TextProcessor(config, load_tokenizer(smollm2_converted)))
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +67,7 @@ def torch_hidden(smollm2_gguf: Path, smollm2_torch: Any) -> list[np.ndarray]:
 
 
 def test_hidden_states_of_all_positions(
-    module: LlavaNext, e5v: E5V, torch_hidden: list[np.ndarray]
+    module: TextModel, e5v: E5V, torch_hidden: list[np.ndarray]
 ) -> None:
     prompts = [prompt_of(sentence, "chatml")[0] for sentence in SENTENCES]
     sequences = encode_batch(e5v.tokenizer, prompts)
@@ -73,7 +75,7 @@ def test_hidden_states_of_all_positions(
     ids, _ = pad_right(sequences, max(map(len, sequences)), pad_id=0)
 
     @jax.jit
-    def run(module: LlavaNext, ids: jax.Array) -> jax.Array:
+    def run(module: TextModel, ids: jax.Array) -> jax.Array:
         decoder = module.language_model
         return decoder.norm(decoder(decoder.embed(ids)))
 

@@ -12,15 +12,16 @@ import pytest
 from flax import nnx
 from hf_models import Recipe, build_text
 from qwix import QArray
-from test_train_step import LORA, flat, make_tokens, with_random_factors
+from test_train_step import LORA, flat, make_pair_batch, make_tokens, with_random_factors
 
 from e5v_jax.checkpoints.hf_source import open_source
 from e5v_jax.checkpoints.loading import dotted, load_model
-from e5v_jax.families.llava_next.model import LlavaNext
+from e5v_jax.families.base import Model
 from e5v_jax.nn.layers import Precision
 from e5v_jax.nn.quantized import NF4_TILE, Quantization, dense_kernel, quantize_kernel
+from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh
-from e5v_jax.train.batches import group_lengths, make_pair_batch
+from e5v_jax.train.batches import group_lengths
 from e5v_jax.train.config import LossConfig
 from e5v_jax.train.step import PairBatch, pair_loss, split_trainable
 
@@ -74,9 +75,11 @@ def reference_nf4(kernel: np.ndarray) -> np.ndarray:
     return result
 
 
-def load(folder: Path, quantization: Quantization | None) -> LlavaNext:
+def load(folder: Path, quantization: Quantization | None) -> Model:
     precision = Precision(param=np.float32, compute=np.float32, quantization=quantization)
-    return load_model(open_source(folder), precision=precision, mesh=make_mesh(), lora=LORA, seed=5)
+    return load_model(
+        open_source(folder), precision=precision, runtime=Runtime.on(make_mesh()), lora=LORA, seed=5
+    )
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +132,7 @@ def test_loading_quantises_and_reports_its_error(
     assert percent == pytest.approx({"nf4": 9.2, "int8": 0.6}[quantization], rel=0.2)
 
 
-def both(quantized: LlavaNext, dense: LlavaNext) -> Iterator[tuple[str, tuple[np.ndarray, ...]]]:
+def both(quantized: Model, dense: Model) -> Iterator[tuple[str, tuple[np.ndarray, ...]]]:
     """Each kernel of the decoder, dequantised and as it was."""
     original = dict(nnx.to_flat_state(nnx.state(dense)))
     for path, leaf in nnx.to_flat_state(nnx.state(quantized)):
@@ -140,7 +143,7 @@ def both(quantized: LlavaNext, dense: LlavaNext) -> Iterator[tuple[str, tuple[np
 
 
 def loss_and_gradients(
-    model: LlavaNext, *, chunk_size: int | None = None
+    model: Model, *, chunk_size: int | None = None
 ) -> tuple[float, dict[str, np.ndarray]]:
     graphdef, trainable, frozen = split_trainable(model, lora=True)
     batch = six_triplets()
@@ -168,7 +171,7 @@ def six_triplets() -> PairBatch:
     tokens = make_tokens(3)
     rows = np.arange(6)
     lengths = group_lengths(tokens.lengths, [rows], groups=1, multiple=6)
-    return make_pair_batch(tokens, rows, lengths=lengths, pad_id=0, multiple=6)
+    return make_pair_batch(tokens, rows, lengths=lengths, multiple=6)
 
 
 @pytest.mark.parametrize("quantization", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])

@@ -5,7 +5,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import optax
 import pytest
@@ -24,10 +23,13 @@ from transformers import (
 
 from e5v_jax import E5V
 from e5v_jax.checkpoints import from_hf, to_hf
-from e5v_jax.checkpoints.converted import TOKENIZER_FILES, ConvertedFolder
-from e5v_jax.checkpoints.loading import build, dotted
+from e5v_jax.checkpoints.converted import ConvertedFolder
+from e5v_jax.checkpoints.loading import abstract_model, dotted
 from e5v_jax.checkpoints.peft import Adapter, read_adapter, write_adapter
+from e5v_jax.checkpoints.tokenizer import TOKENIZER_FILES
 from e5v_jax.nn.layers import LoRAConfig, LoRAParam, Precision
+from e5v_jax.runtime import Runtime
+from e5v_jax.sharding import make_mesh
 from e5v_jax.train import checkpoint
 from e5v_jax.train.config import TrainConfig
 
@@ -190,10 +192,17 @@ def make_peft(case: Case, folder: Path, **options: Any) -> PeftModel:
 
 def random_adapter(ours: Path, rank: int = 3) -> Adapter:
     """Factors for every linear map of every layer, none of them zero."""
-    cfg = ConvertedFolder(ours).config
+    source = ConvertedFolder(ours)
     lora = LoRAConfig(rank=rank, alpha=5.0, dropout=0.1)
     precision = Precision(param=np.float32, compute=np.float32)
-    model = jax.eval_shape(lambda: build(cfg, precision=precision, lora=lora, load_vision=False))
+    model = abstract_model(
+        source.family,
+        source.config,
+        precision=precision,
+        runtime=Runtime.on(make_mesh()),
+        lora=lora,
+        load_vision=False,
+    )
     rng = np.random.default_rng(0)
     return Adapter(
         lora,
@@ -276,8 +285,8 @@ def test_merge_rounds_once(llava: Llava, tmp_path: Path) -> None:
 def test_peft_loads_our_adapter(case: Case, tmp_path: Path) -> None:
     ours = import_(case.folder, tmp_path / "ours")
     adapter = random_adapter(ours)
-    text_only = ConvertedFolder(ours).config.vision is None
-    write_adapter(tmp_path / "adapter", adapter, text_only=text_only)
+    source = ConvertedFolder(ours)
+    write_adapter(tmp_path / "adapter", adapter, source.table)
     folder = export(ours, tmp_path / "peft", adapter=tmp_path / "adapter", peft=True)
     assert {f.name for f in folder.iterdir()} == {
         "adapter_config.json",
@@ -291,12 +300,12 @@ def test_peft_loads_our_adapter(case: Case, tmp_path: Path) -> None:
     assert len(factors) == 2 * 7 * ConvertedFolder(ours).config.text.num_hidden_layers
     assert all(p.abs().max() > 0 for p in factors.values())
     assert not any("vision_tower" in name for name in factors)
-    item = "A dog sits." if text_only else picture(40, 60)
+    item = picture(40, 60) if "image" in source.config.modalities else "A dog sits."
     expected = Case(case.folder, case.template, model).torch_embed([item])
     found = E5V.from_pretrained(ours, adapter=folder, dtype="float32").encode([item])
     np.testing.assert_allclose(found, expected, atol=1e-5)
     # and what is read back is what was written
-    again = read_adapter(folder, ConvertedFolder(ours).config.text)
+    again = read_adapter(folder, source.table)
     assert again.lora == adapter.lora
     for path, values in adapter.values.items():
         np.testing.assert_array_equal(again.values[path], values)
@@ -314,7 +323,7 @@ def test_adapter_of_a_training_run(llava: Llava, tmp_path: Path, peft: bool) -> 
         state = nnx.from_flat_state(flat)
         checkpoint.save(checkpointer, 4, state, optax.EmptyState(), {"i": 1}, last=True)
     out = export(ours, tmp_path / "out", adapter=tmp_path / "run", peft=peft)
-    write_adapter(tmp_path / "adapter", adapter, text_only=False)
+    write_adapter(tmp_path / "adapter", adapter, ConvertedFolder(ours).table)
     reference = PeftModel.from_pretrained(load(case.folder), tmp_path / "adapter")
     found = PeftModel.from_pretrained(load(case.folder), out).merge_and_unload() if peft else None
     assert_close(found or load(out), reference.merge_and_unload(), 1e-6)

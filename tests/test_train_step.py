@@ -1,6 +1,7 @@
 """The training step against torch + peft, and what must not change its result."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from transformers import get_linear_schedule_with_warmup
 from e5v_jax.checkpoints.hf_source import open_source
 from e5v_jax.checkpoints.loading import dotted, load_model
 from e5v_jax.checkpoints.peft import Adapter, write_adapter
-from e5v_jax.families.llava_next.model import LlavaNext
+from e5v_jax.families.base import Measured, Model
+from e5v_jax.families.text.processor import TextProcessor
 from e5v_jax.nn.decoder import Remat
 from e5v_jax.nn.layers import Linear, LoRAConfig, LoRAParam, Precision
+from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh
-from e5v_jax.train.batches import PairTokens, group_lengths, make_pair_batch
+from e5v_jax.train.batches import BatchMaker, PairTokens, group_lengths
 from e5v_jax.train.config import LossConfig, OptimizerConfig
 from e5v_jax.train.optimizer import init_optimizer, make_optimizer, make_schedule
 from e5v_jax.train.step import (
@@ -67,8 +70,37 @@ def make_tokens(columns: int, rows: int = ROWS, seed: int = 0) -> PairTokens:
             column.append(kept[: rng.integers(3, len(kept) + 1)].tolist())
     lengths = np.array([[len(x) for x in column] for column in ids])
     return PairTokens(
-        ids=ids, lengths=lengths, text_ids=np.arange(lengths.size).reshape(lengths.shape)
+        items=[
+            [Measured(row, sequence, len(sequence)) for row, sequence in enumerate(column)]
+            for column in ids
+        ],
+        lengths=lengths,
+        text_ids=np.arange(lengths.size).reshape(lengths.shape),
+        image_shapes={},
     )
+
+
+class Texts(TextProcessor):
+    """Of what needs no tokenizer: these tests start from token ids."""
+
+    def __init__(self) -> None:
+        pass
+
+
+def make_pair_batch(
+    tokens: PairTokens, rows: np.ndarray, *, lengths: tuple[int, ...], multiple: int
+) -> PairBatch:
+    """The batch of ``rows``."""
+    make = BatchMaker(
+        tokens,
+        Texts(),
+        lengths=lengths,
+        multiple=multiple,
+        wanted=np.ones(len(rows), bool),
+        row_ids=[],
+        pool=ThreadPoolExecutor(),
+    )
+    return make(rows)
 
 
 def rows_of(step: int) -> np.ndarray:
@@ -81,13 +113,15 @@ def batches_of(tokens: PairTokens, *, steps: int, groups: int) -> Iterator[PairB
     order = [rows_of(step) for step in range(steps)]
     lengths = group_lengths(tokens.lengths, order, groups=groups, multiple=1)
     for rows in order:
-        yield make_pair_batch(tokens, rows, lengths=lengths, pad_id=0, multiple=1)
+        yield make_pair_batch(tokens, rows, lengths=lengths, multiple=1)
 
 
-def load(case: Case, lora: LoRAConfig | None = LORA) -> LlavaNext:
+def load(case: Case, lora: LoRAConfig | None = LORA) -> Model:
     precision = Precision(param=np.float32, compute=np.float32)
     mesh = make_mesh(data=-1, fsdp=1)
-    return load_model(open_source(case.folder), precision=precision, mesh=mesh, lora=lora, seed=5)
+    return load_model(
+        open_source(case.folder), precision=precision, runtime=Runtime.on(mesh), lora=lora, seed=5
+    )
 
 
 def flat(state: nnx.State) -> dict[str, np.ndarray]:
@@ -105,7 +139,7 @@ class Trace:
 
 
 def run_ours(
-    model: LlavaNext, tokens: PairTokens, *, steps: int, lora: bool = True, groups: int = 2
+    model: Model, tokens: PairTokens, *, steps: int, lora: bool = True, groups: int = 2
 ) -> Trace:
     """Train with our own step and optimizer."""
     graphdef, trainable, frozen = split_trainable(model, lora=lora)
@@ -120,7 +154,6 @@ def run_ours(
         remat="none",
         dropout=False,
         state=(trainable, state),
-        mesh=make_mesh(data=-1, fsdp=1),
     )
     metrics = []
     for batch in batches_of(tokens, steps=steps, groups=groups):
@@ -177,7 +210,8 @@ def test_ten_lora_steps_follow_peft(case: Case, columns: int, tmp_path: Path) ->
     tokens = make_tokens(columns)
     model = load(case)
     start = flat(nnx.state(model, LoRAParam))
-    write_adapter(tmp_path / "adapter", Adapter(LORA, start), text_only=True)
+    table = open_source(case.folder).table
+    write_adapter(tmp_path / "adapter", Adapter(LORA, start), table)
     torch_model = build_text(RECIPE, tmp_path / "again").torch_model
     peft_model = PeftModel.from_pretrained(torch_model, tmp_path / "adapter", is_trainable=True)
     trained = [name for name, p in peft_model.named_parameters() if p.requires_grad]
@@ -287,7 +321,7 @@ def test_every_option_of_the_optimizer_is_pytorchs(changed: dict[str, Any]) -> N
 # --- what must not change the result ---
 
 
-def with_random_factors(model: LlavaNext) -> LlavaNext:
+def with_random_factors(model: Model) -> Model:
     """LoRA whose b is not zero, so that it and its dropout show."""
     graphdef, factors, rest = nnx.split(model, LoRAParam, ...)
     rng = np.random.default_rng(1)
@@ -298,7 +332,7 @@ def with_random_factors(model: LlavaNext) -> LlavaNext:
 
 
 def loss_and_gradients(
-    model: LlavaNext, batch: PairBatch, *, remat: Remat
+    model: Model, batch: PairBatch, *, remat: Remat
 ) -> tuple[float, dict[str, np.ndarray]]:
     """Without dropout, of the LoRA factors."""
     graphdef, trainable, frozen = split_trainable(model, lora=True)
@@ -326,12 +360,12 @@ def largest_relative(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray])
 
 
 @pytest.fixture(scope="module")
-def adapted(case: Case) -> LlavaNext:
+def adapted(case: Case) -> Model:
     return with_random_factors(load(case))
 
 
 @pytest.fixture(scope="module")
-def reference(adapted: LlavaNext) -> tuple[float, dict[str, np.ndarray]]:
+def reference(adapted: Model) -> tuple[float, dict[str, np.ndarray]]:
     """One group, no remat, no dropout."""
     batch = next(batches_of(make_tokens(3), steps=1, groups=1))
     return loss_and_gradients(adapted, batch, remat="none")
@@ -339,7 +373,7 @@ def reference(adapted: LlavaNext) -> tuple[float, dict[str, np.ndarray]]:
 
 @pytest.mark.parametrize(("groups", "remat"), [(1, "dots"), (1, "full"), (4, "none"), (3, "full")])
 def test_length_groups_and_remat_change_nothing(
-    adapted: LlavaNext,
+    adapted: Model,
     reference: tuple[float, dict[str, np.ndarray]],
     groups: int,
     remat: Remat,
@@ -383,7 +417,6 @@ def run_with_keys(
         remat=remat,
         dropout=dropout,
         state=(trainable, state),
-        mesh=make_mesh(data=-1, fsdp=1),
     )
     batch = next(batches_of(make_tokens(3), steps=1, groups=1))
     found = []

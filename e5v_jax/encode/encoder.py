@@ -87,7 +87,7 @@ class Encoder:
                 "compiled %d rows of %d positions%s in %.1f s (shape %d, %.1f s in all)",
                 shape.rows,
                 shape.length,
-                f" and images of {shape.shape_key}" if shape.shape_key else "",
+                f" and {shape.shape_key} {self.processor.shape_unit}" if shape.shape_key else "",
                 seconds,
                 len(statistics.compilations),
                 sum(statistics.compilations.values()),

@@ -31,7 +31,7 @@ class ModelConfig(Protocol):
 
     @property
     def image_token_id(self) -> int | None:
-        """The id of the placeholder of images; None without images, or if the tokenizer tells."""
+        """The id of the placeholder of images; None without images."""
         ...
 
     @property
@@ -102,6 +102,8 @@ class Processor(Protocol):
     tokenizer: PreTrainedTokenizerFast
     template: str
     """Its name in ``prompts.TEMPLATES``."""
+    shape_unit: str
+    """What shape keys count, for messages."""
 
     def measure(
         self,

@@ -26,6 +26,9 @@ KNOWN_VISION_TOWERS: dict[str, dict[str, Any]] = {
     }
 }
 
+ORIGINAL_IMAGE_TOKEN = -200
+"""The original code's placeholder, which is no row of any table and not in its tokenizers."""
+
 
 @dataclass(frozen=True)
 class LlavaNextConfig:
@@ -34,7 +37,7 @@ class LlavaNextConfig:
     text: TextConfig
     vision: VisionConfig
     vision_feature_layer: int  # index into the tower's hidden_states
-    image_token_id: int | None  # id of the `<image>` placeholder; None asks the tokenizer
+    image_token_id: int  # of the `<image>` placeholder; ORIGINAL_IMAGE_TOKEN asks the tokenizer
     image_grid_pinpoints: tuple[tuple[int, int], ...]  # (height, width) in pixels
 
     @property
@@ -125,8 +128,7 @@ class LlavaNextConfig:
             text=TextConfig.from_hf(transformers_config(raw, decoder)),
             vision=VisionConfig.from_hf(transformers_config(vision, "clip_vision_model")),
             vision_feature_layer=raw["mm_vision_select_layer"],
-            # the original's placeholder is -200, no row of any table: the tokenizer's serves
-            image_token_id=raw.get("image_token_id"),
+            image_token_id=raw.get("image_token_id", ORIGINAL_IMAGE_TOKEN),
             image_grid_pinpoints=_pinpoints(raw),
         )
 
@@ -156,7 +158,11 @@ def transformers_layout(raw: dict[str, Any], config: LlavaNextConfig) -> dict[st
         "torch_dtype": "float32",
         "image_grid_pinpoints": [list(size) for size in config.image_grid_pinpoints],
         "image_seq_length": config.vision.num_patches,
-        "image_token_index": config.image_token_id,
+        "image_token_index": (
+            config.text.vocab_size
+            if config.image_token_id == ORIGINAL_IMAGE_TOKEN
+            else config.image_token_id
+        ),
         "multimodal_projector_bias": True,
         "projector_hidden_act": "gelu",
         "tie_word_embeddings": raw.get("tie_word_embeddings", False),

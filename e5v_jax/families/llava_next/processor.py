@@ -12,7 +12,7 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 from e5v_jax.data.images import Size, load_image
 from e5v_jax.data.text import IMAGE_BUCKETS, bucket_length, expand_image_tokens, pad_right
 from e5v_jax.families.base import Batch, BatchShape, Measured
-from e5v_jax.families.llava_next.config import LlavaNextConfig
+from e5v_jax.families.llava_next.config import ORIGINAL_IMAGE_TOKEN, LlavaNextConfig
 from e5v_jax.families.llava_next.model import ImageBatch
 from e5v_jax.families.llava_next.tiling import (
     NEWLINE,
@@ -40,6 +40,7 @@ class LlavaNextProcessor(TextProcessor):
     """The :class:`e5v_jax.families.base.Processor` of LLaVA-NeXT; the shape key is the tiles."""
 
     config: LlavaNextConfig
+    shape_unit = "tiles"
 
     def __init__(
         self,
@@ -108,7 +109,6 @@ def load(item: Measured, config: LlavaNextConfig) -> Prepared | list[int]:
     """
     if item.image is None:
         return item.ids
-    assert config.image_token_id is not None  # since the processor was made
     vision, pinpoints = config.vision, config.image_grid_pinpoints
     tiled = tile_image(
         load_image(item.image), image_size=vision.image_size, grid_pinpoints=pinpoints
@@ -145,7 +145,7 @@ def match_tokenizer(config: LlavaNextConfig, tokenizer: PreTrainedTokenizerFast)
     if found is None:
         tokenizer.add_tokens([AddedToken(IMAGE_PLACEHOLDER, special=True)], special_tokens=True)
         found = tokenizer.added_tokens_encoder[IMAGE_PLACEHOLDER]
-    elif config.image_token_id not in (None, found):
+    elif config.image_token_id not in (ORIGINAL_IMAGE_TOKEN, found):
         raise ValueError(
             f"{IMAGE_PLACEHOLDER} is token {found} of the tokenizer, but image_token_id in "
             f"config.json is {config.image_token_id}: they belong to different models"

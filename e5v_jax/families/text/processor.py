@@ -25,6 +25,7 @@ class TextProcessor:
 
     image_text = IMAGE_PLACEHOLDER
     """What stands for an image in a filled prompt; it holds one placeholder token."""
+    shape_unit = "images"
 
     def __init__(
         self,
