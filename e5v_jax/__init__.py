@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from e5v_jax.e5v import E5V
+    from e5v_jax.encode.e5v import E5V
 
 __version__ = "0.1.0"
 __all__ = ["E5V", "__version__"]
@@ -12,7 +12,7 @@ __all__ = ["E5V", "__version__"]
 def __getattr__(name: str) -> Any:
     """Import :class:`E5V` on first use: it loads JAX, which ``--help`` does not need."""
     if name == "E5V":
-        from e5v_jax.e5v import E5V
+        from e5v_jax.encode.e5v import E5V
 
         return E5V
     raise AttributeError(f"module 'e5v_jax' has no attribute {name!r}")

@@ -31,7 +31,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 from e5v_jax import E5V
 from e5v_jax.checkpoints.hf_source import open_source
 from e5v_jax.checkpoints.loading import load_model
-from e5v_jax.e5v import Dtype
+from e5v_jax.encode.e5v import Dtype
 from e5v_jax.families.llava_next.model import LlavaNext
 from e5v_jax.nn.layers import Precision
 from e5v_jax.runtime import Runtime

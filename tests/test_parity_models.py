@@ -24,7 +24,7 @@ from hf_models import (
     picture,
 )
 
-import e5v_jax.e5v
+import e5v_jax.encode.e5v
 from e5v_jax import E5V
 from e5v_jax.checkpoints.converted import ConvertedFolder
 from e5v_jax.checkpoints.from_hf import Args, convert
@@ -124,7 +124,7 @@ def test_converted_folder_holds_the_same_model(
     source = ConvertedFolder(tmp_path / "converted")
     assert source.config == case.e5v.config
     names = list(source.shapes())
-    from_hf = e5v_jax.e5v.open_source(case.folder)
+    from_hf = e5v_jax.encode.e5v.open_source(case.folder)
     assert set(names) == set(from_hf.shapes())
     for name, ours, theirs in zip(names, source.read(names), from_hf.read(names), strict=True):
         np.testing.assert_array_equal(ours, theirs, err_msg=name, strict=True)
@@ -335,8 +335,8 @@ def test_every_config_field_matters(
         source.config = changed(source.config, section, field, value)
         return source
 
-    open_source = e5v_jax.e5v.open_source
-    monkeypatch.setattr(e5v_jax.e5v, "open_source", open_changed)
+    open_source = e5v_jax.encode.e5v.open_source
+    monkeypatch.setattr(e5v_jax.encode.e5v, "open_source", open_changed)
     # the model type decides the template where the tokenizer has no chat tokens
     case = llava("mistral" if field == "model_type" else "llama-gqa")
     try:

@@ -15,7 +15,7 @@ from e5v_jax.evaluate.cache import VectorCache, input_key, model_key
 if TYPE_CHECKING:
     from e5v_jax import E5V
     from e5v_jax.data.inputs import Input
-    from e5v_jax.e5v import Dtype
+    from e5v_jax.encode.e5v import Dtype
     from e5v_jax.nn.quantized import Quantization
 
 _TEXTS, _IMAGES = 1024, 64  # inputs prepared at once: sorts lengths well; bounds decoded images
