@@ -96,8 +96,8 @@ def match_tokenizer(folder: Path, source: HfSource) -> ModelConfig:
     Raises:
         ValueError: configuration and tokenizer belong to different models.
     """
-    if not has_tokenizer(folder):
-        return source.config  # weights alone
+    if not has_tokenizer(folder):  # weights alone
+        return source.family.match_tokenizer(source.config, None)
     tokenizer = load_tokenizer(folder)
     size = len(tokenizer)
     config = source.family.match_tokenizer(source.config, tokenizer)

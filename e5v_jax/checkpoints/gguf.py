@@ -7,6 +7,7 @@ Sources: the GGUF key and tensor names are llama.cpp's (``gguf.constants``); whi
 Hugging Face terms follows transformers' ``modeling_gguf_pytorch_utils`` and ``integrations.gguf``.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from gguf.quants import dequantize
 
 from e5v_jax.checkpoints.gguf_file import GGUFError, GGUFFile, open_gguf, unreadable
 from e5v_jax.families.text import TEXT
-from e5v_jax.nn.config import UnsupportedModelError
+from e5v_jax.nn.config import TextConfig, UnsupportedModelError
 
 # GGUF metadata -> config.json, one value each. All are required.
 CONFIG_KEYS = {
@@ -182,7 +183,8 @@ class GGUFTensors:
 
     def _hf_names(self) -> dict[str, str]:
         """Hugging Face names by the file's, as the gguf package knows them."""
-        table = TEXT.parameters(TEXT.read_config(self._config))
+        text = {f.name: self._config[f.name] for f in dataclasses.fields(TextConfig)}
+        table = TEXT.parameters(TEXT.config_from_dict({"text": text}))
         theirs = get_tensor_name_map(MODEL_ARCH.LLAMA, self._layers)
         keys = (slot.key(table.export_prefixes) for slot in table.slots)
         found = {key: theirs.get_name(key, try_suffixes=(".weight",)) for key in keys}

@@ -53,13 +53,18 @@ def map_keys(keys: Iterable[str], table: ParameterTable) -> KeyMap:
             f"(first key: {keys[0] if keys else 'none'})"
         )
     patterns = [(row, name_pattern(row.hf)) for row in table.rows]
+    places = list(found.items())
+    needed = {row.section for row in table.rows if row.name}
+    for section in found.keys() - needed:  # what nobody needs may be under any prefix
+        places += [(section, prefix) for prefix in table.sections[section].prefixes]
+    # the longest prefix first: "model." of the text is also a prefix of "model.vision_tower."
+    places.sort(key=lambda place: -len(place[1]))
 
     def slot_of(key: str) -> Slot:
-        # the longest prefix first: "model." of the text is also a prefix of "model.vision_tower."
-        for section in sorted(found, key=lambda name: -len(found[name])):
-            if not key.startswith(found[section]):
+        for section, prefix in places:
+            if not key.startswith(prefix):
                 continue
-            name = key.removeprefix(found[section])
+            name = key.removeprefix(prefix)
             for start, ours in table.sections[section].renamed.items():
                 if name.startswith(start):
                     name = ours + name.removeprefix(start)
@@ -67,7 +72,7 @@ def map_keys(keys: Iterable[str], table: ParameterTable) -> KeyMap:
                 if row.section == section and (match := pattern.fullmatch(name)):
                     layer = match.groupdict().get("i")
                     return Slot(row, None if layer is None else int(layer))
-        raise ValueError(f"{key}: unknown key; no row of the family's parameters takes it")
+        raise ValueError(f"{key}: one too many: an unknown key, no row of the family's takes it")
 
     result = KeyMap({**table.export_prefixes, **found}, {}, [])
     holders: dict[Slot, str] = {}

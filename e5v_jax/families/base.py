@@ -158,15 +158,11 @@ class Family:
     parameters: Callable[[Any], ParameterTable]
     processor: Callable[..., Any]
     """``(config, tokenizer, template=None) -> Processor``."""
-    match_tokenizer: Callable[[Any, PreTrainedTokenizerFast], Any] = lambda config, tokenizer: (
-        config
-    )
-    """The configuration as the tokenizer has it; tokens that it lacks are added to it."""
-    hf_config: Callable[[dict[str, Any], Any], dict[str, Any]] = lambda raw, config: copy.deepcopy(
-        raw
-    )
+    match_tokenizer: Callable[[Any, PreTrainedTokenizerFast | None], Any] = lambda config, _: config
+    """The configuration as the tokenizer, if any, has it; tokens that it lacks are added to it."""
+    hf_config: Callable[[dict[str, Any], Any], dict[str, Any]] = lambda raw, _: copy.deepcopy(raw)
     """The ``config.json`` to export, for a source whose layout transformers has no class for."""
-    check_preprocessor: Callable[[Any, dict[str, Any]], None] = lambda config, settings: None
+    check_preprocessor: Callable[[Any, dict[str, Any]], None] = lambda *_: None
     """Refuses, by name, settings of an image processor that the processor does not follow."""
     architectures: Mapping[str, ModelConfig] = field(default_factory=dict)
     """Architectures of known checkpoints by name."""

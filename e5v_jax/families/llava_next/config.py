@@ -158,11 +158,7 @@ def transformers_layout(raw: dict[str, Any], config: LlavaNextConfig) -> dict[st
         "torch_dtype": "float32",
         "image_grid_pinpoints": [list(size) for size in config.image_grid_pinpoints],
         "image_seq_length": config.vision.num_patches,
-        "image_token_index": (
-            config.text.vocab_size
-            if config.image_token_id == ORIGINAL_IMAGE_TOKEN
-            else config.image_token_id
-        ),
+        "image_token_index": config.image_token_id,
         "multimodal_projector_bias": True,
         "projector_hidden_act": "gelu",
         "tie_word_embeddings": raw.get("tie_word_embeddings", False),

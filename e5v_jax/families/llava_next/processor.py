@@ -132,7 +132,9 @@ def load(item: Measured, config: LlavaNextConfig) -> Prepared | list[int]:
     return Prepared(expanded, image_index, tiled.tiles)
 
 
-def match_tokenizer(config: LlavaNextConfig, tokenizer: PreTrainedTokenizerFast) -> LlavaNextConfig:
+def match_tokenizer(
+    config: LlavaNextConfig, tokenizer: PreTrainedTokenizerFast | None
+) -> LlavaNextConfig:
     """``config`` with ``image_token_id`` the tokenizer's ``<image>``.
 
     The original LLaVA code tokenises around the image, so its tokenizers do not know ``<image>``.
@@ -141,11 +143,22 @@ def match_tokenizer(config: LlavaNextConfig, tokenizer: PreTrainedTokenizerFast)
     Raises:
         ValueError: config and tokenizer do not agree on its id.
     """
+    if tokenizer is None:  # weights alone: the first id after the table
+        original = config.image_token_id == ORIGINAL_IMAGE_TOKEN
+        return (
+            dataclasses.replace(config, image_token_id=config.text.vocab_size)
+            if original
+            else config
+        )
+    original = config.image_token_id == ORIGINAL_IMAGE_TOKEN
+    if tokenizer is None:  # weights alone: the first id after the table serves
+        found = config.text.vocab_size if original else config.image_token_id
+        return dataclasses.replace(config, image_token_id=found)
     found = tokenizer.added_tokens_encoder.get(IMAGE_PLACEHOLDER)
     if found is None:
         tokenizer.add_tokens([AddedToken(IMAGE_PLACEHOLDER, special=True)], special_tokens=True)
         found = tokenizer.added_tokens_encoder[IMAGE_PLACEHOLDER]
-    elif config.image_token_id not in (ORIGINAL_IMAGE_TOKEN, found):
+    elif not original and config.image_token_id != found:
         raise ValueError(
             f"{IMAGE_PLACEHOLDER} is token {found} of the tokenizer, but image_token_id in "
             f"config.json is {config.image_token_id}: they belong to different models"
@@ -154,22 +167,20 @@ def match_tokenizer(config: LlavaNextConfig, tokenizer: PreTrainedTokenizerFast)
 
 
 _IGNORED_SETTINGS = {
-    "image_processor_type": "transformers' class for the same computation",
-    "processor_class": "transformers' class for the same computation",
-    "feature_extractor_type": "transformers' class for the same computation",
-    "_processor_class": "transformers' class for the same computation",
+    **dict.fromkeys(
+        ("image_processor_type", "processor_class", "feature_extractor_type", "_processor_class"),
+        "the name of transformers' class for the same computation",
+    ),
+    **dict.fromkeys(
+        ("data_format", "input_data_format", "return_tensors", "device", "disable_grouping"),
+        "how transformers holds its arrays",
+    ),
     "auto_map": "code that is never run",
-    "do_pad": "rows of tiles are padded in any case",
-    "data_format": "the layout of transformers' arrays",
-    "input_data_format": "the layout of transformers' arrays",
-    "return_tensors": "the kind of transformers' arrays",
-    "device": "where transformers computes",
-    "disable_grouping": "how transformers batches",
+    "do_pad": "a batch's images are padded to the most tiles in any case",
     "default_to_square": "the size is square in any case",
-    "return_metadata": "what transformers returns besides",
-    "pad_size": "None in any case: rows of tiles are padded to the most tiles",
-    "size_divisor": "None in any case",
+    "chat_template": "prompts are those of prompts.py",
 }
+_SIZE_OF_TRANSFORMERS = 224  # what a file means that leaves the sizes out
 
 
 def check_preprocessor(config: LlavaNextConfig, settings: dict[str, Any]) -> None:
@@ -181,11 +192,12 @@ def check_preprocessor(config: LlavaNextConfig, settings: dict[str, Any]) -> Non
     size = config.vision.image_size
     square = {"height": size, "width": size}
     supported: dict[str, tuple[Any, ...]] = {
+        "aspect_ratio_setting": ("anyres",),
         "do_convert_rgb": (True, None),
         "do_resize": (True,),
         "size": ({"shortest_edge": size}, square, size),
         "do_center_crop": (True, False),  # of a square tile nothing is cut off
-        "crop_size": (square, size, None),
+        "crop_size": (square, size),
         "resample": (3,),  # bicubic
         "do_rescale": (True,),
         "rescale_factor": (1 / 255,),
@@ -197,29 +209,27 @@ def check_preprocessor(config: LlavaNextConfig, settings: dict[str, Any]) -> Non
         "vision_feature_select_strategy": ("default", None),
         "image_token": (IMAGE_PLACEHOLDER,),
         "num_additional_image_tokens": (1,),
+        "pad_size": (None,),
+        "size_divisor": (None,),
     }
+    if "image_mean" in settings:  # the image processor's, not only those of the processor around it
+        edge = _SIZE_OF_TRANSFORMERS
+        settings = {"size": edge, "crop_size": edge, **settings}
     for name, value in settings.items():
         if name in _IGNORED_SETTINGS:
             continue
         if name not in supported:
             raise UnsupportedModelError(f"{name} is {value!r}: this setting is not known")
-        found = (
-            [list(x) if isinstance(x, tuple) else x for x in value]
-            if name.endswith("pinpoints")
-            else value
-        )
-        if not any(_same(found, one) for one in supported[name]):
+        if not any(_same(value, one) for one in supported[name]):
             raise UnsupportedModelError(
                 f"{name} is {value!r}: only {supported[name][0]!r} is supported"
             )
 
 
 def _same(found: Any, expected: Any) -> bool:
-    if isinstance(expected, float) or (
-        isinstance(expected, list) and all(isinstance(x, float) for x in expected)
-    ):
-        try:  # some files round what they say
-            return bool(np.allclose(found, expected, rtol=1e-6, atol=0))
-        except (TypeError, ValueError):
-            return False
-    return bool(found == expected)
+    if isinstance(expected, bool) or expected is None or isinstance(expected, str | dict):
+        return bool(found == expected) and type(found) is type(expected)
+    try:  # some files round what they say
+        return np.shape(found) == np.shape(expected) and np.allclose(found, expected, 1e-6, 0)
+    except (TypeError, ValueError):
+        return False
