@@ -22,10 +22,8 @@ import ml_dtypes
 import numpy as np
 import tyro
 
-from e5v_jax.checkpoints.loading import stored_shapes
-from e5v_jax.checkpoints.names import HF_PREFIXES, invert_shape, to_hf_name
 from e5v_jax.checkpoints.safetensors_file import TensorSpec, header, split_shards, write_index
-from e5v_jax.nn.config import ModelConfig
+from e5v_jax.families import find_family
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -90,12 +88,13 @@ def write_sparse_checkpoint(folder: Path, args: Args) -> list[TensorSpec]:
     """A sharded checkpoint whose tensors are holes in sparse files."""
     raw = hf_config(args)
     (folder / "config.json").write_text(json.dumps(raw))
+    family = find_family(raw)
+    table = family.parameters(family.read_config(raw))
     specs = [
-        TensorSpec("language_model.lm_head.weight", (args.vocab_size, args.hidden_size), BFLOAT16)
+        TensorSpec(slot.key(table.export_prefixes), slot.row.hf_shape, BFLOAT16)
+        for slot in table.slots
+        if slot.needed or slot.row.hf == "lm_head.weight"
     ]
-    for ours, shape in stored_shapes(ModelConfig.from_hf(raw)).items():
-        key, transform = to_hf_name(ours, HF_PREFIXES)
-        specs.append(TensorSpec(key, invert_shape(transform, shape), BFLOAT16))
     shards = split_shards(specs, int(args.shard_gb * 1e9))
     for name, shard in shards.items():
         with (folder / name).open("wb") as file:

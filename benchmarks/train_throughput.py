@@ -88,12 +88,13 @@ def prepare(args: Args, folder: Path) -> None:
     from flax import nnx
 
     from e5v_jax.checkpoints.converted import ConvertedFolder
-    from e5v_jax.checkpoints.loading import build, dotted
+    from e5v_jax.checkpoints.loading import dotted
     from e5v_jax.checkpoints.peft import Adapter, write_adapter
     from e5v_jax.checkpoints.tokenizer import load_tokenizer
     from e5v_jax.data.pipeline import make_batches
-    from e5v_jax.nn.layers import LoRAParam, Precision
-    from e5v_jax.prompts import detect_template
+    from e5v_jax.nn.layers import Build, LoRAParam, Precision
+    from e5v_jax.runtime import Runtime
+    from e5v_jax.sharding import make_mesh
     from e5v_jax.train.batches import tokenize_pairs
     from e5v_jax.train.feed import load_data
 
@@ -101,31 +102,34 @@ def prepare(args: Args, folder: Path) -> None:
     command = [sys.executable, "-m", "convert.to_hf", str(cfg.model), str(folder / "model")]
     subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
 
-    base, lora = ConvertedFolder(cfg.model).config, cfg.lora
+    base, lora = ConvertedFolder(cfg.model), cfg.lora
     assert lora is not None
     precision = Precision(param=np.float32, compute=np.float32)
-    # jitted, so that the unused base weights are never computed; the values are load_model's
-    factors = jax.jit(
-        lambda: nnx.split(
-            build(base, precision=precision, lora=lora, load_vision=False, seed=cfg.seed),
-            LoRAParam,
-            ...,
-        )[1]
-    )()
+    how = Build(precision, Runtime.on(make_mesh()), lora)
+
+    @jax.jit  # so that the unused base weights are never computed; the values are load_model's
+    def fresh() -> nnx.State:
+        rngs = nnx.Rngs(cfg.seed)
+        module = base.family.build(base.config, how, rngs=rngs, load_vision=False)
+        return nnx.split(module, LoRAParam, ...)[1]
+
+    factors = fresh()
     values = {dotted(path): np.asarray(leaf[...]) for path, leaf in nnx.to_flat_state(factors)}
-    write_adapter(folder / "adapter", Adapter(lora, values), text_only=base.vision is None)
+    write_adapter(folder / "adapter", Adapter(lora, values), base.table)
 
     triplets = load_data(cfg.data)
     tokenizer = load_tokenizer(cfg.model)
-    template = detect_template(tokenizer, base.text.model_type, override=cfg.data.template)
-    tokens = tokenize_pairs(triplets, tokenizer, cfg.data, template, base)
+    processor = base.family.processor(base.config, tokenizer, cfg.data.template)
+    tokens = tokenize_pairs(triplets, processor, cfg.data)
     order = list(
         make_batches(triplets, batch_size=cfg.batch_size, seed=cfg.seed, num_epochs=cfg.num_epochs)
     )
     needed = args.turns * (1 + args.steps)
     if len(order) < needed:
         raise SystemExit(f"{len(order)} batches in all, {needed} are needed")
-    batches = [[column[row] for column in tokens.ids for row in rows] for rows in order[:needed]]
+    batches = [
+        [column[row].ids for column in tokens.items for row in rows] for rows in order[:needed]
+    ]
     recipe = {"temperature": cfg.loss.temperature, **dataclasses.asdict(cfg.optimizer)}
     contents = {"recipe": recipe, "total_steps": len(order), "batches": batches}
     (folder / "batches.json").write_text(json.dumps(contents))

@@ -33,7 +33,7 @@ from e5v_jax.checkpoints.hf_source import open_source
 from e5v_jax.checkpoints.loading import load_model
 from e5v_jax.encode.e5v import Dtype
 from e5v_jax.families.llava_next.model import LlavaNext
-from e5v_jax.nn.layers import Precision
+from e5v_jax.nn.layers import Build, Precision
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh
 
@@ -283,7 +283,7 @@ class Case:
         """The flax module in fp32, for tests of its parts."""
         precision = Precision(param=np.float32, compute=np.float32)
         runtime = Runtime.on(make_mesh(data=-1, fsdp=1))
-        return load_model(open_source(self.folder), precision=precision, runtime=runtime)
+        return load_model(open_source(self.folder), Build(precision, runtime))
 
 
 def build_llava(recipe: Recipe, folder: Path) -> Case:

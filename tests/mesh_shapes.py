@@ -18,7 +18,7 @@ from test_train_step import LORA, TEMPERATURE, flat, largest_relative, make_pair
 
 from e5v_jax.checkpoints.hf_source import open_source
 from e5v_jax.checkpoints.loading import dotted, load_model
-from e5v_jax.nn.layers import LoRAParam, Precision
+from e5v_jax.nn.layers import Build, LoRAParam, Precision
 from e5v_jax.nn.parameters import ParameterTable
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh
@@ -34,7 +34,7 @@ SHAPES = [(d, f, 8 // (d * f)) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d 
 def load(folder: Path, mesh: Mesh, quantization: str | None) -> nnx.Module:
     precision = Precision(np.float32, np.float32, quantization)
     source = open_source(folder)
-    model = load_model(source, precision=precision, runtime=Runtime.on(mesh), lora=LORA, seed=5)
+    model = load_model(source, Build(precision, Runtime.on(mesh), LORA), seed=5)
     graphdef, factors, rest = nnx.split(model, LoRAParam, ...)
     rng = np.random.default_rng(1)  # b that is not zero, so that it shows
     values = jax.tree.map(

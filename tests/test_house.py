@@ -22,7 +22,7 @@ from e5v_jax.families.text.config import TextModelConfig
 from e5v_jax.families.text.model import TextModel
 from e5v_jax.families.text.processor import TextProcessor
 from e5v_jax.nn.config import transformers_config
-from e5v_jax.nn.layers import LoRAConfig, Precision
+from e5v_jax.nn.layers import Build, LoRAConfig, Precision
 from e5v_jax.nn.parameters import Parameter, ParameterTable, Section
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh
@@ -95,7 +95,7 @@ def test_rows_are_the_module(name: str) -> None:
     runtime = Runtime.on(make_mesh())
     precision = Precision(np.float32, np.float32)
     lora = LoRAConfig(rank=2, alpha=1.0)
-    model = abstract_model(family, config, precision=precision, runtime=runtime, lora=lora)
+    model = abstract_model(family, config, Build(precision, runtime, lora))
     found = {dotted(path): leaf.shape for path, leaf in nnx.to_flat_state(nnx.state(model))}
     expected: dict[str, tuple[int, ...]] = {}
     for path, row in family.parameters(config).by_path.items():
@@ -123,9 +123,11 @@ class ToyConfig(TextModelConfig):
 class ToyModel(TextModel):
     """A decoder with one more parameter."""
 
-    def __init__(self, config: ModelConfig, *, precision: Precision, **arguments: object) -> None:
-        super().__init__(config, precision=precision, **arguments)  # type: ignore[arg-type]
-        self.factor = nnx.Param(jax.numpy.ones((config.text.hidden_size,), precision.param))
+    def __init__(
+        self, config: ModelConfig, build: Build, *, rngs: nnx.Rngs, load_vision: bool = True
+    ) -> None:
+        super().__init__(config, build, rngs=rngs)
+        self.factor = nnx.Param(jax.numpy.ones((config.text.hidden_size,), build.precision.param))
 
     def decoder_inputs(self, batch: object) -> jax.Array:
         return super().decoder_inputs(batch) * self.factor[...]
@@ -151,7 +153,7 @@ def toy_parameters(config: TextModelConfig) -> ParameterTable:
 TOY = Family(
     read_config=ToyConfig.from_hf,
     config_from_dict=ToyConfig.from_dict,
-    build=lambda config, *, load_vision=True, **arguments: ToyModel(config, **arguments),
+    build=ToyModel,
     parameters=toy_parameters,
     processor=ToyProcessor,
 )

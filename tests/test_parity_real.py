@@ -20,7 +20,7 @@ from e5v_jax.data.text import encode_batch, pad_right
 from e5v_jax.evaluate.sts import evaluate_sts
 from e5v_jax.families.text.model import TextModel
 from e5v_jax.families.text.processor import TextProcessor
-from e5v_jax.nn.layers import Precision
+from e5v_jax.nn.layers import Build, Precision
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh
 
@@ -45,7 +45,7 @@ SENTENCES = [
 def module(smollm2_converted: Path) -> TextModel:
     precision = Precision(param=np.float32, compute=np.float32)
     source = ConvertedFolder(smollm2_converted)
-    return load_model(source, precision=precision, runtime=Runtime.on(make_mesh(1, 1)))
+    return load_model(source, Build(precision, Runtime.on(make_mesh(1, 1))))
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from test_train_step import LORA, flat, make_pair_batch, make_tokens, with_rando
 from e5v_jax.checkpoints.hf_source import open_source
 from e5v_jax.checkpoints.loading import dotted, load_model
 from e5v_jax.families.base import Model
-from e5v_jax.nn.layers import Precision
+from e5v_jax.nn.layers import Build, Precision
 from e5v_jax.nn.quantized import NF4_TILE, Quantization, dense_kernel, quantize_kernel
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh
@@ -77,9 +77,7 @@ def reference_nf4(kernel: np.ndarray) -> np.ndarray:
 
 def load(folder: Path, quantization: Quantization | None) -> Model:
     precision = Precision(param=np.float32, compute=np.float32, quantization=quantization)
-    return load_model(
-        open_source(folder), precision=precision, runtime=Runtime.on(make_mesh()), lora=LORA, seed=5
-    )
+    return load_model(open_source(folder), Build(precision, Runtime.on(make_mesh()), LORA), seed=5)
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from e5v_jax.checkpoints.converted import ConvertedFolder
 from e5v_jax.checkpoints.loading import abstract_model, dotted
 from e5v_jax.checkpoints.peft import Adapter, read_adapter, write_adapter
 from e5v_jax.checkpoints.tokenizer import TOKENIZER_FILES
-from e5v_jax.nn.layers import LoRAConfig, LoRAParam, Precision
+from e5v_jax.nn.layers import Build, LoRAConfig, LoRAParam, Precision
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh
 from e5v_jax.train import checkpoint
@@ -195,14 +195,8 @@ def random_adapter(ours: Path, rank: int = 3) -> Adapter:
     source = ConvertedFolder(ours)
     lora = LoRAConfig(rank=rank, alpha=5.0, dropout=0.1)
     precision = Precision(param=np.float32, compute=np.float32)
-    model = abstract_model(
-        source.family,
-        source.config,
-        precision=precision,
-        runtime=Runtime.on(make_mesh()),
-        lora=lora,
-        load_vision=False,
-    )
+    build = Build(precision, Runtime.on(make_mesh()), lora)
+    model = abstract_model(source.family, source.config, build, load_vision=False)
     rng = np.random.default_rng(0)
     return Adapter(
         lora,

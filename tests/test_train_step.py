@@ -22,7 +22,7 @@ from e5v_jax.checkpoints.peft import Adapter, write_adapter
 from e5v_jax.families.base import Measured, Model
 from e5v_jax.families.text.processor import TextProcessor
 from e5v_jax.nn.decoder import Remat
-from e5v_jax.nn.layers import Linear, LoRAConfig, LoRAParam, Precision
+from e5v_jax.nn.layers import Build, Linear, LoRAConfig, LoRAParam, Precision
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh
 from e5v_jax.train.batches import BatchMaker, PairTokens, group_lengths
@@ -119,9 +119,7 @@ def batches_of(tokens: PairTokens, *, steps: int, groups: int) -> Iterator[PairB
 def load(case: Case, lora: LoRAConfig | None = LORA) -> Model:
     precision = Precision(param=np.float32, compute=np.float32)
     mesh = make_mesh(data=-1, fsdp=1)
-    return load_model(
-        open_source(case.folder), precision=precision, runtime=Runtime.on(mesh), lora=lora, seed=5
-    )
+    return load_model(open_source(case.folder), Build(precision, Runtime.on(mesh), lora), seed=5)
 
 
 def flat(state: nnx.State) -> dict[str, np.ndarray]:
@@ -183,7 +181,7 @@ def run_torch(model: Any, decoder: Any, tokens: PairTokens, *, steps: int) -> Tr
     trace = Trace([], [], [], {})
     for step in range(steps):
         rows = rows_of(step)
-        parts = [torch_embed(decoder, [column[row] for row in rows]) for column in tokens.ids]
+        parts = [torch_embed(decoder, [column[row].ids for row in rows]) for column in tokens.items]
         logits = parts[0] @ torch.cat(parts[1:]).T / TEMPERATURE
         labels = torch.arange(BATCH)
         loss = torch.nn.functional.cross_entropy(logits, labels)
@@ -448,7 +446,7 @@ def test_without_dropout_the_key_is_not_used(
 def linear(dropout: float) -> Linear:
     precision = Precision(param=np.float32, compute=np.float32)
     lora = LoRAConfig(rank=3, alpha=6.0, dropout=dropout)
-    module = Linear(8, 5, precision=precision, rngs=nnx.Rngs(0), lora=lora)
+    module = Linear(8, 5, Build(precision, Runtime.on(make_mesh()), lora), rngs=nnx.Rngs(0))
     module.lora_b[...] = jax.random.normal(jax.random.key(7), (3, 5))
     return module
 

@@ -14,9 +14,8 @@ from qwix import QArray
 
 from e5v_jax.checkpoints.converted import WeightSource
 from e5v_jax.families.base import Family, Model, ModelConfig
-from e5v_jax.nn.layers import LoRAConfig, LoRAParam, Precision
+from e5v_jax.nn.layers import Build, LoRAParam
 from e5v_jax.nn.quantized import Quantization, quantize_with_error
-from e5v_jax.runtime import Runtime
 
 _logger = logging.getLogger(__name__)
 
@@ -27,31 +26,18 @@ def dotted(path: tuple[object, ...]) -> str:
 
 
 def abstract_model(
-    family: Family,
-    config: ModelConfig,
-    *,
-    precision: Precision,
-    runtime: Runtime,
-    lora: LoRAConfig | None = None,
-    load_vision: bool = True,
+    family: Family, config: ModelConfig, build: Build, *, load_vision: bool = True
 ) -> Model:
     """The module with shapes in place of arrays, each with the sharding that its row gives it."""
     module = jax.eval_shape(
-        lambda: family.build(
-            config,
-            precision=precision,
-            runtime=runtime,
-            rngs=nnx.Rngs(0),
-            lora=lora,
-            load_vision=load_vision,
-        )
+        lambda: family.build(config, build, rngs=nnx.Rngs(0), load_vision=load_vision)
     )
     table = family.parameters(config)
     graphdef, state = nnx.split(module)
 
     def place(path: tuple[object, ...], leaf: nnx.Variable[Any]) -> nnx.Variable[Any]:
         def put(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            sharding = table.sharding(dotted(path), x.shape, runtime.mesh)
+            sharding = table.sharding(dotted(path), x.shape, build.runtime.mesh)
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
         return leaf.replace(jax.tree.map(put, leaf.get_value()))
@@ -154,17 +140,15 @@ def _return_freed_memory() -> None:
 
 def load_model(
     source: WeightSource,
+    build: Build,
     *,
-    precision: Precision,
-    runtime: Runtime,
-    lora: LoRAConfig | None = None,
     lora_values: Mapping[str, np.ndarray] | None = None,
     load_vision: bool = True,
     seed: int = 0,
 ) -> Any:
     """Fill a model from ``source``, each parameter placed as its row says.
 
-    With ``precision.quantization`` the decoder's kernels are quantised while they are read, and the
+    With a quantisation in ``build`` the decoder's kernels are quantised while they are read; the
     error of that is logged.
 
     ``lora_values`` (dotted path -> fp32 stacked array) sets the LoRA factors; without it they start
@@ -174,14 +158,8 @@ def load_model(
     Raises:
         ValueError: a parameter is missing, superfluous or misshapen, by name.
     """
-    shapes = abstract_model(
-        source.family,
-        source.config,
-        precision=precision,
-        runtime=runtime,
-        lora=lora,
-        load_vision=load_vision,
-    )
+    shapes = abstract_model(source.family, source.config, build, load_vision=load_vision)
+    quantization = build.precision.quantization
     graphdef, lora_shapes, *rest = nnx.split(shapes, LoRAParam, ...)
     check_names(source)
 
@@ -192,32 +170,27 @@ def load_model(
         name, shape = dotted(path), leaf.get_value()
         if not isinstance(shape, QArray):
             return leaf.replace(_read_sharded(source, name, shape))
-        assert precision.quantization is not None
-        kernel, e, t = _read_quantized(source, name, shape, precision.quantization)
+        assert quantization is not None
+        kernel, e, t = _read_quantized(source, name, shape, quantization)
         error, total = error + e, total + t
         return leaf.replace(kernel)
 
     base = nnx.from_flat_state([(path, read(path, x)) for path, x in nnx.to_flat_state(rest[0])])
     _return_freed_memory()
-    if precision.quantization is not None:
+    if quantization is not None:
         _logger.info(
             "%s kernels: relative error %.2f %% (root mean square)",
-            precision.quantization,
+            quantization,
             100 * (error / total) ** 0.5,
         )
-    if lora is None:
+    if build.lora is None:
         return nnx.merge(graphdef, base)
     if lora_values is not None:
         return nnx.merge(graphdef, place_lora(lora_shapes, lora_values), base)
 
     def fresh() -> nnx.State:
         module = source.family.build(
-            source.config,
-            precision=precision,
-            runtime=runtime,
-            rngs=nnx.Rngs(seed),
-            lora=lora,
-            load_vision=load_vision,
+            source.config, build, rngs=nnx.Rngs(seed), load_vision=load_vision
         )
         return nnx.split(module, LoRAParam, ...)[1]
 

@@ -22,7 +22,7 @@ from e5v_jax.data.inputs import Input, InputError
 from e5v_jax.encode.encoder import Encoder, Statistics
 from e5v_jax.encode.stream import BatchLimits, encode_stream
 from e5v_jax.families.base import Model, Processor
-from e5v_jax.nn.layers import Precision
+from e5v_jax.nn.layers import Build, Precision
 from e5v_jax.nn.quantized import Quantization
 from e5v_jax.prompts import choose_prompt
 from e5v_jax.runtime import Implementation, Runtime
@@ -101,13 +101,10 @@ class E5V:
             source = open_source(folder)
         lora = None if adapter is None else load_adapter(as_path(adapter), source)
         mesh = make_mesh(data=-1, fsdp=1) if mesh is None else mesh
-        model = load_model(
-            source,
-            precision=Precision(jnp.dtype(dtype), jnp.dtype(dtype), quantize),
-            runtime=Runtime.on(mesh, attn_implementation),
-            lora=None if lora is None else lora.lora,
-            lora_values=None if lora is None else lora.values,
-        )
+        precision = Precision(jnp.dtype(dtype), jnp.dtype(dtype), quantize)
+        runtime = Runtime.on(mesh, attn_implementation)
+        build = Build(precision, runtime, None if lora is None else lora.lora)
+        model = load_model(source, build, lora_values=None if lora is None else lora.values)
         processor = source.family.processor(source.config, load_tokenizer(folder), template)
         return cls(model, processor)
 

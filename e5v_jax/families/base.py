@@ -154,7 +154,7 @@ class Family:
     config_from_dict: Callable[[dict[str, Any]], ModelConfig]
     """From ``dataclasses.asdict`` of a configuration, as the converted folder has it."""
     build: Callable[..., Any]
-    """``(config, *, precision, runtime, rngs, lora=None, load_vision=True) -> Model``."""
+    """``(config, build: nn.layers.Build, *, rngs, load_vision=True) -> Model``."""
     parameters: Callable[[Any], ParameterTable]
     processor: Callable[..., Any]
     """``(config, tokenizer, template=None) -> Processor``."""

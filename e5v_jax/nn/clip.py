@@ -14,9 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from e5v_jax.nn.attention import attention
 from e5v_jax.nn.config import VisionConfig
-from e5v_jax.nn.layers import LayerNorm, Linear, Precision
+from e5v_jax.nn.layers import Build, LayerNorm, Linear
 from e5v_jax.nn.parameters import Parameter, layer_norm, linear
-from e5v_jax.runtime import Runtime
 
 # What CLIP was trained with: pixels = (tile / 255 - IMAGE_MEAN) / IMAGE_STD, in float32.
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -42,17 +41,14 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 class ClipAttention(nnx.Module):
     """Bidirectional self-attention with biases."""
 
-    def __init__(
-        self, cfg: VisionConfig, *, precision: Precision, runtime: Runtime, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, cfg: VisionConfig, build: Build, *, rngs: nnx.Rngs) -> None:
         d = cfg.hidden_size
-        self.q_proj = Linear(d, d, use_bias=True, precision=precision, rngs=rngs)
-        self.k_proj = Linear(d, d, use_bias=True, precision=precision, rngs=rngs)
-        self.v_proj = Linear(d, d, use_bias=True, precision=precision, rngs=rngs)
-        self.out_proj = Linear(d, d, use_bias=True, precision=precision, rngs=rngs)
+        self.q_proj = Linear(d, d, build, use_bias=True, rngs=rngs)
+        self.k_proj = Linear(d, d, build, use_bias=True, rngs=rngs)
+        self.v_proj = Linear(d, d, build, use_bias=True, rngs=rngs)
+        self.out_proj = Linear(d, d, build, use_bias=True, rngs=rngs)
         self.num_heads = cfg.num_attention_heads
-        self.precision = precision
-        self.runtime = runtime
+        self.precision, self.runtime = build.precision, build.runtime
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[T, P, D] -> [T, P, D]."""
@@ -68,10 +64,10 @@ class ClipAttention(nnx.Module):
 class ClipMLP(nnx.Module):
     """Two linear maps around the activation."""
 
-    def __init__(self, cfg: VisionConfig, *, precision: Precision, rngs: nnx.Rngs) -> None:
+    def __init__(self, cfg: VisionConfig, build: Build, *, rngs: nnx.Rngs) -> None:
         d, f = cfg.hidden_size, cfg.intermediate_size
-        self.fc1 = Linear(d, f, use_bias=True, precision=precision, rngs=rngs)
-        self.fc2 = Linear(f, d, use_bias=True, precision=precision, rngs=rngs)
+        self.fc1 = Linear(d, f, build, use_bias=True, rngs=rngs)
+        self.fc2 = Linear(f, d, build, use_bias=True, rngs=rngs)
         self.hidden_act = cfg.hidden_act
 
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -82,14 +78,12 @@ class ClipMLP(nnx.Module):
 class ClipLayer(nnx.Module):
     """Pre-norm transformer block."""
 
-    def __init__(
-        self, cfg: VisionConfig, *, precision: Precision, runtime: Runtime, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, cfg: VisionConfig, build: Build, *, rngs: nnx.Rngs) -> None:
         eps = cfg.layer_norm_eps
-        self.layer_norm1 = LayerNorm(cfg.hidden_size, eps=eps, precision=precision)
-        self.self_attn = ClipAttention(cfg, precision=precision, runtime=runtime, rngs=rngs)
-        self.layer_norm2 = LayerNorm(cfg.hidden_size, eps=eps, precision=precision)
-        self.mlp = ClipMLP(cfg, precision=precision, rngs=rngs)
+        self.layer_norm1 = LayerNorm(cfg.hidden_size, eps=eps, precision=build.precision)
+        self.self_attn = ClipAttention(cfg, build, rngs=rngs)
+        self.layer_norm2 = LayerNorm(cfg.hidden_size, eps=eps, precision=build.precision)
+        self.mlp = ClipMLP(cfg, build, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[T, P, D] -> [T, P, D]."""
@@ -100,28 +94,18 @@ class ClipLayer(nnx.Module):
 class ClipVision(nnx.Module):
     """Tiles to patch features: ``num_layers`` blocks, class token dropped, no post-norm."""
 
-    def __init__(
-        self,
-        cfg: VisionConfig,
-        num_layers: int,
-        *,
-        precision: Precision,
-        runtime: Runtime,
-        rngs: nnx.Rngs,
-    ) -> None:
-        init, dtype = jax.nn.initializers.normal(0.02), jnp.dtype(precision.param)
+    def __init__(self, cfg: VisionConfig, num_layers: int, build: Build, *, rngs: nnx.Rngs) -> None:
+        init, dtype = jax.nn.initializers.normal(0.02), jnp.dtype(build.precision.param)
         d = cfg.hidden_size
         self.class_embedding = nnx.Param(init(rngs.params(), (d,), dtype))
-        self.patch_embedding = Linear(3 * cfg.patch_size**2, d, precision=precision, rngs=rngs)
+        self.patch_embedding = Linear(3 * cfg.patch_size**2, d, build, rngs=rngs)
         self.position_embedding = nnx.Param(init(rngs.params(), (cfg.num_patches + 1, d), dtype))
-        self.pre_layrnorm = LayerNorm(d, eps=cfg.layer_norm_eps, precision=precision)
-        self.layers = jax.vmap(
-            lambda key: ClipLayer(
-                cfg, precision=precision, runtime=runtime, rngs=nnx.Rngs(params=key)
-            )
-        )(jax.random.split(rngs.params(), num_layers))
+        self.pre_layrnorm = LayerNorm(d, eps=cfg.layer_norm_eps, precision=build.precision)
+        self.layers = jax.vmap(lambda key: ClipLayer(cfg, build, rngs=nnx.Rngs(params=key)))(
+            jax.random.split(rngs.params(), num_layers)
+        )
         self.cfg = cfg
-        self.precision = precision
+        self.precision = build.precision
 
     def __call__(self, tiles: jax.Array | np.ndarray) -> jax.Array:
         """uint8 tiles [T, S, S, 3] -> features [T, P, D], patches row by row, compute dtype."""

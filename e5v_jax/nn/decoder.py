@@ -10,9 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 from e5v_jax.nn.attention import attention
 from e5v_jax.nn.config import TextConfig
-from e5v_jax.nn.layers import Linear, LoRAConfig, Precision, RMSNorm, apply_rope, rope_angles
+from e5v_jax.nn.layers import Build, Linear, RMSNorm, apply_rope, rope_angles
 from e5v_jax.nn.parameters import Parameter, Section, linear
-from e5v_jax.runtime import Runtime
 
 Remat = Literal["none", "dots", "full"]
 """What a backward pass keeps of each layer: everything, matmul outputs, or only its input."""
@@ -26,24 +25,15 @@ def take(x: jax.Array, index: jax.Array) -> jax.Array:
 class Attention(nnx.Module):
     """Causal self-attention with grouped key/value heads and rotary positions."""
 
-    def __init__(
-        self,
-        cfg: TextConfig,
-        *,
-        precision: Precision,
-        runtime: Runtime,
-        lora: LoRAConfig | None,
-        rngs: nnx.Rngs,
-    ) -> None:
+    def __init__(self, cfg: TextConfig, build: Build, *, rngs: nnx.Rngs) -> None:
         d, h = cfg.hidden_size, cfg.head_dim
         n, k = cfg.num_attention_heads, cfg.num_key_value_heads
-        self.q_proj = Linear(d, n * h, precision=precision, lora=lora, rngs=rngs)
-        self.k_proj = Linear(d, k * h, precision=precision, lora=lora, rngs=rngs)
-        self.v_proj = Linear(d, k * h, precision=precision, lora=lora, rngs=rngs)
-        self.o_proj = Linear(n * h, d, precision=precision, lora=lora, rngs=rngs)
+        self.q_proj = Linear(d, n * h, build, rngs=rngs)
+        self.k_proj = Linear(d, k * h, build, rngs=rngs)
+        self.v_proj = Linear(d, k * h, build, rngs=rngs)
+        self.o_proj = Linear(n * h, d, build, rngs=rngs)
         self.head_dim = h
-        self.precision = precision
-        self.runtime = runtime
+        self.precision, self.runtime = build.precision, build.runtime
 
     def __call__(self, x: jax.Array, angles: jax.Array, keys: list[jax.Array | None]) -> jax.Array:
         """[B, T, D] -> [B, T, D]; ``keys`` are dropout keys for q, k, v, o."""
@@ -80,13 +70,11 @@ class Attention(nnx.Module):
 class SwiGLU(nnx.Module):
     """``down(silu(gate(x)) * up(x))``."""
 
-    def __init__(
-        self, cfg: TextConfig, *, precision: Precision, lora: LoRAConfig | None, rngs: nnx.Rngs
-    ) -> None:
+    def __init__(self, cfg: TextConfig, build: Build, *, rngs: nnx.Rngs) -> None:
         d, f = cfg.hidden_size, cfg.intermediate_size
-        self.gate_proj = Linear(d, f, precision=precision, lora=lora, rngs=rngs)
-        self.up_proj = Linear(d, f, precision=precision, lora=lora, rngs=rngs)
-        self.down_proj = Linear(f, d, precision=precision, lora=lora, rngs=rngs)
+        self.gate_proj = Linear(d, f, build, rngs=rngs)
+        self.up_proj = Linear(d, f, build, rngs=rngs)
+        self.down_proj = Linear(f, d, build, rngs=rngs)
 
     def __call__(self, x: jax.Array, keys: list[jax.Array | None]) -> jax.Array:
         """[B, T, D] -> [B, T, D]; ``keys`` are dropout keys for gate, up, down."""
@@ -98,20 +86,12 @@ class SwiGLU(nnx.Module):
 class DecoderLayer(nnx.Module):
     """Pre-norm attention and MLP, each with a residual connection."""
 
-    def __init__(
-        self,
-        cfg: TextConfig,
-        *,
-        precision: Precision,
-        runtime: Runtime,
-        lora: LoRAConfig | None,
-        rngs: nnx.Rngs,
-    ) -> None:
+    def __init__(self, cfg: TextConfig, build: Build, *, rngs: nnx.Rngs) -> None:
         eps = cfg.rms_norm_eps
-        self.input_layernorm = RMSNorm(cfg.hidden_size, eps=eps, precision=precision)
-        self.self_attn = Attention(cfg, precision=precision, runtime=runtime, lora=lora, rngs=rngs)
-        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, eps=eps, precision=precision)
-        self.mlp = SwiGLU(cfg, precision=precision, lora=lora, rngs=rngs)
+        self.input_layernorm = RMSNorm(cfg.hidden_size, eps=eps, precision=build.precision)
+        self.self_attn = Attention(cfg, build, rngs=rngs)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, eps=eps, precision=build.precision)
+        self.mlp = SwiGLU(cfg, build, rngs=rngs)
 
     def __call__(self, x: jax.Array, angles: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
@@ -133,27 +113,16 @@ class DecoderLayer(nnx.Module):
 class Decoder(nnx.Module):
     """Token embedding, decoder layers and final norm; there is no ``lm_head``."""
 
-    def __init__(
-        self,
-        cfg: TextConfig,
-        *,
-        precision: Precision,
-        runtime: Runtime,
-        lora: LoRAConfig | None,
-        rngs: nnx.Rngs,
-    ) -> None:
+    def __init__(self, cfg: TextConfig, build: Build, *, rngs: nnx.Rngs) -> None:
         init = jax.nn.initializers.normal(0.02)
         table = (cfg.vocab_size, cfg.hidden_size)
-        self.embed_tokens = nnx.Param(init(rngs.params(), table, jnp.dtype(precision.param)))
-        self.layers = jax.vmap(
-            lambda key: DecoderLayer(
-                cfg, precision=precision, runtime=runtime, lora=lora, rngs=nnx.Rngs(params=key)
-            )
-        )(jax.random.split(rngs.params(), cfg.num_hidden_layers))
-        self.norm = RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps, precision=precision)
+        self.embed_tokens = nnx.Param(init(rngs.params(), table, jnp.dtype(build.precision.param)))
+        self.layers = jax.vmap(lambda key: DecoderLayer(cfg, build, rngs=nnx.Rngs(params=key)))(
+            jax.random.split(rngs.params(), cfg.num_hidden_layers)
+        )
+        self.norm = RMSNorm(cfg.hidden_size, eps=cfg.rms_norm_eps, precision=build.precision)
         self.cfg = cfg
-        self.precision = precision
-        self.runtime = runtime
+        self.precision, self.runtime = build.precision, build.runtime
 
     def embed(self, input_ids: jax.Array | np.ndarray) -> jax.Array:
         """Token ids [B, T] -> embeddings [B, T, D] in the compute dtype."""

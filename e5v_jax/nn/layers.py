@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from qwix import QArray
 
 from e5v_jax.nn.quantized import Quantization, quantize_kernel, quantized_matmul
+from e5v_jax.runtime import Runtime
 
 
 class LoRAParam(nnx.Param):
@@ -52,6 +53,15 @@ class Precision:
         return jax.lax.Precision.HIGHEST if exact else jax.lax.Precision.DEFAULT
 
 
+@dataclass(frozen=True)
+class Build:
+    """How a module is made: its dtypes, its devices, and the factors beside its linear maps."""
+
+    precision: Precision
+    runtime: Runtime
+    lora: LoRAConfig | None = None
+
+
 def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
     """Zero a fraction ``rate`` of the entries and rescale the rest; shape and dtype kept."""
     keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
@@ -65,12 +75,12 @@ class Linear(nnx.Module):
         self,
         in_features: int,
         out_features: int,
+        build: Build,
         *,
-        precision: Precision,
         rngs: nnx.Rngs,
         use_bias: bool = False,
-        lora: LoRAConfig | None = None,
     ) -> None:
+        precision, lora = build.precision, build.lora
         init = jax.nn.initializers.normal(0.02)
         kernel = init(rngs.params(), (in_features, out_features), jnp.dtype(precision.param))
         if precision.quantization is not None:

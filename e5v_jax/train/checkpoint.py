@@ -25,7 +25,7 @@ from e5v_jax.checkpoints.converted import WeightSource
 from e5v_jax.checkpoints.loading import abstract_model, dotted
 from e5v_jax.checkpoints.peft import Adapter
 from e5v_jax.distributed import is_first, wait_for_all
-from e5v_jax.nn.layers import LoRAConfig, LoRAParam, Precision
+from e5v_jax.nn.layers import Build, LoRAConfig, LoRAParam, Precision
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh
 from e5v_jax.storage import absolute, as_path, remove_folder
@@ -266,14 +266,9 @@ def read_run_adapter(run: Path, step: int | None, base: WeightSource) -> Adapter
         raise ValueError(f"{run}: this run trained all weights (lora None): it has no adapter")
     lora = LoRAConfig(**lora_fields)
     precision = Precision(param=np.float32, compute=np.float32)
-    model = abstract_model(
-        base.family,
-        base.config,
-        precision=precision,
-        runtime=Runtime.on(make_mesh(devices=jax.local_devices()[:1])),
-        lora=lora,
-        load_vision=False,
-    )
+    runtime = Runtime.on(make_mesh(devices=jax.local_devices()[:1]))
+    build = Build(precision, runtime, lora)
+    model = abstract_model(base.family, base.config, build, load_vision=False)
     shapes = nnx.split(model, LoRAParam, ...)[1]
     context = ocp.Context()
     context.pytree.loading.partial_load = True

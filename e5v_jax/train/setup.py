@@ -13,7 +13,7 @@ from e5v_jax.checkpoints.loading import load_model
 from e5v_jax.checkpoints.tokenizer import load_tokenizer
 from e5v_jax.data.pairs import Triplets
 from e5v_jax.families.base import Processor
-from e5v_jax.nn.layers import Precision
+from e5v_jax.nn.layers import Build, Precision
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh
 from e5v_jax.train.config import TrainConfig
@@ -64,11 +64,11 @@ def set_up(cfg: TrainConfig, base: ConvertedFolder, triplets: Triplets) -> Train
     dtype = jnp.dtype(cfg.dtype)
     model = load_model(
         base,
-        precision=Precision(
-            param=dtype if cfg.lora else jnp.float32, compute=dtype, quantization=cfg.quantize
+        Build(
+            Precision(dtype if cfg.lora else jnp.float32, compute=dtype, quantization=cfg.quantize),
+            runtime,
+            cfg.lora,
         ),
-        runtime=runtime,
-        lora=cfg.lora,
         load_vision=feed.has_images,
         seed=cfg.seed,
     )

@@ -11,8 +11,7 @@ from e5v_jax.families.base import Array
 from e5v_jax.families.llava_next.config import LlavaNextConfig
 from e5v_jax.families.text.model import TextModel
 from e5v_jax.nn.clip import ClipVision, exact_gelu
-from e5v_jax.nn.layers import Linear, LoRAConfig, Precision
-from e5v_jax.runtime import Runtime
+from e5v_jax.nn.layers import Build, Linear
 
 
 class ImageBatch(NamedTuple):
@@ -27,10 +26,10 @@ class ImageBatch(NamedTuple):
 class Projector(nnx.Module):
     """Two linear maps with bias around an exact GELU."""
 
-    def __init__(self, config: LlavaNextConfig, *, precision: Precision, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: LlavaNextConfig, build: Build, *, rngs: nnx.Rngs) -> None:
         v, d = config.vision.hidden_size, config.text.hidden_size
-        self.linear_1 = Linear(v, d, use_bias=True, precision=precision, rngs=rngs)
-        self.linear_2 = Linear(d, d, use_bias=True, precision=precision, rngs=rngs)
+        self.linear_1 = Linear(v, d, build, use_bias=True, rngs=rngs)
+        self.linear_2 = Linear(d, d, build, use_bias=True, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[T, P, Dv] -> [T, P, D]."""
@@ -40,25 +39,13 @@ class Projector(nnx.Module):
 class LlavaNext(TextModel):
     """The whole model; a batch of texts alone does not touch the tower."""
 
-    def __init__(
-        self,
-        config: LlavaNextConfig,
-        *,
-        precision: Precision,
-        runtime: Runtime,
-        rngs: nnx.Rngs,
-        lora: LoRAConfig | None = None,
-    ) -> None:
-        super().__init__(config, precision=precision, runtime=runtime, rngs=rngs, lora=lora)
-        precision = dataclasses.replace(precision, quantization=None)  # only the decoder is large
-        self.vision_tower = ClipVision(
-            config.vision,
-            config.num_vision_layers,
-            precision=precision,
-            runtime=runtime,
-            rngs=rngs,
-        )
-        self.multi_modal_projector = Projector(config, precision=precision, rngs=rngs)
+    def __init__(self, config: LlavaNextConfig, build: Build, *, rngs: nnx.Rngs) -> None:
+        super().__init__(config, build, rngs=rngs)
+        # only the decoder is adapted, and only it is so large that it may be quantised
+        precision = dataclasses.replace(build.precision, quantization=None)
+        build = Build(precision, build.runtime)
+        self.vision_tower = ClipVision(config.vision, config.num_vision_layers, build, rngs=rngs)
+        self.multi_modal_projector = Projector(config, build, rngs=rngs)
         newline = jax.nn.initializers.normal(0.02)(
             rngs.params(), (config.text.hidden_size,), jnp.dtype(precision.param)
         )
@@ -87,6 +74,8 @@ class LlavaNext(TextModel):
         return self.merge(batch) if isinstance(batch, ImageBatch) else super().decoder_inputs(batch)
 
 
-def build(config: LlavaNextConfig, *, load_vision: bool = True, **arguments: Any) -> TextModel:
+def build(
+    config: LlavaNextConfig, how: Build, *, rngs: nnx.Rngs, load_vision: bool = True
+) -> TextModel:
     """The module; without ``load_vision``, as text pairs need it, the decoder alone."""
-    return (LlavaNext if load_vision else TextModel)(config, **arguments)
+    return (LlavaNext if load_vision else TextModel)(config, how, rngs=rngs)

@@ -143,18 +143,11 @@ def match_tokenizer(
     Raises:
         ValueError: config and tokenizer do not agree on its id.
     """
-    if tokenizer is None:  # weights alone: the first id after the table
-        original = config.image_token_id == ORIGINAL_IMAGE_TOKEN
-        return (
-            dataclasses.replace(config, image_token_id=config.text.vocab_size)
-            if original
-            else config
-        )
     original = config.image_token_id == ORIGINAL_IMAGE_TOKEN
     if tokenizer is None:  # weights alone: the first id after the table serves
-        found = config.text.vocab_size if original else config.image_token_id
-        return dataclasses.replace(config, image_token_id=found)
-    found = tokenizer.added_tokens_encoder.get(IMAGE_PLACEHOLDER)
+        first_free = config.text.vocab_size if original else config.image_token_id
+        return dataclasses.replace(config, image_token_id=first_free)
+    found: int | None = tokenizer.added_tokens_encoder.get(IMAGE_PLACEHOLDER)
     if found is None:
         tokenizer.add_tokens([AddedToken(IMAGE_PLACEHOLDER, special=True)], special_tokens=True)
         found = tokenizer.added_tokens_encoder[IMAGE_PLACEHOLDER]

@@ -8,8 +8,7 @@ from flax import nnx
 
 from e5v_jax.families.base import Array, ModelConfig
 from e5v_jax.nn.decoder import Decoder, Remat, take
-from e5v_jax.nn.layers import LoRAConfig, Precision
-from e5v_jax.runtime import Runtime
+from e5v_jax.nn.layers import Build
 
 
 class TextBatch(NamedTuple):
@@ -23,20 +22,11 @@ class TextModel(nnx.Module):
     """The decoder alone. For text pairs, families with more than a decoder are trained as this."""
 
     def __init__(
-        self,
-        config: ModelConfig,
-        *,
-        precision: Precision,
-        runtime: Runtime,
-        rngs: nnx.Rngs,
-        lora: LoRAConfig | None = None,
-        load_vision: bool = True,
+        self, config: ModelConfig, build: Build, *, rngs: nnx.Rngs, load_vision: bool = True
     ) -> None:
         """Random parameters; ``load_vision`` means nothing here."""
-        self.language_model = Decoder(
-            config.text, precision=precision, runtime=runtime, lora=lora, rngs=rngs
-        )
-        self.runtime = runtime
+        self.language_model = Decoder(config.text, build, rngs=rngs)
+        self.runtime = build.runtime
 
     def __call__(
         self, batch: Any, *, remat: Remat = "none", dropout_key: jax.Array | None = None
