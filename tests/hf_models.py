@@ -37,7 +37,7 @@ from e5v_jax.nn.layers import Build, Precision
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh
 
-# The prompts of reference.md section 2 once more, so that a change in e5v_jax.prompts shows.
+# The prompts of E5-V once more, so that a change in e5v_jax.prompts shows.
 TEMPLATES = {
     "llama3": "<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n \n",

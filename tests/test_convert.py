@@ -28,7 +28,7 @@ Tensors = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Layout:
-    """Where a checkpoint keeps its five sections (reference.md section 1)."""
+    """Where a checkpoint keeps its five sections."""
 
     text: str
     head: str
@@ -258,6 +258,17 @@ def test_original_config_names_its_tower(llava: Llava) -> None:
     assert (vision.num_hidden_layers, vision.hidden_size, vision.num_patches) == (24, 1024, 576)
     config["mm_vision_tower"] = "google/siglip-so400m-patch14-384"
     with pytest.raises(UnsupportedModelError, match="siglip-so400m"):
+        LlavaNextConfig.from_hf(config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("hidden_act", "relu"), ("model_type", "siglip_vision_model")]
+)
+def test_original_vision_config_is_checked(llava: Llava, key: str, value: str) -> None:
+    """As that of transformers' layout is: once it was taken as it stood."""
+    config = original_config(json.loads((llava("llama-gqa").folder / "config.json").read_text()))
+    config["vision_config"] = {**config["vision_config"], key: value}
+    with pytest.raises(UnsupportedModelError, match=f"vision_config.{key} '{value}'"):
         LlavaNextConfig.from_hf(config)
 
 

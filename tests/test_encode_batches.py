@@ -203,6 +203,16 @@ def test_padding_of_photographs(shared: Path, patch_size: int, max_tokens: int) 
     assert padding < 0.1 and shapes <= 12
 
 
+def test_loading_switches_nothing_of_jax(
+    llava: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A constructor is no place for it: the commands switch the compilation cache on."""
+    changed: list[str] = []
+    monkeypatch.setattr(jax.config, "update", lambda key, value: changed.append(key))
+    llava("llama-gqa").load()
+    assert not changed
+
+
 def test_compilations_are_counted_and_logged(
     llava: Callable[[str], Case], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -142,7 +142,7 @@ def test_only_the_same_questions_can_be_compared() -> None:
 
 
 def test_published_figures() -> None:
-    """A few of each table, typed again from reference.md section 4."""
+    """A few of each table, typed again from the paper."""
     assert PUBLISHED["flickr30k", "image R@1"] == Published(79.5, None, 67.3, 78.8, 70.0)
     assert PUBLISHED["coco", "text R@1"] == Published(62.0, None, 58.1, 68.8, 63.5)
     assert PUBLISHED["coco", "image R@5"] == Published(76.5, 60.3)

@@ -19,7 +19,7 @@ from e5v_jax.data.text import (
 )
 from e5v_jax.prompts import PROMPTS, TEMPLATES, detect_template, fill, fill_released
 
-# reference.md section 2
+# with the published tokenizer of Llama 3
 GOLDEN_TEXT = [
     *(128000, 128006, 882, 128007, 271),
     *(32, 5679, 23874, 627, 19791, 3485, 11914, 304, 832, 3492, 25, 220),

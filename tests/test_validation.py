@@ -1,5 +1,6 @@
 """STS-B dev inside a run: the score is that of the finished model, and the best one is left."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -7,9 +8,14 @@ import pytest
 from training_runs import STEPS, config, make_folder, read_metrics
 
 from e5v_jax import E5V
+from e5v_jax.checkpoints.converted import ConvertedFolder
+from e5v_jax.encode.encoder import Encoder
 from e5v_jax.evaluate.sts import load_task, score_tasks
 from e5v_jax.train.config import EvaluationConfig, OptimizerConfig
+from e5v_jax.train.feed import load_data
 from e5v_jax.train.loop import train
+from e5v_jax.train.setup import Training, set_up
+from e5v_jax.train.validation import Validation
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +74,35 @@ def test_missing_pairs_stop_the_run_before_it_begins(folder: Path, tmp_path: Pat
     with pytest.raises(FileNotFoundError, match=r"sts-dev\.csv"):
         train(config(folder, tmp_path / "run", evaluation=EvaluationConfig(data=tmp_path)))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def validation(folder: Path, tmp_path: Path) -> Callable[[str], tuple[Training, Validation]]:
+    """A run's training and validation, with one pair more that has the given sentence."""
+
+    def make(sentence: str) -> tuple[Training, Validation]:
+        pairs = (folder / "sts/STS/STSBenchmark/sts-dev.csv").read_text()
+        file = tmp_path / "STS" / "STSBenchmark" / "sts-dev.csv"
+        file.parent.mkdir(parents=True)
+        file.write_text(f"{pairs}made\tup\t2026\t99\t3\t{sentence}\tdog\n")
+        cfg = config(folder, tmp_path / "run")
+        training = set_up(cfg, ConvertedFolder(cfg.model), load_data(cfg.data))
+        encoder = Encoder(training.graphdef, training.processor, training.runtime)
+        return training, Validation(tmp_path, encoder, stride=1)
+
+    return make
+
+
+def test_a_text_of_300_tokens_is_embedded(
+    validation: Callable[[str], tuple[Training, Validation]],
+) -> None:
+    """Once the buckets ended at 256, and the run stopped at its first checkpoint."""
+    training, scored = validation("dog " * 75)
+    assert np.isfinite(scored.score(training.trainable, training.frozen))
+
+
+def test_a_text_that_is_too_long_stops_the_run_before_it_begins(
+    validation: Callable[[str], tuple[Training, Validation]],
+) -> None:
+    with pytest.raises(ValueError, match="tokens, the model takes at most"):
+        validation("dog " * 3000)

@@ -126,7 +126,9 @@ class LlavaNextConfig:
         decoder = "mistral" if raw["model_type"] == "llava_mistral" else "llama"
         return cls(
             text=TextConfig.from_hf(transformers_config(raw, decoder)),
-            vision=VisionConfig.from_hf(transformers_config(vision, "clip_vision_model")),
+            vision=VisionConfig.from_hf(
+                transformers_config(vision, vision.get("model_type", "clip_vision_model"))
+            ),
             vision_feature_layer=raw["mm_vision_select_layer"],
             image_token_id=raw.get("image_token_id", ORIGINAL_IMAGE_TOKEN),
             image_grid_pinpoints=_pinpoints(raw),
