@@ -90,6 +90,30 @@ def read_parquet(
             raise ValueError(f"{file}: not a whole Parquet file ({error})") from error
 
 
+def read_lines(path: Path, *, hint: str) -> list[str]:
+    """The lines of a text file, without their ends.
+
+    Raises:
+        FileNotFoundError: it is missing; ``hint`` says what should be there.
+        ValueError: it is not UTF-8; names the row.
+    """
+    try:
+        text = _read(path, hint).decode()
+    except UnicodeDecodeError as error:
+        row = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, row {row}: expected UTF-8, {error.reason}") from None
+    # Not splitlines(): it also splits at characters that may stand in a sentence, such as U+0085.
+    lines = text.removesuffix("\n").split("\n") if text else []
+    return [line.removesuffix("\r") for line in lines]
+
+
+def _read(path: Path, hint: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: not found; {hint}") from None
+
+
 def read_json(path: Path, *, hint: str) -> Any:
     """The content of a JSON file.
 
@@ -98,9 +122,7 @@ def read_json(path: Path, *, hint: str) -> Any:
         ValueError: it is damaged.
     """
     try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: not found; {hint}") from None
+        return json.loads(_read(path, hint))
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
 

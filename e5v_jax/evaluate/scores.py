@@ -26,8 +26,12 @@ class Hits:
     queries: np.ndarray
     """int64 [N]"""
 
+    def __len__(self) -> int:
+        """How many units there are, N."""
+        return len(self.hits)
+
     def value(self) -> float:
-        """Percent of all queries."""
+        """The percentage of all queries that hit."""
         return float(100 * self.hits.sum() / self.queries.sum())
 
     def resample(self, weights: np.ndarray) -> np.ndarray:
@@ -43,8 +47,12 @@ class Pairs:
     cosine: np.ndarray
     gold: np.ndarray
 
+    def __len__(self) -> int:
+        """How many pairs there are, N."""
+        return len(self.cosine)
+
     def value(self) -> float:
-        """Spearman x 100.
+        """Spearman's correlation times 100.
 
         Raises:
             ValueError: see :func:`spearman`.
@@ -52,7 +60,7 @@ class Pairs:
         return 100 * spearman(self.cosine, self.gold)
 
     def resample(self, weights: np.ndarray) -> np.ndarray:
-        """As :meth:`Hits.resample`; nan where a resample holds one value only."""
+        """The value of each resample as in :class:`Hits`; nan where one holds a single value."""
         middle = (weights.sum(axis=1, keepdims=True) + 1) / 2  # the mean rank, whatever the ties
         x = _ranks(self.cosine, weights) - middle  # [B, N]
         y = _ranks(self.gold, weights) - middle
@@ -73,8 +81,8 @@ class Score:
     """Hash of the questions asked: only scores over the same ones can be compared in pairs."""
 
     def resamples(self) -> np.ndarray:
-        """[RESAMPLES] values; the same units are drawn for every score of the task."""
-        units = len(self.items.hits if isinstance(self.items, Hits) else self.items.cosine)
+        """The value of each resample [RESAMPLES]; the same units for every score of the task."""
+        units = len(self.items)
         rng = np.random.default_rng([_SEED, zlib.crc32(self.task.encode())])
         values = []
         for start in range(0, RESAMPLES, _CHUNK):
@@ -109,10 +117,10 @@ def summarise(scores: Sequence[Score]) -> Summary:
 
 
 def compare(first: Score, second: Score) -> Difference:
-    """Paired bootstrap: both runs on the same resampled units.
+    """The difference of two runs by paired bootstrap: both on the same resampled units.
 
     Raises:
-        ValueError: not the same task, metric and data.
+        ValueError: they are not of the same task, metric and data.
     """
     for name in ("task", "metric", "data"):
         if getattr(first, name) != getattr(second, name):
@@ -133,7 +141,7 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
     """Spearman's rank correlation of two [N] arrays; equal values share their average rank.
 
     Raises:
-        ValueError: undefined, as one array is constant.
+        ValueError: it is undefined, as one array is constant.
     """
     once = np.ones((1, len(x)), np.int64)
     ranks = [_ranks(values, once)[0] for values in (x, y)]  # [N], [N]
@@ -146,7 +154,7 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def fingerprint(strings: Iterable[str]) -> str:
-    """Hash of the questions of a task."""
+    """The hash of the questions of a task."""
     digest = hashlib.sha256()
     for string in strings:
         digest.update(string.encode() + b"\0")

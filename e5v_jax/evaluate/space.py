@@ -1,14 +1,15 @@
 """Measures and projections of an embedding space with two kinds of points: texts and images."""
 
-from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import numpy as np
+
+from e5v_jax.evaluate.vectors import dot
 
 _CHUNK = 1024  # rows of a similarity matrix in memory at once
 
 
-@dataclass(frozen=True)
-class Gap:
+class Gap(NamedTuple):
     """How texts and images lie to each other; all vectors of length 1."""
 
     centroid_distance: float
@@ -23,14 +24,10 @@ class Gap:
     """log of the mean of exp(-2 d^2) over pairs (Wang & Isola 2020, t 2); lower is more even."""
     uniformity_images: float
 
-    def values(self) -> dict[str, float]:
-        """By name."""
-        return asdict(self)
-
 
 def measure_gap(texts: np.ndarray, images: np.ndarray, image_of: np.ndarray) -> Gap:
     """Measure vectors of unit length: texts [C, D], images [N, D], ``image_of`` int [C]."""
-    matched = np.einsum("cd,cd->c", texts, images[image_of], dtype=np.float64)  # [C]
+    matched = dot(texts, images[image_of])  # [C]
     # the mean over all pairs is the product of the means
     every = len(texts) * len(images) * float(_mean(texts) @ _mean(images))
     mismatched = (every - matched.sum()) / (len(texts) * (len(images) - 1))
@@ -50,7 +47,7 @@ def uniformity(vectors: np.ndarray) -> float:
     for start in range(0, len(vectors), _CHUNK):
         cosine = vectors[start : start + _CHUNK].astype(np.float64) @ vectors.T  # [C, N]
         total += np.exp(4 * np.minimum(cosine, 1) - 4).sum()
-    own = np.exp(4 * np.minimum(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64), 1) - 4)
+    own = np.exp(4 * np.minimum(dot(vectors, vectors), 1) - 4)
     return float(np.log((total - own.sum()) / (len(vectors) * (len(vectors) - 1))))
 
 

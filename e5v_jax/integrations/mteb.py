@@ -2,7 +2,7 @@
 
     import mteb
     from e5v_jax.integrations.mteb import MtebEncoder
-    model = MtebEncoder(path="e5-v")  # a converted folder; also dtype=, adapter=
+    model = MtebEncoder(path="e5-v")  # a converted folder; also dtype=, adapter=, fsdp= ...
     mteb.evaluate(model, mteb.get_tasks(tasks=["Flickr30kT2IRetrieval"]))
 
 ``mteb.get_model("e5v-jax/e5-v", path="e5-v")`` does the same after the import; for every model with
@@ -24,6 +24,7 @@ from mteb.types import BatchedInput, EncodeKwargs, PromptType
 from torch.utils.data import DataLoader
 
 from e5v_jax import E5V
+from e5v_jax.model_args import ModelArgs
 
 NAME = "e5v-jax/e5-v"
 _IMAGES_AT_ONCE = 64  # bounds decoded images
@@ -41,19 +42,28 @@ class MtebEncoder(AbsEncoder):
         *,
         device: str | None = None,
         path: str | Path | None = None,
-        model: E5V | None = None,
+        model: E5V | ModelArgs | None = None,
         **options: Any,
     ) -> None:
-        """Load ``path`` with ``options`` of :meth:`E5V.from_pretrained`, or wrap ``model``.
+        """Load ``path``, ``options`` being other fields of ModelArgs, or take a ``model``.
 
-        ``device`` is mteb's and means nothing here: JAX uses the devices it has.
+        ``revision`` is that of a hub id, and what mteb files the results under. ``device`` is
+        mteb's and means nothing here: JAX uses the devices it has.
 
         Raises:
-            ValueError: neither ``path`` nor ``model`` is given, or both.
+            ValueError: neither ``path`` nor ``model`` is given, or both; or the model cannot be
+                loaded.
+            FileNotFoundError: there is no such model.
         """
         if (path is None) == (model is None):
             raise ValueError(f"{model_name}: give path=, the folder of the checkpoint, or model=")
-        self.model = E5V.from_pretrained(path, **options) if model is None else model  # type: ignore[arg-type]
+        if path is not None:
+            model = ModelArgs(model=str(path), revision=revision, **options)
+        if isinstance(model, ModelArgs):
+            model.check()
+            model = model.load()
+        assert model is not None
+        self.model = model
         self.mteb_model_meta = META.model_copy(update={"revision": revision})
 
     def encode(

@@ -64,4 +64,4 @@ class Validation:
                     vectors[i] = vector
             return np.stack(vectors)  # [N, D]
 
-        return score_tasks(encode, {TASK: self._pairs})[TASK].spearman
+        return score_tasks(encode, {TASK: self._pairs})[TASK].items.value()
