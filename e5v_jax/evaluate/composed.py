@@ -1,7 +1,7 @@
 """Composed image retrieval, an image and a change in words to the changed image: CIRR, FashionIQ.
 
 Protocol: the authors' retrieval.py, also for what is summed: the two vectors of a FashionIQ query
-as the model gives them, then normalised.
+as the model gives them, then normalised. Scoring raises what :meth:`CachedEncoder.embed` does.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,11 +31,7 @@ _SUBMITTED = 50  # names a query, as the CIRR server wants
 
 
 def score_cirr(encoder: CachedEncoder, data: ComposedSet) -> list[Score]:
-    """Recall at 1, 5, 10 and 50, the reference image not counted as an answer.
-
-    Raises:
-        ValueError: see :meth:`CachedEncoder.embed`.
-    """
+    """Recall at 1, 5, 10 and 50, the reference image not counted as an answer."""
     assert data.targets is not None
     queries, gallery = _embed_cirr(encoder, data)
     ranks = rank_positives(queries, gallery, list(data.targets[:, None]), removed=data.references)
@@ -43,11 +39,7 @@ def score_cirr(encoder: CachedEncoder, data: ComposedSet) -> list[Score]:
 
 
 def cirr_submission(encoder: CachedEncoder, data: ComposedSet) -> dict[str, str | list[str]]:
-    """What CIRR's test server takes: the 50 best images of each query, best first.
-
-    Raises:
-        ValueError: see :meth:`CachedEncoder.embed`.
-    """
+    """What CIRR's test server takes: the 50 best images of each query, best first."""
     queries, gallery = _embed_cirr(encoder, data)
     best = top_k(queries, gallery, _SUBMITTED, removed=data.references)
     names = {
@@ -69,11 +61,7 @@ def _embed_cirr(encoder: CachedEncoder, data: ComposedSet) -> tuple[np.ndarray, 
 
 
 def score_fashioniq(encoder: CachedEncoder, kind: str, data: ComposedSet) -> list[Score]:
-    """Recall at 10 and 50 of one type; a query counts its two captions in both orders.
-
-    Raises:
-        ValueError: see :meth:`CachedEncoder.embed`.
-    """
+    """Recall at 10 and 50 of one type; a query counts its two captions in both orders."""
     assert data.targets is not None
     word = "shirt" if kind == "toptee" else kind
     gallery = encoder.embed(

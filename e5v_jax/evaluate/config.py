@@ -24,11 +24,7 @@ class ScoringArgs(ModelArgs):
     """Inputs per device batch."""
 
     def check(self) -> None:
-        """Refuse values that cannot be.
-
-        Raises:
-            UsageError: names the flag.
-        """
+        """Raise UsageError, which names the flag, on a value that cannot be."""
         super().check()
         self.require_positive("stride", "batch_size")
 
@@ -74,11 +70,7 @@ class EvaluateConfig(ScoringArgs):
     """Folder to write results.json, results.md and items.npz to; must be empty or not exist."""
 
     def check(self) -> None:
-        """Refuse values that cannot be, and a model or data that are missing.
-
-        Raises:
-            UsageError: names the flag.
-        """
+        """Raise UsageError on a value that cannot be, or where model or data are missing."""
         super().check()
         for name in ("model", "data"):
             if not getattr(self, name):
@@ -100,11 +92,7 @@ class AnalyseArgs(ScoringArgs):
     """LoRA to compare with the bare model: a run folder of e5v_jax.train or a PEFT folder."""
 
     def check(self) -> None:
-        """Refuse values that cannot be, and no data at all.
-
-        Raises:
-            UsageError: names the flag.
-        """
+        """Raise UsageError on a value that cannot be, or where there is nothing to analyse."""
         if self.data is None and self.sts is None:
             raise UsageError("--data or --sts: give images with captions, SentEval's STS, or both")
         super().check()

@@ -155,13 +155,16 @@ def find_image(name: str, folders: Sequence[Path], where: str) -> Path:
     raise FileNotFoundError(f"{where}: image {name!r} not found in {looked}")
 
 
-def dataset_folder(data: Path, name: str) -> Path:
+def dataset_folder(data: Path, name: str, *, neither: str) -> Path:
     """The authors' data set ``name``: DATA/name, or fetched where ``data`` is :data:`HUB`.
 
     Raises:
+        FileNotFoundError: DATA has no such folder; ``neither`` says what was looked for.
         OSError: it could not be fetched.
     """
     if data != HUB:
+        if not (data / name).is_dir():
+            raise FileNotFoundError(f"{data}: neither {neither} in it, see docs/evaluation.md")
         return data / name
     from huggingface_hub import snapshot_download
 

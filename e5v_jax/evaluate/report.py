@@ -62,49 +62,26 @@ def make_row(task: str, label: str, items: str, scores: Sequence[Score], compara
     return Row(task, label, metric, items, *summarise(scores), published or Published())
 
 
-def _shown(rows: Sequence[Row]) -> list[str]:
-    """Columns of published figures that are not empty; the paper's own stay."""
-    names = [f.name for f in fields(Published)]
-    return [
+def _table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells; of the published figures, others than the paper's only if there are."""
+    shown = [
         name
-        for name in names
+        for name in _PUBLISHED_HEADINGS
         if name in ("paper", "prompt_only")
         or any(getattr(row.published, name) is not None for row in rows)
     ]
-
-
-def _table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells."""
-    shown = _shown(rows)
-    headings = [*_HEADINGS, *(_PUBLISHED_HEADINGS[name] for name in shown)]
     cells = []
     for row in rows:
-        published = [getattr(row.published, name) for name in shown]
-        cells.append(
-            [
-                row.label,
-                row.metric,
-                row.items,
-                f"{row.value:.2f}",
-                f"{row.low:.2f} to {row.high:.2f}",
-            ]
-            + ["" if figure is None else f"{figure:.2f}" for figure in published]
-        )
-    return headings, cells
-
-
-def rich_table(headings: Sequence[str], cells: Sequence[Sequence[str]], *, caption: str) -> Table:
-    """For the terminal; numbers right-aligned from the third column on."""
-    table = Table(caption=caption)
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if number < _FIRST_NUMBER else "right")
-    for row in cells:
-        table.add_row(*row)
-    return table
+        interval = f"{row.low:.2f} to {row.high:.2f}"
+        figures = [getattr(row.published, name) for name in shown]
+        published = ["" if figure is None else f"{figure:.2f}" for figure in figures]
+        ours = [row.label, row.metric, row.items, f"{row.value:.2f}", interval]
+        cells.append([*ours, *published])
+    return [*_HEADINGS, *(_PUBLISHED_HEADINGS[name] for name in shown)], cells
 
 
 def markdown_table(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """The same as Markdown."""
+    """The table as Markdown; numbers are right-aligned from the third column on."""
     rules = ["---" if number < _FIRST_NUMBER else "---:" for number in range(len(headings))]
     rows = ([cell.replace("|", r"\|") for cell in row] for row in [headings, rules, *cells])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
@@ -117,7 +94,7 @@ def settings_table(settings: Mapping[str, str | int | float | None]) -> str:
 
 
 def to_markdown(report: Report) -> str:
-    """Settings and figures as two tables."""
+    """The settings and the figures as two tables."""
     blocks = [settings_table(report.settings), markdown_table(*_table(report.rows)), _NOTE + ".\n"]
     return "# Evaluation\n\n" + "\n".join(blocks)
 
@@ -130,10 +107,15 @@ def to_json(report: Report) -> str:
 
 def print_table(headings: Sequence[str], cells: Sequence[Sequence[str]], *, caption: str) -> None:
     """Print to the terminal; figures are never cut short, a narrow terminal wraps them."""
+    table = Table(caption=caption)
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if number < _FIRST_NUMBER else "right")
+    for row in cells:
+        table.add_row(*row)
     console = Console()
     width = sum(max(len(row[i]) for row in [headings, *cells]) + 3 for i in range(len(headings)))
     console.width = max(console.width, width + 1)
-    console.print(rich_table(headings, cells, caption=caption))
+    console.print(table)
 
 
 def print_report(report: Report) -> None:

@@ -88,17 +88,14 @@ def load_task(data: Path, name: str) -> CaptionedImages:
     if name == OWN:
         return load_captioned(data)
     if (data / name).is_dir():
-        return _first_captions(load_captioned(data / name))
-    task = TASKS[name]
-    folder = dataset_folder(data, task.dataset)
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{data}: neither {name}/captions.jsonl nor {task.dataset}/*.parquet in it, see "
-            "docs/evaluation.md"
-        )
-    rows = read_parquet(folder, ["text"], ["image"], split="test")
-    found = _collect(folder, ((str(row["image"]), row["image"], row["text"]) for row in rows))
-    return _first_captions(found)
+        found = load_captioned(data / name)
+    else:
+        dataset = TASKS[name].dataset
+        neither = f"{name}/captions.jsonl nor {dataset}/*.parquet"
+        folder = dataset_folder(data, dataset, neither=neither)
+        rows = read_parquet(folder, ["text"], ["image"], split="test")
+        found = _collect(folder, ((str(row["image"]), row["image"], row["text"]) for row in rows))
+    return CaptionedImages(found.images, [group[:_PAPER_CAPTIONS] for group in found.captions])
 
 
 def score_retrieval(
@@ -155,10 +152,6 @@ def report_rows(name: str, data: CaptionedImages, scores: list[Score], *, label:
 def take(data: CaptionedImages, stride: int) -> CaptionedImages:
     """Every ``stride``-th image with its captions."""
     return CaptionedImages(data.images[::stride], data.captions[::stride])
-
-
-def _first_captions(data: CaptionedImages) -> CaptionedImages:
-    return CaptionedImages(data.images, [group[:_PAPER_CAPTIONS] for group in data.captions])
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Path, list[str]]]:
