@@ -1,5 +1,6 @@
 """``python -m e5v_jax.evaluate analyse``: what prompt and training do to the embedding space."""
 
+import gc
 import json
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -102,6 +103,7 @@ def analyse(args: AnalyseArgs) -> None:
         found = _Findings()
         for name, model_args in models.items():
             _analyse_model(model_args, name, pictures, pairs, found)
+            gc.collect()  # modules refer to each other in cycles: their weights would stay
         settings = {**args.describe(), "template": found.template, "stride": args.stride}
         text = f"# Analysis\n\n{settings_table(settings)}"
         for title, headings, rows in (
