@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArgs:
-    """A model and how it is loaded; commands inherit these flags and add their own."""
+    """This says which model and how it is loaded; commands inherit it and add flags."""
 
     model: str
     """Converted folder, Hugging Face folder or GGUF file, or a hub id."""
@@ -63,7 +63,7 @@ class ModelArgs:
                 raise UsageError(f"--{name.replace('_', '-')}: {value}, expected at least 1")
 
     def load(self, devices: "Sequence[jax.Device] | None" = None) -> "E5V":
-        """The model on a mesh over ``devices`` (all of them by default), ready to embed.
+        """Load the model onto a mesh over ``devices``, by default all of them.
 
         Raises:
             UsageError: ``fsdp`` and ``tensor`` do not divide the devices.
@@ -88,7 +88,7 @@ class ModelArgs:
         )
 
     def describe(self) -> dict[str, str | None]:
-        """Everything here that a vector depends on; not how many devices shared the work."""
+        """Name all that a vector depends on here; how many devices share the work is not of it."""
         return {
             "model": self.model,
             "revision": self.revision,
@@ -100,7 +100,7 @@ class ModelArgs:
         }
 
     def content_hash(self) -> str:
-        """The hash of model and adapter as they lie on the disk, see :func:`model_key`.
+        """Hash model and adapter as they lie on the disk, see :func:`model_key`.
 
         Raises:
             FileNotFoundError: the model is not there and cannot be fetched.

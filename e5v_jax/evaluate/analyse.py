@@ -169,7 +169,7 @@ def _analyse_images(
 
 
 def _analyse_sts(encoder: "CachedEncoder", model: str, pairs: "StsPairs") -> list[dict[str, Any]]:
-    """Spearman on STS-B for each prompt, sentences cleaned as in the paper."""
+    """Return Spearman on STS-B for each prompt, sentences cleaned as in the paper."""
     from e5v_jax.evaluate.sts import score_tasks
 
     rows = []
@@ -183,7 +183,7 @@ def _analyse_sts(encoder: "CachedEncoder", model: str, pairs: "StsPairs") -> lis
 
 
 def blank(image: "ImageRef") -> "Image.Image":
-    """A grey picture of the same size: the same tokens, and nothing to see."""
+    """Make a grey picture of the same size: the same tokens, and nothing to see."""
     from PIL import Image
 
     from e5v_jax.data.images import load_image

@@ -26,7 +26,7 @@ class Submission(NamedTuple):
 
 @dataclass
 class Result:
-    """What was measured."""
+    """This is what was measured."""
 
     rows: list[Row] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)

@@ -37,7 +37,7 @@ def input_key(item: object) -> bytes:
 
 
 class VectorCache:
-    """The vectors of one model with one prompt."""
+    """This holds the vectors of one model with one prompt."""
 
     vectors: dict[bytes, np.ndarray]
     """What was there when the cache was opened: by :func:`input_key`, float32 [D]."""

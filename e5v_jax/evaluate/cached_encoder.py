@@ -22,7 +22,7 @@ Item = TypeVar("Item")
 
 
 class CachedEncoder:
-    """A model as evaluations use it: :meth:`E5V.encode` with a cache and places in messages."""
+    """This is how evaluations embed: :meth:`E5V.encode` with a cache and places in messages."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class CachedEncoder:
 
     @property
     def template(self) -> str:
-        """The name of the model's chat template."""
+        """This names the model's chat template."""
         return self._model.template
 
     def embed(
@@ -52,7 +52,7 @@ class CachedEncoder:
         where: Callable[[int], str] | None = None,
         normalize: bool = True,
     ) -> np.ndarray:
-        """Vectors fp32 [N, D] of ``items``, order kept.
+        """Embed ``items`` and return their vectors, fp32 [N, D], in the same order.
 
         Args:
             items: what is to be embedded, perhaps only named.
@@ -113,8 +113,9 @@ class CachedEncoder:
         return normalised(found) if normalize else found
 
     def embed_sentences(self, sentences: list[str], *, prompt: str) -> np.ndarray:
-        """Vectors fp32 [N, D] of ``sentences``, not normalised: rounding would break ties of the
-        cosine.
+        """Embed ``sentences`` and return fp32 [N, D], not normalised.
+
+        Rounding would break ties of the cosine.
 
         Raises:
             ValueError: see :meth:`embed`.

@@ -31,7 +31,7 @@ _SUBMITTED = 50  # names a query, as the CIRR server wants
 
 
 def score_cirr(encoder: CachedEncoder, data: ComposedSet) -> list[Score]:
-    """Recall at 1, 5, 10 and 50, the reference image not counted as an answer."""
+    """Score recall at 1, 5, 10 and 50; the reference image does not count as an answer."""
     assert data.targets is not None
     queries, gallery = _embed_cirr(encoder, data)
     ranks = rank_positives(queries, gallery, list(data.targets[:, None]), removed=data.references)
@@ -39,7 +39,7 @@ def score_cirr(encoder: CachedEncoder, data: ComposedSet) -> list[Score]:
 
 
 def cirr_submission(encoder: CachedEncoder, data: ComposedSet) -> dict[str, str | list[str]]:
-    """What CIRR's test server takes: the 50 best images of each query, best first."""
+    """Return what CIRR's test server takes: the 50 best images of each query, best first."""
     queries, gallery = _embed_cirr(encoder, data)
     best = top_k(queries, gallery, _SUBMITTED, removed=data.references)
     names = {
@@ -61,7 +61,7 @@ def _embed_cirr(encoder: CachedEncoder, data: ComposedSet) -> tuple[np.ndarray, 
 
 
 def score_fashioniq(encoder: CachedEncoder, kind: str, data: ComposedSet) -> list[Score]:
-    """Recall at 10 and 50 of one type; a query counts its two captions in both orders."""
+    """Score recall at 10 and 50 of one type; a query counts its two captions in both orders."""
     assert data.targets is not None
     word = "shirt" if kind == "toptee" else kind
     gallery = encoder.embed(
@@ -85,12 +85,12 @@ def score_fashioniq(encoder: CachedEncoder, kind: str, data: ComposedSet) -> lis
 
 
 def join_captions(captions: Sequence[str]) -> str:
-    """The two captions of a FashionIQ query as the authors join them."""
+    """Join the two captions of a FashionIQ query as the authors do."""
     return ", ".join(caption.strip(".?, ") for caption in captions)
 
 
 def cirr_rows(scores: list[Score]) -> list[Row]:
-    """Rows for the report. The paper has no validation figures."""
+    """Make the rows for the report. The paper has no validation figures."""
     return [
         make_row(score.task, "CIRR val", f"{len(score.items)} queries", [score], False)
         for score in scores
@@ -98,7 +98,7 @@ def cirr_rows(scores: list[Score]) -> list[Row]:
 
 
 def fashioniq_rows(scores: dict[str, list[Score]]) -> list[Row]:
-    """Rows for the report; the average once all three types are there."""
+    """Make the rows for the report, and the average once all three types are there."""
     rows = []
     for kind, of_kind in scores.items():
         for score in of_kind:

@@ -22,7 +22,7 @@ _HINT = "expected the layout of docs/evaluation.md"
 
 @dataclass(frozen=True)
 class ComposedSet:
-    """Queries and the gallery they are answered from."""
+    """These are queries and the gallery they are answered from."""
 
     gallery_ids: list[str]
     gallery: list[ImageRef]
@@ -38,7 +38,7 @@ class ComposedSet:
     """CIRR's names of its queries; empty otherwise."""
 
     def fingerprint(self) -> str:
-        """The hash of the questions asked."""
+        """Return the hash of the questions asked."""
         answers = [] if self.targets is None else [self.gallery_ids[i] for i in self.targets]
         texts = [text for group in self.captions for text in group]
         return fingerprint([*self.gallery_ids, *texts, *answers])
@@ -53,7 +53,7 @@ class _Query(NamedTuple):
 
 
 def load_cirr(data: Path, split: str) -> ComposedSet:
-    """CIRR's ``val`` or ``test`` split, as its authors or the paper's lay it out.
+    """Read CIRR's ``val`` or ``test`` split, as its authors or the paper's lay it out.
 
     Raises:
         FileNotFoundError, ValueError: names file and row, and what was expected.
@@ -98,7 +98,7 @@ def _cirr_parquet(data: Path, split: str) -> ComposedSet:
 
 
 def load_fashioniq(data: Path, kind: str) -> ComposedSet:
-    """FashionIQ's validation split of one type, as its authors or the paper's lay it out.
+    """Read FashionIQ's validation split of one type, as its authors or the paper's lay it out.
 
     Raises:
         FileNotFoundError, ValueError: names file and row, and what was expected.
@@ -153,7 +153,7 @@ def _two(captions: list[str], where: str) -> tuple[str, ...]:
 
 
 def take(data: ComposedSet, stride: int) -> ComposedSet:
-    """Every ``stride``-th query; the gallery stays."""
+    """Keep every ``stride``-th query; the gallery stays."""
     return replace(
         data,
         images=data.images[::stride],

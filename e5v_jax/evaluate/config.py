@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringArgs(ModelArgs):
-    """What scoring and analysing have in common."""
+    """These flags are common to scoring and analysing."""
 
     stride: int = 1
     """Take every n-th pair, image or query only: a quick look, not comparable with the paper."""

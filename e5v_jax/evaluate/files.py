@@ -20,13 +20,13 @@ class ParquetImage:
     column: str
     group: int
     row: int
-    """In its row group."""
+    """This counts from the start of the row group."""
 
     def __str__(self) -> str:
         return f"{self.file}, row group {self.group}, row {self.row}"
 
     def read(self) -> bytes:
-        """The encoded bytes."""
+        """Return the encoded bytes."""
         return _image_column(self.file, self.column, self.group)[self.row]
 
 
@@ -34,7 +34,7 @@ ImageRef = Path | ParquetImage
 
 
 def load(image: ImageRef) -> Path | bytes:
-    """An input for ``E5V.encode``."""
+    """Turn an image reference into an input for ``E5V.encode``."""
     return image if isinstance(image, Path) else image.read()
 
 
@@ -55,7 +55,7 @@ def _image_column(file: Path, column: str, group: int) -> list[bytes]:
 def read_parquet(
     folder: Path, columns: Sequence[str], images: Sequence[str], *, split: str | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Rows of a data set folder as the hub has them: ``*.parquet``, anywhere below ``folder``.
+    """Read the rows of a data set as the hub has it: ``*.parquet``, anywhere below ``folder``.
 
     ``columns`` are read, ``images`` (structs with ``bytes``) become :class:`ParquetImage`. With
     ``split``, files are taken whose name starts with it.
@@ -91,7 +91,7 @@ def read_parquet(
 
 
 def read_lines(path: Path, *, hint: str) -> list[str]:
-    """The lines of a text file, without their ends.
+    """Return the lines of a text file, without their ends.
 
     Raises:
         FileNotFoundError: it is missing; ``hint`` says what should be there.
@@ -115,7 +115,7 @@ def _read(path: Path, hint: str) -> bytes:
 
 
 def read_json(path: Path, *, hint: str) -> Any:
-    """The content of a JSON file.
+    """Return the content of a JSON file.
 
     Raises:
         FileNotFoundError: it is missing; ``hint`` says what should be there.
@@ -128,7 +128,7 @@ def read_json(path: Path, *, hint: str) -> Any:
 
 
 def get(row: Any, key: str, kind: type, where: str) -> Any:
-    """``row[key]``, checked.
+    """Return ``row[key]`` after checking it.
 
     Raises:
         ValueError: ``row`` is no object, lacks the key, or has another type there.
@@ -143,7 +143,7 @@ def get(row: Any, key: str, kind: type, where: str) -> Any:
 
 
 def find_image(name: str, folders: Sequence[Path], where: str) -> Path:
-    """The image file ``name`` in the first folder that has it.
+    """Find the image file ``name`` in the first folder that has it.
 
     Raises:
         FileNotFoundError: none has.
@@ -156,7 +156,7 @@ def find_image(name: str, folders: Sequence[Path], where: str) -> Path:
 
 
 def dataset_folder(data: Path, name: str, *, neither: str) -> Path:
-    """The authors' data set ``name``: DATA/name, or fetched where ``data`` is :data:`HUB`.
+    """Find the authors' data set ``name``: DATA/name, or fetched where ``data`` is :data:`HUB`.
 
     Raises:
         FileNotFoundError: DATA has no such folder; ``neither`` says what was looked for.

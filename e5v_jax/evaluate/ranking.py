@@ -18,7 +18,7 @@ _CHUNK = 1024  # queries scored at once: bounds the memory of the score matrix
 
 
 class Ranks(NamedTuple):
-    """Where the best positive of each query stands; every array is int64 [Q]."""
+    """This says where the best positive of each query stands; every array is int64 [Q]."""
 
     better: np.ndarray
     """Gallery items with a higher score."""
@@ -61,7 +61,7 @@ def rank_positives(
 
 
 def hits_at(ranks: Ranks, k: int) -> np.ndarray:
-    """What each query scores, float64 [Q]: 1 if a positive is among the k best, else 0.
+    """Return what each query scores, float64 [Q]: 1 if a positive is among the k best, else 0.
 
     A tie across k gives a value between.
     """
@@ -82,7 +82,7 @@ def recalls(
     prefix: str = "",
     unit_of: np.ndarray | None = None,
 ) -> list[Score]:
-    """The recall of a task at each k of ``at``; ``data`` is the hash of its questions.
+    """Score the recall of a task at each k of ``at``; ``data`` is the hash of its questions.
 
     ``unit_of``, int [Q], says to which of the units that were sampled a query belongs, each having
     one at least; by default a query is a unit.
@@ -98,7 +98,7 @@ def recalls(
 def top_k(
     queries: np.ndarray, gallery: np.ndarray, k: int, *, removed: np.ndarray | None = None
 ) -> np.ndarray:
-    """The best gallery rows of each query, int64 [Q, k], best first; ties in gallery order.
+    """Return the best gallery rows of each query, int64 [Q, k]; ties in gallery order.
 
     Arguments as in :func:`rank_positives`.
     """
@@ -113,7 +113,7 @@ def top_k(
 def _scores(
     queries: np.ndarray, gallery: np.ndarray, removed: np.ndarray | None
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """The first query of each chunk and the scores of the chunk, [C, G].
+    """Yield the first query of each chunk and the scores of the chunk, [C, G].
 
     Equal gallery rows get equal scores, which a matrix product does not promise.
     """

@@ -26,7 +26,7 @@ _NOTE = f"percent; paper and baselines: E5-V (Llama-3-8B) and others as in {PAPE
 
 @dataclass(frozen=True)
 class Row:
-    """One figure. All figures in percent."""
+    """This is one figure; all figures are in percent."""
 
     task: str
     """Key for programs."""
@@ -44,7 +44,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The figures of one evaluation, and all that is needed to get them again."""
+    """This has the figures of one evaluation, and all that is needed to get them again."""
 
     settings: Mapping[str, str | int | float | None]
     rows: list[Row]
@@ -53,7 +53,7 @@ class Report:
 
 
 def make_row(task: str, label: str, items: str, scores: Sequence[Score], comparable: bool) -> Row:
-    """The row of a score, or of the mean of several tasks' with one metric.
+    """Make the row of a score, or of the mean of several tasks' with one metric.
 
     Published figures stand beside it only if ``comparable``: measured as the paper does.
     """
@@ -63,7 +63,7 @@ def make_row(task: str, label: str, items: str, scores: Sequence[Score], compara
 
 
 def _table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells; of the published figures, others than the paper's only if there are."""
+    """Return headings and cells; figures of others than the paper only if there are any."""
     shown = [
         name
         for name in _PUBLISHED_HEADINGS
@@ -81,26 +81,26 @@ def _table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown_table(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """The table as Markdown; numbers are right-aligned from the third column on."""
+    """Write the table as Markdown; numbers are right-aligned from the third column on."""
     rules = ["---" if number < _FIRST_NUMBER else "---:" for number in range(len(headings))]
     rows = ([cell.replace("|", r"\|") for cell in row] for row in [headings, rules, *cells])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def settings_table(settings: Mapping[str, str | int | float | None]) -> str:
-    """What a result depends on, as Markdown."""
+    """Write what a result depends on as Markdown."""
     cells = [[name, "" if value is None else str(value)] for name, value in settings.items()]
     return markdown_table(["setting", "value"], cells)
 
 
 def to_markdown(report: Report) -> str:
-    """The settings and the figures as two tables."""
+    """Write the settings and the figures as two tables."""
     blocks = [settings_table(report.settings), markdown_table(*_table(report.rows)), _NOTE + ".\n"]
     return "# Evaluation\n\n" + "\n".join(blocks)
 
 
 def to_json(report: Report) -> str:
-    """``{"settings": {...}, "results": [{"task", "label", "metric", "items", "value", ...}]}``."""
+    """Write ``{"settings": {...}, "results": [{"task", "label", "metric", "value", ...}]}``."""
     content = {"settings": dict(report.settings), "results": [asdict(row) for row in report.rows]}
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
@@ -138,7 +138,7 @@ def write_report(report: Report, folder: Path) -> None:
 
 
 def read_scores(folder: Path) -> list[Score]:
-    """The scores of a run's output folder, item by item.
+    """Read the scores of a run's output folder, item by item.
 
     Raises:
         FileNotFoundError: there is no ``items.npz``.

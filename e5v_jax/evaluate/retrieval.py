@@ -54,14 +54,14 @@ OWN = "retrieval"
 
 @dataclass(frozen=True)
 class CaptionedImages:
-    """Images with their captions."""
+    """These are images with their captions."""
 
     images: list[ImageRef]
     captions: list[list[str]]
     """[images][captions of it], at least one each."""
 
     def flat(self) -> tuple[list[str], np.ndarray]:
-        """All captions, and int [C], ascending: the image that each belongs to."""
+        """Return all captions, and int [C], ascending: the image that each belongs to."""
         counts = [len(group) for group in self.captions]
         captions = [caption for group in self.captions for caption in group]
         return captions, np.repeat(np.arange(len(counts)), counts)
@@ -80,7 +80,7 @@ def load_captioned(folder: Path) -> CaptionedImages:
 
 
 def load_task(data: Path, name: str) -> CaptionedImages:
-    """The set of a task: ``data`` itself for ``retrieval``, else DATA/name or its Parquet form.
+    """Read the set of a task: ``data`` itself for ``retrieval``, else DATA/name or Parquet files.
 
     Raises:
         FileNotFoundError, ValueError: names file and row, and what was expected.
@@ -101,7 +101,7 @@ def load_task(data: Path, name: str) -> CaptionedImages:
 def score_retrieval(
     encoder: CachedEncoder, name: str, data: CaptionedImages, *, drawn: bool = False
 ) -> list[Score]:
-    """Image and text recall at 1, 5 and 10; with ``drawn`` captions are embedded as pictures.
+    """Score image and text recall at 1, 5, 10; with ``drawn`` captions are embedded as pictures.
 
     Raises:
         ValueError: see :meth:`CachedEncoder.embed`.
@@ -121,7 +121,7 @@ def score_retrieval(
 def score_vectors(
     name: str, texts: np.ndarray, images: np.ndarray, image_of: np.ndarray, data: str
 ) -> list[Score]:
-    """Image and text recall from normalised vectors.
+    """Score image and text recall from normalised vectors.
 
     Args:
         name: of the task.
@@ -141,7 +141,7 @@ def score_vectors(
 
 
 def report_rows(name: str, data: CaptionedImages, scores: list[Score], *, label: str) -> list[Row]:
-    """Rows for the report; the paper's figures only beside a set of the paper's size."""
+    """Make the rows for the report; the paper's figures only beside a set of the paper's size."""
     counts = [len(group) for group in data.captions]
     task = TASKS.get(name.removeprefix(_I2I))
     whole = task is not None and len(counts) == task.images and set(counts) == {_PAPER_CAPTIONS}
@@ -150,7 +150,7 @@ def report_rows(name: str, data: CaptionedImages, scores: list[Score], *, label:
 
 
 def take(data: CaptionedImages, stride: int) -> CaptionedImages:
-    """Every ``stride``-th image with its captions."""
+    """Keep every ``stride``-th image with its captions."""
     return CaptionedImages(data.images[::stride], data.captions[::stride])
 
 

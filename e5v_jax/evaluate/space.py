@@ -10,7 +10,7 @@ _CHUNK = 1024  # rows of a similarity matrix in memory at once
 
 
 class Gap(NamedTuple):
-    """How texts and images lie to each other; all vectors of length 1."""
+    """This says how texts and images lie to each other; all vectors have length 1."""
 
     centroid_distance: float
     """Between the mean text and the mean image: the modality gap of Liang et al. 2022."""
@@ -42,7 +42,7 @@ def measure_gap(texts: np.ndarray, images: np.ndarray, image_of: np.ndarray) -> 
 
 
 def uniformity(vectors: np.ndarray) -> float:
-    """log mean exp(-2 |x - y|^2) over the pairs of different rows of [N, D], unit length."""
+    """Return log mean exp(-2 |x - y|^2) over the pairs of different rows of [N, D], unit length."""
     total = 0.0
     for start in range(0, len(vectors), _CHUNK):
         cosine = vectors[start : start + _CHUNK].astype(np.float64) @ vectors.T  # [C, N]
@@ -52,7 +52,7 @@ def uniformity(vectors: np.ndarray) -> float:
 
 
 def project(vectors: np.ndarray, *, centred: bool) -> np.ndarray:
-    """[N, 2]: coordinates on the two directions of largest variance (PCA).
+    """Return [N, 2], the coordinates on the two directions of largest variance (PCA).
 
     Not centred, it is the plain SVD that the authors plot: the first direction is then close to the
     mean of all vectors, and a gap between two kinds shows in the second.
@@ -67,7 +67,7 @@ def project(vectors: np.ndarray, *, centred: bool) -> np.ndarray:
 
 
 def tsne(vectors: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """[N, 2]: t-SNE of cosine distances, from the centred PCA.
+    """Return [N, 2], the t-SNE of cosine distances, from the centred PCA.
 
     Raises:
         ImportError: scikit-learn is not installed.

@@ -96,7 +96,7 @@ def load_task(data_dir: str | Path, name: str, *, stride: int = 1) -> StsPairs:
 
 
 def clean_sentence(sentence: str) -> str:
-    """A sentence as the authors give it to the model (eval_sts.py, after SentEval's split).
+    """Clean a sentence as the authors do for the model (eval_sts.py, after SentEval's split).
 
     Single spaces; a full stop at the end if there is none of ``.?"'``; ``"`` becomes ``'``; a final
     question mark becomes a full stop.
@@ -157,7 +157,7 @@ def score_tasks(
 
 
 def report_rows(scores: Mapping[str, Score], *, comparable: bool = True) -> list[Row]:
-    """Rows for the report, and the average once it is over the paper's seven tasks.
+    """Make the rows for the report, and the average once it is over the paper's seven tasks.
 
     The paper's figure stands beside a score only where that is over the same number of pairs, and
     only if ``comparable``: measured with the paper's protocol.

@@ -18,7 +18,7 @@ _GROUPS = {name: tasks for benchmark in BENCHMARKS for name, tasks in benchmark.
 
 
 def choose_tasks(text: str) -> list[str]:
-    """The task names that ``--tasks`` asks for, each once, in the order given.
+    """Return the task names that ``--tasks`` asks for, each once, in the order given.
 
     Raises:
         cli.UsageError: a name is unknown, or there is none.

@@ -6,13 +6,13 @@ import numpy as np
 
 
 def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """The product of each row with its like, [N, D] x [N, D] -> float64 [N]."""
+    """Multiply each row with its like, [N, D] x [N, D] -> float64 [N]."""
     products: np.ndarray = np.einsum("nd,nd->n", a, b, dtype=np.float64)
     return products
 
 
 def normalised(vectors: np.ndarray) -> np.ndarray:
-    """The vectors [N, D] scaled to unit length."""
+    """Scale the vectors [N, D] to unit length."""
     scaled: np.ndarray = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     return scaled
 
@@ -20,7 +20,7 @@ def normalised(vectors: np.ndarray) -> np.ndarray:
 def squared_lengths(
     vectors: np.ndarray, count: int, *, what: str, where: Callable[[int], str]
 ) -> np.ndarray:
-    """The squared length of each of ``count`` vectors [N, D], float64 [N].
+    """Return the squared length of each of ``count`` vectors [N, D], float64 [N].
 
     ``what`` and ``where`` name the inputs and one of them by its position, for messages.
 

@@ -31,7 +31,7 @@ _IMAGES_AT_ONCE = 64  # bounds decoded images
 
 
 class MtebEncoder(AbsEncoder):
-    """mteb's encoder interface over :class:`e5v_jax.E5V`."""
+    """This is mteb's encoder interface over :class:`e5v_jax.E5V`."""
 
     mteb_model_meta: ModelMeta
 
@@ -76,7 +76,7 @@ class MtebEncoder(AbsEncoder):
         prompt_type: PromptType | None = None,
         **kwargs: Unpack[EncodeKwargs],
     ) -> np.ndarray:
-        """float32 [N, D], unit length: texts, images, or where a row has both, the two fused.
+        """Embed texts, images, or where a row has both, the two fused: float32 [N, D], unit length.
 
         mteb has put a document's title in front of its text and an instruction behind a query.
 
@@ -103,7 +103,7 @@ class MtebEncoder(AbsEncoder):
 
 
 def split_batch(batch: BatchedInput) -> list[dict[str, Any]]:
-    """The rows of an mteb batch as inputs of :meth:`E5V.encode`.
+    """Turn the rows of an mteb batch into inputs of :meth:`E5V.encode`.
 
     An image whose text is blank is an image alone: fused data sets have such rows.
 
