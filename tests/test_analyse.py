@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import jax
 import numpy as np
 import peft
 import pytest
@@ -170,6 +171,35 @@ def test_command(tmp_path: Path, shared: Path, llava: "Callable[[str], Case]") -
     for name in ("svd.png", "pca.png", "tsne.png"):
         assert f"({name})" in text and (tmp_path / "out" / name).is_file()
     assert 'without "in one word"' in text
+
+
+def test_one_model_at_a_time(
+    tmp_path: Path, shared: Path, llava: "Callable[[str], Case]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When the trained model is loaded, no weight of the bare one takes memory any more."""
+    at_load: list[int] = []
+    real = e5v_jax.E5V.from_pretrained
+
+    def measured(*args: Any, **options: Any) -> e5v_jax.E5V:
+        at_load.append(sum(array.nbytes for array in jax.live_arrays()))
+        return real(*args, **options)
+
+    def encode(_: e5v_jax.E5V, inputs: list[str], **__: Any) -> np.ndarray:
+        return np.random.default_rng(0).normal(size=(len(inputs), 8)).astype(np.float32)
+
+    monkeypatch.setattr(e5v_jax.E5V, "from_pretrained", measured)
+    monkeypatch.setattr(e5v_jax.E5V, "encode", encode)  # what is said does not matter here
+    analyse(
+        AnalyseArgs(
+            model=str(llava("llama-gqa").folder),
+            sts=shared / "data" / "sts",
+            adapter=make_adapter(tmp_path / "adapter", llava("llama-gqa")),
+            stride=100,
+            output=tmp_path / "out",
+        )
+    )
+    before, between = at_load
+    assert between == before
 
 
 def make_adapter(folder: Path, case: "Case") -> Path:

@@ -13,6 +13,7 @@ from PIL import Image
 
 import e5v_jax
 from e5v_jax.evaluate.__main__ import evaluate
+from e5v_jax.evaluate.cached_encoder import CachedEncoder
 from e5v_jax.evaluate.composed import (
     cirr_rows,
     cirr_submission,
@@ -23,7 +24,6 @@ from e5v_jax.evaluate.composed import (
 )
 from e5v_jax.evaluate.composed_sets import ComposedSet, load_cirr, load_fashioniq, take
 from e5v_jax.evaluate.config import EvaluateConfig
-from e5v_jax.evaluate.embedding import Embedder
 from e5v_jax.evaluate.scores import Hits, Score
 
 GALLERY = 60
@@ -51,11 +51,11 @@ def vector(prompt: str, item: Any) -> np.ndarray:
     return rng.normal(size=12) * rng.uniform(0.1, 10)
 
 
-def embedder() -> Embedder:
-    return Embedder(HashModel(), batch_size=8)  # type: ignore[arg-type]
+def embedder() -> CachedEncoder:
+    return CachedEncoder(HashModel(), batch_size=8)  # type: ignore[arg-type]
 
 
-def asked(of: Embedder) -> list[tuple[str, Any]]:
+def asked(of: CachedEncoder) -> list[tuple[str, Any]]:
     found: list[tuple[str, Any]] = of._model.asked  # type: ignore[attr-defined]
     return found
 
@@ -188,7 +188,7 @@ def test_cirr_reference_removal_matters(tmp_path: Path) -> None:
         nexts,
         data.pair_ids,
     )
-    scores = score_cirr(Embedder(Copies(), batch_size=8), data)  # type: ignore[arg-type]
+    scores = score_cirr(CachedEncoder(Copies(), batch_size=8), data)  # type: ignore[arg-type]
     assert scores[0].items.value() == 100
 
 

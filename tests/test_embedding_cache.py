@@ -5,17 +5,18 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 import pytest
 from PIL import Image
 
 import e5v_jax
+from e5v_jax.checkpoints.model_key import model_key
 from e5v_jax.evaluate.__main__ import evaluate
-from e5v_jax.evaluate.cache import VectorCache, input_key, model_key
+from e5v_jax.evaluate.cache import VectorCache, input_key
+from e5v_jax.evaluate.cached_encoder import CachedEncoder
 from e5v_jax.evaluate.config import EvaluateConfig
-from e5v_jax.evaluate.embedding import Embedder
 
 if TYPE_CHECKING:
     from hf_models import Case
@@ -40,7 +41,7 @@ class Counting:
 
 def embed(texts: list[str], cache: Path | None, prompt: str = PROMPT, **about: str) -> Any:
     model = Counting()
-    embedder = Embedder(model, batch_size=4, cache=cache, about=about)  # type: ignore[arg-type]
+    embedder = CachedEncoder(model, batch_size=4, cache=cache, about=about)  # type: ignore[arg-type]
     vectors = embedder.embed(texts, prompt=prompt, make=str, where=str)
     return vectors, model.encoded
 
@@ -76,7 +77,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(tmp_path: Path) -> None:
                 raise KeyboardInterrupt
             return super().encode(inputs, **options)
 
-    embedder = Embedder(Killed(), batch_size=4, cache=tmp_path)  # type: ignore[arg-type]
+    embedder = CachedEncoder(Killed(), batch_size=4, cache=tmp_path)  # type: ignore[arg-type]
     with pytest.raises(KeyboardInterrupt):
         embedder.embed(texts, prompt=PROMPT, make=str, where=str)
     _, encoded = embed(texts, tmp_path)
@@ -100,18 +101,17 @@ def test_damaged_shard_is_left_out_and_replaced(
 def test_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A write that fails leaves neither a shard nor a temporary file."""
     cache = VectorCache(tmp_path, {"model": "m"})
-    whole = Path.write_bytes
 
-    def full_disk(self: Path, data: bytes) -> int:
-        whole(self, data[:20])
+    def full_disk(file: BinaryIO, **_: np.ndarray) -> None:
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    monkeypatch.setattr(np, "savez", full_disk)
     with pytest.raises(OSError, match="No space"):
-        cache.add([b"k" * 32], np.zeros((1, 3)))
+        cache.write([b"k" * 32], np.zeros((1, 3)))
     monkeypatch.undo()
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["about.json"]
-    assert VectorCache(tmp_path, {"model": "m"}).get(b"k" * 32) is None
+    assert VectorCache(tmp_path, {"model": "m"}).vectors == {}
 
 
 def test_input_keys_tell_inputs_apart(tmp_path: Path) -> None:
@@ -161,7 +161,7 @@ def test_model_key_follows_what_is_loaded(tmp_path: Path, llava: "Callable[[str]
 def test_large_files_count_by_size_and_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("e5v_jax.evaluate.cache._LARGE", 10)
+    monkeypatch.setattr("e5v_jax.checkpoints.model_key._LARGE", 10)
     file = tmp_path / "model.gguf"
     file.write_bytes(b"x" * 20)
     before = model_key(file, None)

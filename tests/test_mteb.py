@@ -15,6 +15,7 @@ from mteb.models.model_meta import ModelMeta
 from mteb.models.models_protocols import EncoderProtocol
 from PIL import Image
 
+from e5v_jax.encode.model_args import ModelArgs
 from e5v_jax.integrations.mteb import NAME, MtebEncoder, split_batch
 
 if TYPE_CHECKING:
@@ -119,6 +120,14 @@ def test_registered_under_its_own_name(
     assert isinstance(found, MtebEncoder) and isinstance(found, EncoderProtocol)
     expected = llava("llama-gqa").e5v.encode(["a dog"])
     np.testing.assert_array_equal(found.model.encode(["a dog"]), expected)
+
+
+def test_takes_the_flags_of_the_commands(llava: "Callable[[str], Case]") -> None:
+    args = ModelArgs(model=str(llava("llama-gqa").folder), dtype="float32")
+    expected = llava("llama-gqa").e5v.encode(["a dog"])
+    np.testing.assert_array_equal(MtebEncoder(model=args).model.encode(["a dog"]), expected)
+    with pytest.raises(ValueError, match="--fsdp: 0"):
+        MtebEncoder(path="m", fsdp=0)
 
 
 def test_batches_are_joined_in_order(encoder: MtebEncoder) -> None:

@@ -17,9 +17,9 @@ from PIL import Image, ImageFont
 
 from e5v_jax import cli
 from e5v_jax.evaluate.__main__ import evaluate
+from e5v_jax.evaluate.cached_encoder import CachedEncoder
 from e5v_jax.evaluate.config import EvaluateConfig
 from e5v_jax.evaluate.drawing import draw_caption, wrap
-from e5v_jax.evaluate.embedding import Embedder
 from e5v_jax.evaluate.ranking import hits_at, rank_positives, top_k
 from e5v_jax.evaluate.retrieval import (
     CaptionedImages,
@@ -230,8 +230,8 @@ class ColourModel:
         return np.eye(8)[red // 60]
 
 
-def colour_embedder(_: Any = None, **options: Any) -> Embedder:
-    return Embedder(ColourModel(), batch_size=32, **options)  # type: ignore[arg-type]
+def colour_embedder(_: Any = None, **options: Any) -> CachedEncoder:
+    return CachedEncoder(ColourModel(), batch_size=32, **options)  # type: ignore[arg-type]
 
 
 def test_prompts_and_perfect_scores(tmp_path: Path) -> None:
@@ -338,7 +338,7 @@ def test_damaged_image_is_named(
 ) -> None:
     folder = write_set(tmp_path)
     (folder / "images" / "2.png").write_bytes(b"no image")
-    embedder = Embedder(llava("llama-gqa").e5v, batch_size=4)
+    embedder = CachedEncoder(llava("llama-gqa").e5v, batch_size=4)
     with pytest.raises(ValueError, match=r"^[^\n]*images/2\.png: [^\n]*$"):
         score_retrieval(embedder, "retrieval", load_captioned(folder))
 

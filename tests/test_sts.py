@@ -6,7 +6,8 @@ import shutil
 import subprocess
 import sys
 import zlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ import e5v_jax
 from e5v_jax import cli
 from e5v_jax.evaluate.__main__ import evaluate
 from e5v_jax.evaluate.config import EvaluateConfig
+from e5v_jax.evaluate.scores import Pairs, Score
 from e5v_jax.evaluate.sts import (
     PAPER_TASKS,
     TASKS,
+    Encode,
     StsPairs,
     clean_sentence,
-    evaluate_sts,
     load_task,
     report_rows,
     score_tasks,
@@ -35,6 +37,10 @@ from e5v_jax.prompts import PROMPTS
 @pytest.fixture(scope="session")
 def sts_data(shared: Path) -> Path:
     return shared / "data" / "sts"
+
+
+def evaluate_sts(encode: Encode, data: Path, tasks: Sequence[str]) -> dict[str, Score]:
+    return score_tasks(encode, {name: load_task(data, name) for name in tasks})
 
 
 def bag_of_words(sentences: list[str]) -> np.ndarray:
@@ -124,9 +130,9 @@ def test_scores_are_senteval_s(sts_data: Path) -> None:
             cosines.append(float(u @ v) / math.sqrt(int(u @ u) * int(v @ v)))
             gold.append(value)
         expected = 100 * scipy.stats.spearmanr(cosines, gold).statistic
-        assert score.pairs == len(gold)
-        assert score.spearman == pytest.approx(expected, abs=1e-9), name
-        assert 20 < score.spearman < 90  # shared words say something, but not all
+        assert len(score.items) == len(gold)
+        assert score.items.value() == pytest.approx(expected, abs=1e-9), name
+        assert 20 < score.items.value() < 90  # shared words say something, but not all
 
 
 @pytest.mark.parametrize(
@@ -222,7 +228,9 @@ def test_same_sentence_twice_ties_at_one(sts_data: Path) -> None:
     tasks = {"stsb": StsPairs(texts, others, gold)}
     # 100 ties against 100 distinct values: exactly this, and less if rounding broke the ties
     expected = scipy.stats.spearmanr([1.0] * 100 + [i / 200 for i in range(100)], gold).statistic
-    assert score_tasks(encode, tasks)["stsb"].spearman == pytest.approx(100 * expected, abs=1e-9)
+    assert score_tasks(encode, tasks)["stsb"].items.value() == pytest.approx(
+        100 * expected, abs=1e-9
+    )
 
 
 def no_vector(sentences: list[str]) -> np.ndarray:
@@ -320,10 +328,13 @@ def test_report_rows_show_the_paper_only_beside_whole_tasks(sts_data: Path) -> N
         *(80.03, 89.94, 85.67, 89.09, 85.89, 87.88, 83.51),
         86.00,
     ]
-    assert rows[-1].value == pytest.approx(np.mean([s.spearman for s in scores.values()]))
+    assert rows[-1].value == pytest.approx(np.mean([s.items.value() for s in scores.values()]))
     assert [row.published.prompt_only for row in rows] == [None] * 7 + [75.8]
 
-    part = report_rows({**scores, "stsb": scores["stsb"]._replace(pairs=276)})
+    stsb = scores["stsb"].items
+    assert isinstance(stsb, Pairs)
+    fewer = Pairs(stsb.cosine[:276], stsb.gold[:276])
+    part = report_rows({**scores, "stsb": replace(scores["stsb"], items=fewer)})
     assert (part[5].items, part[5].published.paper) == ("276 of 1379", None)
     assert [row.task for row in part] == list(PAPER_TASKS)  # no average
 
@@ -376,6 +387,8 @@ def test_command_writes_the_results(
             template="mistral",
             dtype="float32",
             quantize="int8",
+            attn_implementation="xla",
+            revision="v2",
             batch_size=7,
         )
     )
@@ -386,6 +399,8 @@ def test_command_writes_the_results(
         "adapter": Path("run"),
         "template": "mistral",
         "quantize": "int8",
+        "attn_implementation": "xla",
+        "revision": "v2",
     }
     assert fake_model.encoded == {
         "prompt": PROMPTS["sts"],
@@ -396,10 +411,10 @@ def test_command_writes_the_results(
     content = json.loads((output / "results.json").read_text())
     expected = evaluate_sts(bag_of_words, sts_data, ["stsb", "stsb-dev"])
     assert [r["task"] for r in content["results"]] == ["stsb", "stsb-dev"]
-    assert [r["value"] for r in content["results"]] == [s.spearman for s in expected.values()]
+    assert [r["value"] for r in content["results"]] == [s.items.value() for s in expected.values()]
     assert content["settings"]["template"] == "chatml"  # the model's own word on it
     assert content["settings"]["adapter"] == "run"
-    shown = f"{expected['stsb'].spearman:.2f}"
+    shown = f"{expected['stsb'].items.value():.2f}"
     assert shown in (output / "results.md").read_text()
     table = capsys.readouterr().out
     assert shown in table and "87.88" in table

@@ -5,10 +5,10 @@ Held against what XLA allots for the same program in tests/test_dryrun.py.
 
 from dataclasses import dataclass
 
-from e5v_jax.config import ModelConfig
 from e5v_jax.dryrun.flops import decoder_matmul_parameters, lora_parameters
 from e5v_jax.dryrun.program import Program, per_device_bytes
 from e5v_jax.dryrun.report import Memory
+from e5v_jax.nn.config import ModelConfig
 from e5v_jax.train.config import TrainConfig
 
 

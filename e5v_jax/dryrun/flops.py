@@ -6,9 +6,9 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr
 
-from e5v_jax.config import ModelConfig, VisionConfig
-from e5v_jax.model.layers import LoRAConfig
-from e5v_jax.model.llama import Remat
+from e5v_jax.nn.config import ModelConfig, VisionConfig
+from e5v_jax.nn.decoder import Remat
+from e5v_jax.nn.layers import LoRAConfig
 
 
 def traced_flops(jaxpr: Any) -> float:

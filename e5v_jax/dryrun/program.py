@@ -10,12 +10,12 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from qwix import QArray
 
-from e5v_jax.config import ModelConfig
-from e5v_jax.loading import build, dotted
-from e5v_jax.model.attention import compile_for
-from e5v_jax.model.layers import Precision
-from e5v_jax.model.llava_next import ImageBatch, LlavaNext, TextBatch
-from e5v_jax.model.quantized import Quantization
+from e5v_jax.checkpoints.loading import build, dotted
+from e5v_jax.families.llava_next.model import ImageBatch, LlavaNext, TextBatch
+from e5v_jax.nn.attention import compile_for
+from e5v_jax.nn.config import ModelConfig
+from e5v_jax.nn.layers import Precision
+from e5v_jax.nn.quantized import Quantization
 from e5v_jax.sharding import batch_sharding, param_sharding
 from e5v_jax.train.config import TrainConfig
 from e5v_jax.train.optimizer import make_optimizer

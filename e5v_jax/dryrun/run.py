@@ -9,16 +9,16 @@ from typing import Annotated, Any, Literal
 import tyro
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
-from e5v_jax.config import ModelConfig
-from e5v_jax.converted import ConvertedFolder
+from e5v_jax.checkpoints.converted import ConvertedFolder
 from e5v_jax.dryrun.estimate import estimate_encode, estimate_train
 from e5v_jax.dryrun.flops import count_forward, train_flops
 from e5v_jax.dryrun.measure import measure
 from e5v_jax.dryrun.program import COLUMNS, encode_program, train_program
 from e5v_jax.dryrun.report import Report
 from e5v_jax.dryrun.topology import Topology, compile_devices, parse_topology
-from e5v_jax.model.quantized import Quantization
-from e5v_jax.presets import ARCHITECTURES, architecture_of
+from e5v_jax.families.llava_next.presets import ARCHITECTURES, architecture_of
+from e5v_jax.nn.config import ModelConfig
+from e5v_jax.nn.quantized import Quantization
 from e5v_jax.sharding import MESH_AXES, make_mesh
 from e5v_jax.storage import as_path
 from e5v_jax.train.config import MeshConfig, TrainConfig

@@ -75,7 +75,7 @@ class _Results:
 
 def _train(topology: str, **changes: Any) -> Any:
     from e5v_jax.dryrun.run import TrainDryRun, report_train  # loads JAX, which --help need not
-    from e5v_jax.model.layers import LoRAConfig
+    from e5v_jax.nn.layers import LoRAConfig
 
     # the paper's, without dropout: that adds no matmul and takes up to 20 minutes to compile
     lora = LoRAConfig(rank=64, alpha=16.0)

@@ -17,7 +17,7 @@ from rich.text import Text
 
 from e5v_jax import cli
 from e5v_jax.encode.files import Item, list_folder, make_item, read_items, scan_items
-from e5v_jax.encode.options import Args, check
+from e5v_jax.encode.options import Args
 from e5v_jax.encode.vectors import check_output, write_vectors
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ def encode(args: Args) -> None:
         cli.UsageError: flags that do not go together, or a value that cannot be.
         ValueError, OSError: one line naming the file and line, or the flag.
     """
-    check(args)
+    args.check()
     with warnings.catch_warnings():
         # Pillow's two lines about an image that is then refused in one
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -90,10 +90,8 @@ def encode_to_folder(args: Args) -> None:
 
     import jax
 
-    from e5v_jax.checkpoints.hf_source import resolve
     from e5v_jax.encode import bulk
     from e5v_jax.encode.progress import bulk_progress
-    from e5v_jax.evaluate.cache import model_key
 
     how = bulk.BulkOptions(args.shard_size, args.format, args.embedding_dtype, args.on_error)
     arguments = options(args)
@@ -102,13 +100,8 @@ def encode_to_folder(args: Args) -> None:
         input=str(args.input),
         input_rows=scan.rows,
         input_sha256=scan.fingerprint,
-        model=args.model,
-        model_sha256=model_key(resolve(args.model, None), args.adapter),
-        adapter=None if args.adapter is None else str(args.adapter),
-        template=args.template,
-        dtype=args.dtype,
-        quantize=args.quantize,
-        attn_implementation=args.attn_implementation,
+        **args.describe(),
+        model_sha256=args.content_hash(),
         device=jax.devices()[0].device_kind,
         **arguments,
     )
@@ -147,33 +140,18 @@ def load_model(args: Args) -> "E5V":
     """The model the flags ask for, on this process's devices.
 
     Raises:
-        cli.UsageError: an unknown template, prompt or mesh.
+        cli.UsageError: an unknown prompt, or a mesh that the devices do not make.
         FileNotFoundError, ValueError: it cannot be loaded.
     """
     import jax
 
-    from e5v_jax import E5V
-    from e5v_jax.prompts import TEMPLATES, choose_prompt
-    from e5v_jax.sharding import make_mesh
+    from e5v_jax.prompts import choose_prompt
 
-    if args.template is not None and args.template not in TEMPLATES:
-        raise cli.UsageError(
-            f"--template: unknown {args.template!r}, expected one of {', '.join(TEMPLATES)}"
-        )
     try:
         choose_prompt(args.prompt_name, args.prompt)
-        mesh = make_mesh(-1, args.fsdp, args.tensor, devices=jax.local_devices())
     except ValueError as error:
         raise cli.UsageError(str(error)) from error
-    return E5V.from_pretrained(
-        args.model,
-        dtype=args.dtype,
-        adapter=args.adapter,
-        template=args.template,
-        quantize=args.quantize,
-        attn_implementation=args.attn_implementation,
-        mesh=mesh,
-    )
+    return args.load(jax.local_devices())
 
 
 def options(args: Args) -> dict[str, Any]:

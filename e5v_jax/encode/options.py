@@ -1,4 +1,4 @@
-"""Flags of ``python -m e5v_jax.encode``, and which of them go together."""
+"""The flags of ``python -m e5v_jax.encode``, and which of them go together."""
 
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -7,14 +7,13 @@ import tyro
 
 from e5v_jax import cli
 from e5v_jax.cli import BucketPath
+from e5v_jax.encode.model_args import ModelArgs
 
 
-@dataclass(frozen=True)
-class Args:
+@dataclass(frozen=True, kw_only=True)
+class Args(ModelArgs):
     """Embed texts and images: write the vectors, or show how similar they are."""
 
-    model: str
-    """Converted folder, Hugging Face folder or GGUF file, or a hub id."""
     text: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
     """Texts to embed."""
     image: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
@@ -32,16 +31,6 @@ class Args:
     by default chosen by what an input has."""
     prompt: str | None = None
     """Instruction of your own, with <sent> where the text goes and <image> for the image."""
-    template: str | None = None
-    """Chat template: llama3, mistral, phi3, chatml or vicuna; by default told from the model."""
-    adapter: BucketPath | None = None
-    """LoRA to apply: a run folder of e5v_jax.train, one of its checkpoints, or a PEFT folder."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """Precision of weights and arithmetic."""
-    quantize: Literal["int8", "nf4"] | None = None
-    """Store the decoder's weights in 8 or 4 bits: less memory, slightly other vectors."""
-    attn_implementation: Literal["auto", "xla", "cudnn", "splash"] = "auto"
-    """Attention: cudnn is for GPUs, splash for TPUs; auto chooses."""
     batch_size: int | None = None
     """Most inputs per device batch; by default only the tokens count."""
     max_num_batched_tokens: int | None = None
@@ -50,10 +39,6 @@ class Args:
     """Keep only the first dimensions."""
     normalize: bool = True
     """Scale the vectors to length 1, after truncation."""
-    fsdp: int = 1
-    """Devices over which weights and batch are split; the rest share batches."""
-    tensor: int = 1
-    """Devices over which heads and MLP columns are split."""
     num_workers: int = 0
     """Processes that decode images, ahead of the device; 0 is a few threads."""
     format: Literal["parquet", "npy"] = "parquet"
@@ -72,32 +57,25 @@ class Args:
         """Whether ``output`` is a folder of shards."""
         return self.output is not None and (not self.output.suffix or self.output.is_dir())
 
+    def check(self) -> None:
+        """Refuse flags that do not go together, and values that cannot be.
 
-def check(args: Args) -> None:
-    """Raises:
-    cli.UsageError: flags that do not go together, or a value that cannot be.
-    """
-    counts = (
-        "batch_size",
-        "max_num_batched_tokens",
-        "truncate_dim",
-        "shard_size",
-        "fsdp",
-        "tensor",
-    )
-    for flag in counts:
-        value = getattr(args, flag)
-        if value is not None and value < 1:
-            raise cli.UsageError(f"--{flag.replace('_', '-')}: {value}, expected at least 1")
-    if args.num_workers < 0:
-        raise cli.UsageError(f"--num-workers: {args.num_workers}, expected at least 0")
-    if args.prompt_name is not None and args.prompt is not None:
-        raise cli.UsageError("give --prompt-name or --prompt, not both")
-    if (args.input is None) == (not args.text and not args.image):
-        raise cli.UsageError("give --input, or --text and --image: one of the two")
-    if args.is_bulk and args.input is None:
-        raise cli.UsageError("an output folder needs --input; for --text and --image name a file")
-    defaults = Args(model="")
-    for flag in ("format", "embedding_dtype", "shard_size", "on_error", "distributed"):
-        if not args.is_bulk and getattr(args, flag) != getattr(defaults, flag):
-            raise cli.UsageError(f"--{flag.replace('_', '-')} needs --output with a folder")
+        Raises:
+            cli.UsageError: names the flag.
+        """
+        super().check()
+        self.require_positive("batch_size", "max_num_batched_tokens", "truncate_dim", "shard_size")
+        if self.num_workers < 0:
+            raise cli.UsageError(f"--num-workers: {self.num_workers}, expected at least 0")
+        if self.prompt_name is not None and self.prompt is not None:
+            raise cli.UsageError("give --prompt-name or --prompt, not both")
+        if (self.input is None) == (not self.text and not self.image):
+            raise cli.UsageError("give --input, or --text and --image: one of the two")
+        if self.is_bulk and self.input is None:
+            raise cli.UsageError(
+                "an output folder needs --input; for --text and --image name a file"
+            )
+        defaults = Args(model="")
+        for flag in ("format", "embedding_dtype", "shard_size", "on_error", "distributed"):
+            if not self.is_bulk and getattr(self, flag) != getattr(defaults, flag):
+                raise cli.UsageError(f"--{flag.replace('_', '-')} needs --output with a folder")

@@ -1,21 +1,21 @@
 """``python -m e5v_jax.evaluate analyse``: what prompt and training do to the embedding space."""
 
+import gc
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from e5v_jax import cli
+from e5v_jax.evaluate.config import AnalyseArgs
 from e5v_jax.evaluate.report import markdown_table, print_table, settings_table
 from e5v_jax.evaluate.scores import summarise
 
 if TYPE_CHECKING:
     from PIL import Image
 
-    from e5v_jax.evaluate.embedding import Embedder
+    from e5v_jax.evaluate.cached_encoder import CachedEncoder
     from e5v_jax.evaluate.files import ImageRef
     from e5v_jax.evaluate.plots import Panel
     from e5v_jax.evaluate.retrieval import CaptionedImages
@@ -65,182 +65,125 @@ _NOTE = (
 _STS_HEADINGS = ("model", "prompt", "pairs", "Spearman", "95 % interval")
 
 
-@dataclass(frozen=True)
-class AnalyseArgs:
-    """Show the embedding space: the gap between texts and images, what the parts of the prompt and
-    the image itself contribute, before and after training; tables and plots."""
-
-    model: str
-    """Converted folder, Hugging Face folder or GGUF file, or a hub id."""
-    output: Path
-    """Folder to write analysis.json, analysis.md and the plots to; must be empty or not exist."""
-    data: Path | None = None
-    """Folder with captions.jsonl and its images, for gap, plots and blanked images."""
-    sts: Path | None = None
-    """Folder with STS/ in SentEval's layout, for the prompt ablation on STS-B."""
-    adapter: Path | None = None
-    """LoRA to compare with the bare model: a run folder of e5v_jax.train or a PEFT folder."""
-    stride: int = 1
-    """Take every n-th image and pair only."""
-    cache: Path | None = None
-    """Folder to keep embeddings in."""
-    template: str | None = None
-    """Chat template: llama3, mistral, phi3, chatml or vicuna; by default told from the model."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Precision of weights and arithmetic."""
-    batch_size: int = 32
-    """Inputs per device batch."""
+@dataclass
+class _Findings:
+    template: str = ""
+    images: list[dict[str, Any]] = field(default_factory=list)
+    sts: list[dict[str, Any]] = field(default_factory=list)
+    panels: "list[Panel]" = field(default_factory=list)
 
 
 def analyse(args: AnalyseArgs) -> None:
     """Analyse, print and write; ``args.output`` appears only when whole.
 
     Raises:
-        cli.UsageError: a flag with a value that cannot be.
+        cli.UsageError: a flag has a value that cannot be.
         OSError, ValueError: one line naming file, row or folder.
         ImportError: matplotlib or scikit-learn is missing.
     """
-    if args.data is None and args.sts is None:
-        raise cli.UsageError("--data or --sts: give images with captions, SentEval's STS, or both")
-    for flag, value in (("--stride", args.stride), ("--batch-size", args.batch_size)):
-        if value < 1:
-            raise cli.UsageError(f"{flag}: {value}, expected at least 1")
+    args.check()
     if args.data is not None:
         _check_plotting()
 
     from e5v_jax.atomic import new_folder
     from e5v_jax.evaluate import retrieval, sts
-    from e5v_jax.evaluate.embedding import open_embedder
     from e5v_jax.evaluate.plots import PROJECTIONS, draw_projection
 
     # Before the models, which take minutes to load.
-    pictures = None
+    pictures = pairs = None
     if args.data is not None:
         pictures = retrieval.take(retrieval.load_captioned(args.data), args.stride)
-    pairs = None if args.sts is None else sts.load_task(args.sts, _STS_TASK, stride=args.stride)
-    models: dict[str, Path | None] = {"before training": None, "after training": args.adapter}
-    if args.adapter is None:
-        models = {"as given": None}
+    if args.sts is not None:
+        pairs = sts.load_task(args.sts, _STS_TASK, stride=args.stride)
+    models = {"as given": args}
+    if args.adapter is not None:
+        models = {"before training": replace(args, adapter=None), "after training": args}
 
     with new_folder(args.output) as folder:
-        gaps: list[dict[str, Any]] = []
-        correlations: list[dict[str, Any]] = []
-        panels: list[Panel] = []
-        for name, adapter in models.items():
-            embedder = open_embedder(
-                args.model,
-                dtype=args.dtype,
-                adapter=adapter,
-                template=args.template,
-                batch_size=args.batch_size,
-                cache=args.cache,
-            )
-            if pictures is not None:
-                rows, drawn = analyse_images(embedder, name, pictures)
-                gaps += rows
-                panels += drawn
-            if pairs is not None:
-                correlations += analyse_sts(embedder, name, pairs)
-        settings = {
-            "model": args.model,
-            "adapter": None if args.adapter is None else str(args.adapter),
-            "template": embedder.template,
-            "dtype": args.dtype,
-            "stride": args.stride,
-        }
+        found = _Findings()
+        for name, model_args in models.items():
+            _analyse_model(model_args, name, pictures, pairs, found)
+            gc.collect()  # modules refer to each other in cycles: their weights would stay
+        settings = {**args.describe(), "template": found.template, "stride": args.stride}
         text = f"# Analysis\n\n{settings_table(settings)}"
-        for title, headings, found in (
-            ("Texts against images", _GAP_HEADINGS, gaps),
-            ("STS-B", _STS_HEADINGS, correlations),
+        for title, headings, rows in (
+            ("Texts against images", _GAP_HEADINGS, found.images),
+            ("STS-B", _STS_HEADINGS, found.sts),
         ):
-            if found:
-                cells = [_cells(row) for row in found]
+            if rows:
+                cells = [[_cell(*item) for item in row.items()] for row in rows]
                 print_table(headings, cells, caption=title)
                 text += f"\n## {title}\n\n{markdown_table(headings, cells)}"
         text += f"\n{_NOTE}\n"
-        for projection in PROJECTIONS if panels else ():
-            draw_projection(projection, panels, folder / projection.file)
+        for projection in PROJECTIONS if found.panels else ():
+            draw_projection(projection, found.panels, folder / projection.file)
             text += f"\n![{projection.title}]({projection.file})\n"
-        content = {"settings": settings, "images": gaps, "sts": correlations}
+        content = {"settings": settings, "images": found.images, "sts": found.sts}
         (folder / "analysis.json").write_text(json.dumps(content, indent=2) + "\n")
         (folder / "analysis.md").write_text(text, encoding="utf-8")
 
 
-def analyse_images(
-    embedder: "Embedder", model: str, data: "CaptionedImages"
-) -> "tuple[list[dict[str, Any]], list[Panel]]":
-    """Gap and recall for each prompt and for blanked images; panels without and with the prompt.
+def _analyse_model(
+    args: AnalyseArgs,
+    name: str,
+    pictures: "CaptionedImages | None",
+    pairs: "StsPairs | None",
+    found: _Findings,
+) -> None:
+    """Add what one model shows; a function of its own, so that the model is gone at its end."""
+    encoder = args.load_encoder()
+    found.template = encoder.template
+    if pictures is not None:
+        _analyse_images(encoder, name, pictures, found)
+    if pairs is not None:
+        found.sts += _analyse_sts(encoder, name, pairs)
 
-    Raises:
-        ValueError: see :meth:`Embedder.embed`.
-    """
+
+def _analyse_images(
+    encoder: "CachedEncoder", model: str, data: "CaptionedImages", found: _Findings
+) -> None:
+    """Add gap and recall for each prompt and for blanked images, and panels with and without it."""
     from e5v_jax.evaluate.files import load
     from e5v_jax.evaluate.plots import Panel
     from e5v_jax.evaluate.retrieval import score_vectors
     from e5v_jax.evaluate.space import measure_gap
 
-    captions = [caption for group in data.captions for caption in group]
-    image_of = np.repeat(np.arange(len(data.images)), [len(group) for group in data.captions])
+    captions, image_of = data.flat()
     first = np.unique(image_of, return_index=True)[1][:_DRAWN]  # the first caption of each image
-    rows, panels = [], []
     for prompt, (text_prompt, image_prompt) in [*PROMPTS.items(), (BLANK, PROMPTS[FULL])]:
-        texts = embedder.embed(
+        texts = encoder.embed(
             captions, prompt=text_prompt, make=str, where=lambda i: f"caption {captions[i]!r}"
         )
-        images = embedder.embed(
-            data.images,
-            prompt=image_prompt,
-            make=blank if prompt == BLANK else load,
-            where=lambda i: str(data.images[i]),
-        )
+        make = blank if prompt == BLANK else load
+        images = encoder.embed(data.images, prompt=image_prompt, make=make)
         recall = {
             score.metric: score.items.value()
             for score in score_vectors("images", texts, images, image_of, "")
             if score.metric.endswith("R@1")
         }
         gap = measure_gap(texts, images, image_of)
-        rows.append({"model": model, "prompt": prompt, **gap.values(), **recall})
+        found.images.append({"model": model, "prompt": prompt, **gap._asdict(), **recall})
         if prompt in (next(iter(PROMPTS)), FULL):
-            panels.append(Panel(f"{model}, {prompt}", texts[first], images[:_DRAWN]))
-    return rows, panels
+            panel = Panel(f"{model}, {prompt}", texts[first], images[:_DRAWN])
+            found.panels.append(panel)
 
 
-def analyse_sts(embedder: "Embedder", model: str, pairs: "StsPairs") -> list[dict[str, Any]]:
-    """Spearman on STS-B for each prompt, sentences cleaned as in the paper.
-
-    Raises:
-        ValueError: see :meth:`Embedder.embed`.
-    """
+def _analyse_sts(encoder: "CachedEncoder", model: str, pairs: "StsPairs") -> list[dict[str, Any]]:
+    """Return Spearman on STS-B for each prompt, sentences cleaned as in the paper."""
     from e5v_jax.evaluate.sts import score_tasks
 
     rows = []
-    for prompt, instruction in STS_PROMPTS.items():
-
-        def encode(sentences: list[str], instruction: str = instruction) -> np.ndarray:
-            return embedder.embed(
-                sentences,
-                prompt=instruction,
-                make=str,
-                where=lambda i: f"sentence {sentences[i]!r}",
-                normalize=False,  # rounding would break ties of the cosine
-            )
-
+    for name, prompt in STS_PROMPTS.items():
+        encode = partial(encoder.embed_sentences, prompt=prompt)
         score = score_tasks(encode, {_STS_TASK: pairs})[_STS_TASK]
-        value, low, high = summarise([score.score])
-        rows.append(
-            {
-                "model": model,
-                "prompt": prompt,
-                "pairs": score.pairs,
-                "spearman": value,
-                "interval": [low, high],
-            }
-        )
+        value, *interval = summarise([score])
+        about = {"model": model, "prompt": name, "pairs": len(score.items)}
+        rows.append({**about, "spearman": value, "interval": interval})
     return rows
 
 
 def blank(image: "ImageRef") -> "Image.Image":
-    """A grey picture of the same size: the same tokens, and nothing to see."""
+    """Make a grey picture of the same size: the same tokens, and nothing to see."""
     from PIL import Image
 
     from e5v_jax.data.images import load_image
@@ -249,17 +192,13 @@ def blank(image: "ImageRef") -> "Image.Image":
     return Image.new("RGB", load_image(load(image)).size, _GREY)
 
 
-def _cells(row: Mapping[str, Any]) -> Sequence[str]:
-    cells = []
-    for name, value in row.items():
-        if name == "interval":
-            cells.append(f"{value[0]:.2f} to {value[1]:.2f}")
-        elif isinstance(value, float):
-            percent = "R@" in name or name == "spearman"
-            cells.append(f"{value:.2f}" if percent else f"{value:.3f}")
-        else:
-            cells.append(str(value))
-    return cells
+def _cell(name: str, value: Any) -> str:
+    if name == "interval":
+        return f"{value[0]:.2f} to {value[1]:.2f}"
+    if isinstance(value, float):
+        percent = "R@" in name or name == "spearman"
+        return f"{value:.2f}" if percent else f"{value:.3f}"
+    return str(value)
 
 
 def _check_plotting() -> None:

@@ -1,51 +1,46 @@
 """Composed image retrieval, an image and a change in words to the changed image: CIRR, FashionIQ.
 
 Protocol: the authors' retrieval.py, also for what is summed: the two vectors of a FashionIQ query
-as the model gives them, then normalised.
+as the model gives them, then normalised. Scoring raises what :meth:`CachedEncoder.embed` does.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from e5v_jax.evaluate.composed_sets import ComposedSet
-from e5v_jax.evaluate.embedding import Embedder, normalised
+from e5v_jax.evaluate.benchmark import Benchmark, Protocol, Result, Submission
+from e5v_jax.evaluate.cached_encoder import CachedEncoder
+from e5v_jax.evaluate.composed_sets import ComposedSet, load_cirr, load_fashioniq, take
 from e5v_jax.evaluate.files import ImageRef, load
-from e5v_jax.evaluate.ranking import hits_at, rank_positives, top_k
+from e5v_jax.evaluate.ranking import rank_positives, recalls, top_k
 from e5v_jax.evaluate.report import Row, make_row
-from e5v_jax.evaluate.scores import Hits, Score
+from e5v_jax.evaluate.scores import Score
+from e5v_jax.evaluate.vectors import normalised
 from e5v_jax.prompts import CIRR_GALLERY, CIRR_QUERY, FASHIONIQ_GALLERY, FASHIONIQ_QUERY
 
-FASHIONIQ_TYPES = ("dress", "shirt", "toptee")
 CIRR_AT = (1, 5, 10, 50)
 FASHIONIQ_AT = (10, 50)
 # Queries of the validation sets, which the paper's figures (FashionIQ) are over.
 FASHIONIQ_QUERIES = {"dress": 2017, "shirt": 2038, "toptee": 1961}
+_CIRR, _CIRR_TEST, _FASHIONIQ = "cirr", "cirr-test", "fashioniq-"
+_SUBMISSION = "cirr-submission.json"
 _SUBMITTED = 50  # names a query, as the CIRR server wants
 
 
-def score_cirr(embedder: Embedder, data: ComposedSet) -> list[Score]:
-    """Recall at 1, 5, 10 and 50, the reference image not counted as an answer.
-
-    Raises:
-        ValueError: see :meth:`Embedder.embed`.
-    """
+def score_cirr(encoder: CachedEncoder, data: ComposedSet) -> list[Score]:
+    """Score recall at 1, 5, 10 and 50; the reference image does not count as an answer."""
     assert data.targets is not None
-    queries, gallery = _embed_cirr(embedder, data)
+    queries, gallery = _embed_cirr(encoder, data)
     ranks = rank_positives(queries, gallery, list(data.targets[:, None]), removed=data.references)
-    once = np.ones(len(queries), int)
-    asked = data.fingerprint()
-    return [Score("cirr", f"R@{k}", Hits(hits_at(ranks, k), once), asked) for k in CIRR_AT]
+    return recalls(_CIRR, ranks, CIRR_AT, data.fingerprint())
 
 
-def cirr_submission(embedder: Embedder, data: ComposedSet) -> dict[str, str | list[str]]:
-    """What CIRR's test server takes: the 50 best images of each query, best first.
-
-    Raises:
-        ValueError: see :meth:`Embedder.embed`.
-    """
-    queries, gallery = _embed_cirr(embedder, data)
+def cirr_submission(encoder: CachedEncoder, data: ComposedSet) -> dict[str, str | list[str]]:
+    """Return what CIRR's test server takes: the 50 best images of each query, best first."""
+    queries, gallery = _embed_cirr(encoder, data)
     best = top_k(queries, gallery, _SUBMITTED, removed=data.references)
     names = {
         pair: [data.gallery_ids[row] for row in rows]
@@ -54,11 +49,9 @@ def cirr_submission(embedder: Embedder, data: ComposedSet) -> dict[str, str | li
     return {"version": "rc2", "metric": "recall", **names}
 
 
-def _embed_cirr(embedder: Embedder, data: ComposedSet) -> tuple[np.ndarray, np.ndarray]:
-    gallery = embedder.embed(
-        data.gallery, prompt=CIRR_GALLERY, make=load, where=lambda i: str(data.gallery[i])
-    )
-    queries = embedder.embed(
+def _embed_cirr(encoder: CachedEncoder, data: ComposedSet) -> tuple[np.ndarray, np.ndarray]:
+    gallery = encoder.embed(data.gallery, prompt=CIRR_GALLERY, make=load)
+    queries = encoder.embed(
         [(image, caption) for image, (caption,) in zip(data.images, data.captions, strict=True)],
         prompt=CIRR_QUERY,
         make=_composed,
@@ -67,22 +60,15 @@ def _embed_cirr(embedder: Embedder, data: ComposedSet) -> tuple[np.ndarray, np.n
     return queries, gallery
 
 
-def score_fashioniq(embedder: Embedder, kind: str, data: ComposedSet) -> list[Score]:
-    """Recall at 10 and 50 of one type; a query counts its two captions in both orders.
-
-    Raises:
-        ValueError: see :meth:`Embedder.embed`.
-    """
+def score_fashioniq(encoder: CachedEncoder, kind: str, data: ComposedSet) -> list[Score]:
+    """Score recall at 10 and 50 of one type; a query counts its two captions in both orders."""
     assert data.targets is not None
     word = "shirt" if kind == "toptee" else kind
-    gallery = embedder.embed(
-        data.gallery,
-        prompt=FASHIONIQ_GALLERY.replace("{type}", word),
-        make=load,
-        where=lambda i: str(data.gallery[i]),
+    gallery = encoder.embed(
+        data.gallery, prompt=FASHIONIQ_GALLERY.replace("{type}", word), make=load
     )
     one_way, other_way = (
-        embedder.embed(
+        encoder.embed(
             [
                 (image, join_captions(captions[::step]))
                 for image, captions in zip(data.images, data.captions, strict=True)
@@ -95,43 +81,80 @@ def score_fashioniq(embedder: Embedder, kind: str, data: ComposedSet) -> list[Sc
         for step in (1, -1)
     )
     ranks = rank_positives(normalised(one_way + other_way), gallery, list(data.targets[:, None]))
-    once = np.ones(len(one_way), int)
-    task, asked = f"fashioniq-{kind}", data.fingerprint()
-    return [Score(task, f"R@{k}", Hits(hits_at(ranks, k), once), asked) for k in FASHIONIQ_AT]
+    return recalls(_FASHIONIQ + kind, ranks, FASHIONIQ_AT, data.fingerprint())
 
 
 def join_captions(captions: Sequence[str]) -> str:
-    """The two captions of a FashionIQ query as the authors join them."""
+    """Join the two captions of a FashionIQ query as the authors do."""
     return ", ".join(caption.strip(".?, ") for caption in captions)
 
 
+def cirr_rows(scores: list[Score]) -> list[Row]:
+    """Make the rows for the report. The paper has no validation figures."""
+    return [
+        make_row(score.task, "CIRR val", f"{len(score.items)} queries", [score], False)
+        for score in scores
+    ]
+
+
 def fashioniq_rows(scores: dict[str, list[Score]]) -> list[Row]:
-    """Rows for the report; the average once all three types are there."""
+    """Make the rows for the report, and the average once all three types are there."""
     rows = []
     for kind, of_kind in scores.items():
         for score in of_kind:
-            queries = len(score.items.hits) if isinstance(score.items, Hits) else 0
+            queries = len(score.items)
             whole = queries == FASHIONIQ_QUERIES[kind]
             label = f"FashionIQ {kind}"
             rows.append(make_row(score.task, label, f"{queries} queries", [score], whole))
-    if set(scores) == set(FASHIONIQ_TYPES):
+    if set(scores) == set(FASHIONIQ_QUERIES):
         whole = all(row.published.paper is not None for row in rows)
-        for of_types in zip(*scores.values(), strict=True):
-            rows.append(
-                make_row("fashioniq-average", "FashionIQ average", "3 types", list(of_types), whole)
-            )
-    return rows
-
-
-def cirr_rows(scores: list[Score]) -> list[Row]:
-    """Rows for the report. The paper has no validation figures."""
-    rows = []
-    for score in scores:
-        queries = len(score.items.hits) if isinstance(score.items, Hits) else 0
-        rows.append(make_row(score.task, "CIRR val", f"{queries} queries", [score], False))
+        rows += [
+            make_row("fashioniq-average", "FashionIQ average", "3 types", list(of_types), whole)
+            for of_types in zip(*scores.values(), strict=True)
+        ]
     return rows
 
 
 def _composed(item: tuple[ImageRef, str]) -> dict[str, Any]:
     image, text = item
     return {"image": load(image), "text": text}
+
+
+def _load_cirr(data: Path, name: str, stride: int) -> ComposedSet:
+    return take(load_cirr(data, "test" if name == _CIRR_TEST else "val"), stride)
+
+
+def _score_cirr(encoder: CachedEncoder, data: Mapping[str, ComposedSet], _: Protocol) -> Result:
+    scores = score_cirr(encoder, data[_CIRR])
+    return Result(cirr_rows(scores), scores)
+
+
+def _submit_cirr(encoder: CachedEncoder, data: Mapping[str, ComposedSet], _: Protocol) -> Result:
+    content = cirr_submission(encoder, data[_CIRR_TEST])
+    return Result(submissions=[Submission(_SUBMISSION, "https://cirr.cecs.anu.edu.au", content)])
+
+
+def _load_fashioniq(data: Path, name: str, stride: int) -> ComposedSet:
+    return take(load_fashioniq(data, name.removeprefix(_FASHIONIQ)), stride)
+
+
+def _score_fashioniq(
+    encoder: CachedEncoder, data: Mapping[str, ComposedSet], _: Protocol
+) -> Result:
+    kinds = {name.removeprefix(_FASHIONIQ): garments for name, garments in data.items()}
+    scores = {kind: score_fashioniq(encoder, kind, garments) for kind, garments in kinds.items()}
+    return Result(fashioniq_rows(scores), list(chain(*scores.values())))
+
+
+_FASHIONIQ_TASKS = tuple(_FASHIONIQ + kind for kind in FASHIONIQ_QUERIES)
+BENCHMARKS = [
+    Benchmark((_CIRR,), _load_cirr, _score_cirr),
+    Benchmark((_CIRR_TEST,), _load_cirr, _submit_cirr, submits=_SUBMISSION),
+    Benchmark(
+        _FASHIONIQ_TASKS,
+        _load_fashioniq,
+        _score_fashioniq,
+        groups={"fashioniq": _FASHIONIQ_TASKS},
+        order=1,
+    ),
+]

@@ -1,22 +1,57 @@
-"""What an evaluation is: a frozen dataclass, filled by flags or by a file in ``configs/``."""
+"""What an evaluation is: frozen dataclasses, filled by flags or by a file in ``configs/``."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from e5v_jax.cli import BucketPath
+from e5v_jax.cli import BucketPath, UsageError
+from e5v_jax.encode.model_args import ModelArgs
+
+if TYPE_CHECKING:
+    from e5v_jax.evaluate.cached_encoder import CachedEncoder
 
 
-@dataclass(frozen=True)
-class EvaluateConfig:
+@dataclass(frozen=True, kw_only=True)
+class ScoringArgs(ModelArgs):
+    """These flags are common to scoring and analysing."""
+
+    stride: int = 1
+    """Take every n-th pair, image or query only: a quick look, not comparable with the paper."""
+    cache: Path | None = None
+    """Folder to keep embeddings in: what is there for this model is not embedded again."""
+    batch_size: int = 32
+    """Inputs per device batch."""
+
+    def check(self) -> None:
+        """Raise UsageError, which names the flag, on a value that cannot be."""
+        super().check()
+        self.require_positive("stride", "batch_size")
+
+    def load_encoder(self) -> "CachedEncoder":
+        """Load the model to embed with, its vectors kept in ``cache`` if that is given.
+
+        Raises:
+            UsageError, FileNotFoundError, ValueError: see :meth:`ModelArgs.load`.
+        """
+        from e5v_jax.evaluate.cached_encoder import CachedEncoder
+
+        if self.cache is None:
+            return CachedEncoder(self.load(), batch_size=self.batch_size)
+        about = {**self.describe(), "model": self.content_hash()}
+        del about["adapter"], about["revision"]  # they are in the hash, wherever the files lie
+        return CachedEncoder(self.load(), batch_size=self.batch_size, cache=self.cache, about=about)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(ScoringArgs):
     """Score a model on the benchmarks of the paper and show the scores beside the paper's.
 
     --config FILE takes defaults from a Python file: what its get_config() returns.
     `python -m e5v_jax.evaluate analyse --help`: what the embedding space looks like.
     """
 
-    model: str | None = None
-    """Converted folder, Hugging Face folder or GGUF file, or a hub id."""
+    model: str = ""
+    """Converted folder, Hugging Face folder or GGUF file, or a hub id; --compare needs none."""
     data: Path | None = None
     """Folder with the benchmarks, laid out as docs/evaluation.md says; for `retrieval` and
     `i2i-retrieval` the one that holds captions.jsonl; `hub` fetches the authors' data sets."""
@@ -27,26 +62,36 @@ class EvaluateConfig:
     retrieval and i2i-retrieval (your own captioned images)."""
     compare: tuple[Path, Path] | None = None
     """Instead of all else: the outputs of two runs, to compare them item by item."""
-    stride: int = 1
-    """Score every n-th pair, image or query only: a quick look, not comparable with the paper."""
     protocol: Literal["paper", "plain"] = "paper"
     """Of STS. paper: prompt `sts`, sentences cleaned as the authors do. plain: the instruction
     without spaces around it, sentences as they stand in the files: not the paper's figure."""
     output: Path | None = None
     """Folder to write results.json, results.md and items.npz to; must be empty or not exist."""
-    cache: Path | None = None
-    """Folder to keep embeddings in: what is there for this model is not embedded again."""
+
+    def check(self) -> None:
+        """Raise UsageError on a value that cannot be, or where model or data are missing."""
+        super().check()
+        for name in ("model", "data"):
+            if not getattr(self, name):
+                raise UsageError(f"--{name}: needed to evaluate (--help says what it is)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalyseArgs(ScoringArgs):
+    """Show the embedding space: the gap between texts and images, what the parts of the prompt and
+    the image itself contribute, before and after training; tables and plots."""
+
+    output: Path
+    """Folder to write analysis.json, analysis.md and the plots to; must be empty or not exist."""
+    data: Path | None = None
+    """Folder with captions.jsonl and its images, for gap, plots and blanked images."""
+    sts: Path | None = None
+    """Folder with STS/ in SentEval's layout, for the prompt ablation on STS-B."""
     adapter: BucketPath | None = None
-    """LoRA to apply: a run folder of e5v_jax.train, one of its checkpoints, or a PEFT folder."""
-    template: str | None = None
-    """Chat template: llama3, mistral, phi3, chatml or vicuna; by default told from the model."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Precision of weights and arithmetic."""
-    quantize: Literal["int8", "nf4"] | None = None
-    """Store the decoder's weights in 8 or 4 bits: less memory, slightly other scores."""
-    fsdp: int = 1
-    """Devices over which weights and batch are split; the rest share batches."""
-    tensor: int = 1
-    """Devices over which heads and MLP columns are split."""
-    batch_size: int = 32
-    """Inputs per device batch."""
+    """LoRA to compare with the bare model: a run folder of e5v_jax.train or a PEFT folder."""
+
+    def check(self) -> None:
+        """Raise UsageError on a value that cannot be, or where there is nothing to analyse."""
+        if self.data is None and self.sts is None:
+            raise UsageError("--data or --sts: give images with captions, SentEval's STS, or both")
+        super().check()

@@ -14,7 +14,7 @@ _WIDTH, _HEIGHT, _MARGIN, _POINTS = 800, 400, 20, 40
 
 
 def draw_caption(text: str) -> Image.Image:
-    """``text`` drawn, RGB 800 x 400; a text of more than eight lines runs out of the picture.
+    """Draw ``text``, RGB 800 x 400; a text of more than eight lines runs out of the picture.
 
     Raises:
         ImportError: this Pillow was built without FreeType.
@@ -32,7 +32,7 @@ def draw_caption(text: str) -> Image.Image:
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont) -> list[str]:
-    """Lines of whole words that fit; a word too long for a line is broken."""
+    """Split into lines of whole words that fit; a word too long for a line is broken."""
     lines: list[str] = []
     line = ""
     for word in text.split():

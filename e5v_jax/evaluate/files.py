@@ -20,13 +20,13 @@ class ParquetImage:
     column: str
     group: int
     row: int
-    """In its row group."""
+    """This counts from the start of the row group."""
 
     def __str__(self) -> str:
         return f"{self.file}, row group {self.group}, row {self.row}"
 
     def read(self) -> bytes:
-        """The encoded bytes."""
+        """Return the encoded bytes."""
         return _image_column(self.file, self.column, self.group)[self.row]
 
 
@@ -34,7 +34,7 @@ ImageRef = Path | ParquetImage
 
 
 def load(image: ImageRef) -> Path | bytes:
-    """An input for ``E5V.encode``."""
+    """Turn an image reference into an input for ``E5V.encode``."""
     return image if isinstance(image, Path) else image.read()
 
 
@@ -55,7 +55,7 @@ def _image_column(file: Path, column: str, group: int) -> list[bytes]:
 def read_parquet(
     folder: Path, columns: Sequence[str], images: Sequence[str], *, split: str | None = None
 ) -> Iterator[dict[str, Any]]:
-    """Rows of a data set folder as the hub has them: ``*.parquet``, anywhere below ``folder``.
+    """Read the rows of a data set as the hub has it: ``*.parquet``, anywhere below ``folder``.
 
     ``columns`` are read, ``images`` (structs with ``bytes``) become :class:`ParquetImage`. With
     ``split``, files are taken whose name starts with it.
@@ -90,23 +90,45 @@ def read_parquet(
             raise ValueError(f"{file}: not a whole Parquet file ({error})") from error
 
 
+def read_lines(path: Path, *, hint: str) -> list[str]:
+    """Return the lines of a text file, without their ends.
+
+    Raises:
+        FileNotFoundError: it is missing; ``hint`` says what should be there.
+        ValueError: it is not UTF-8; names the row.
+    """
+    try:
+        text = _read(path, hint).decode()
+    except UnicodeDecodeError as error:
+        row = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, row {row}: expected UTF-8, {error.reason}") from None
+    # Not splitlines(): it also splits at characters that may stand in a sentence, such as U+0085.
+    lines = text.removesuffix("\n").split("\n") if text else []
+    return [line.removesuffix("\r") for line in lines]
+
+
+def _read(path: Path, hint: str) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: not found; {hint}") from None
+
+
 def read_json(path: Path, *, hint: str) -> Any:
-    """The content of a JSON file.
+    """Return the content of a JSON file.
 
     Raises:
         FileNotFoundError: it is missing; ``hint`` says what should be there.
         ValueError: it is damaged.
     """
     try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: not found; {hint}") from None
+        return json.loads(_read(path, hint))
     except ValueError as error:
         raise ValueError(f"{path}: not valid JSON ({error})") from None
 
 
 def get(row: Any, key: str, kind: type, where: str) -> Any:
-    """``row[key]``, checked.
+    """Return ``row[key]`` after checking it.
 
     Raises:
         ValueError: ``row`` is no object, lacks the key, or has another type there.
@@ -121,7 +143,7 @@ def get(row: Any, key: str, kind: type, where: str) -> Any:
 
 
 def find_image(name: str, folders: Sequence[Path], where: str) -> Path:
-    """The image file ``name`` in the first folder that has it.
+    """Find the image file ``name`` in the first folder that has it.
 
     Raises:
         FileNotFoundError: none has.
@@ -133,13 +155,16 @@ def find_image(name: str, folders: Sequence[Path], where: str) -> Path:
     raise FileNotFoundError(f"{where}: image {name!r} not found in {looked}")
 
 
-def dataset_folder(data: Path, name: str) -> Path:
-    """The authors' data set ``name``: DATA/name, or fetched where ``data`` is :data:`HUB`.
+def dataset_folder(data: Path, name: str, *, neither: str) -> Path:
+    """Find the authors' data set ``name``: DATA/name, or fetched where ``data`` is :data:`HUB`.
 
     Raises:
+        FileNotFoundError: DATA has no such folder; ``neither`` says what was looked for.
         OSError: it could not be fetched.
     """
     if data != HUB:
+        if not (data / name).is_dir():
+            raise FileNotFoundError(f"{data}: neither {neither} in it, see docs/evaluation.md")
         return data / name
     from huggingface_hub import snapshot_download
 

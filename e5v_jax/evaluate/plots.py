@@ -13,7 +13,7 @@ _TEXT, _IMAGE = "#D55E00", "#0072B2"  # told apart by colour-blind readers, too
 
 @dataclass(frozen=True)
 class Panel:
-    """What one panel shows."""
+    """This is what one panel shows."""
 
     title: str
     texts: np.ndarray
@@ -24,7 +24,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Projection:
-    """A way to draw vectors in the plane."""
+    """This is a way to draw vectors in the plane."""
 
     file: str
     title: str

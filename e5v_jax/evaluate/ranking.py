@@ -7,16 +7,18 @@ the data. So a tied query counts as the chance that a positive is drawn: a model
 scores exactly chance.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+
+from e5v_jax.evaluate.scores import Hits, Score
 
 _CHUNK = 1024  # queries scored at once: bounds the memory of the score matrix
 
 
 class Ranks(NamedTuple):
-    """Where the best positive of each query stands; all int64 [Q]."""
+    """This says where the best positive of each query stands; every array is int64 [Q]."""
 
     better: np.ndarray
     """Gallery items with a higher score."""
@@ -42,14 +44,10 @@ def rank_positives(
         removed: int [Q], a gallery row that is left out for this query (CIRR's reference image).
 
     Raises:
-        ValueError: a query without positives, or whose only positive is removed.
+        ValueError: a query has no positive, or its only one is removed.
     """
     parts = []
-    for start in range(0, len(queries), _CHUNK):
-        scores = _scores(queries[start : start + _CHUNK], gallery)  # [C, G]
-        if removed is not None:
-            rows = np.arange(len(scores))
-            scores[rows, removed[start : start + _CHUNK]] = -np.inf
+    for start, scores in _scores(queries, gallery, removed):
         right = np.zeros(scores.shape, bool)
         for row in range(len(scores)):
             right[row, positives[start + row]] = True
@@ -63,7 +61,10 @@ def rank_positives(
 
 
 def hits_at(ranks: Ranks, k: int) -> np.ndarray:
-    """float64 [Q]: 1 if a positive is among the k best, else 0; between for a tie across k."""
+    """Return what each query scores, float64 [Q]: 1 if a positive is among the k best, else 0.
+
+    A tie across k gives a value between.
+    """
     miss = np.ones(len(ranks.better))
     for drawn in range(k):  # draw the remaining places of the k from the tied items, one by one
         left = ranks.tied - drawn
@@ -72,26 +73,55 @@ def hits_at(ranks: Ranks, k: int) -> np.ndarray:
     return 1 - miss
 
 
+def recalls(
+    task: str,
+    ranks: Ranks,
+    at: Sequence[int],
+    data: str,
+    *,
+    prefix: str = "",
+    unit_of: np.ndarray | None = None,
+) -> list[Score]:
+    """Score the recall of a task at each k of ``at``; ``data`` is the hash of its questions.
+
+    ``unit_of``, int [Q], says to which of the units that were sampled a query belongs, each having
+    one at least; by default a query is a unit.
+    """
+    units = np.arange(len(ranks.better)) if unit_of is None else unit_of
+    queries = np.bincount(units)
+    return [
+        Score(task, f"{prefix}R@{k}", Hits(np.bincount(units, hits_at(ranks, k)), queries), data)
+        for k in at
+    ]
+
+
 def top_k(
     queries: np.ndarray, gallery: np.ndarray, k: int, *, removed: np.ndarray | None = None
 ) -> np.ndarray:
-    """int64 [Q, k]: the best gallery rows, best first; ties in the order of the gallery.
+    """Return the best gallery rows of each query, int64 [Q, k]; ties in gallery order.
 
     Arguments as in :func:`rank_positives`.
     """
-    parts = []
-    for start in range(0, len(queries), _CHUNK):
-        scores = _scores(queries[start : start + _CHUNK], gallery)
-        if removed is not None:
-            scores[np.arange(len(scores)), removed[start : start + _CHUNK]] = -np.inf
-        parts.append(np.argsort(-scores, axis=1, kind="stable")[:, :k])
-    return np.concatenate(parts)
+    return np.concatenate(
+        [
+            np.argsort(-scores, axis=1, kind="stable")[:, :k]
+            for _, scores in _scores(queries, gallery, removed)
+        ]
+    )
 
 
-def _scores(queries: np.ndarray, gallery: np.ndarray) -> np.ndarray:
-    """[Q, G]; equal gallery rows get equal scores, which a matrix product does not promise."""
+def _scores(
+    queries: np.ndarray, gallery: np.ndarray, removed: np.ndarray | None
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield the first query of each chunk and the scores of the chunk, [C, G].
+
+    Equal gallery rows get equal scores, which a matrix product does not promise.
+    """
     index: dict[bytes, int] = {}
     column = [index.setdefault(row.tobytes(), len(index)) for row in gallery]
-    distinct = np.unique(column, return_index=True)[1]
-    scores: np.ndarray = queries @ gallery[distinct].T
-    return scores[:, column]
+    distinct = gallery[np.unique(column, return_index=True)[1]]
+    for start in range(0, len(queries), _CHUNK):
+        scores = (queries[start : start + _CHUNK] @ distinct.T)[:, column]
+        if removed is not None:
+            scores[np.arange(len(scores)), removed[start : start + _CHUNK]] = -np.inf
+        yield start, scores

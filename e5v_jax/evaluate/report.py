@@ -26,7 +26,7 @@ _NOTE = f"percent; paper and baselines: E5-V (Llama-3-8B) and others as in {PAPE
 
 @dataclass(frozen=True)
 class Row:
-    """One figure. All figures in percent."""
+    """This is one figure; all figures are in percent."""
 
     task: str
     """Key for programs."""
@@ -44,7 +44,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """The figures of one evaluation, and all that is needed to get them again."""
+    """This has the figures of one evaluation, and all that is needed to get them again."""
 
     settings: Mapping[str, str | int | float | None]
     rows: list[Row]
@@ -53,7 +53,7 @@ class Report:
 
 
 def make_row(task: str, label: str, items: str, scores: Sequence[Score], comparable: bool) -> Row:
-    """The row of a score, or of the mean of several tasks' with one metric.
+    """Make the row of a score, or of the mean of several tasks' with one metric.
 
     Published figures stand beside it only if ``comparable``: measured as the paper does.
     """
@@ -62,78 +62,60 @@ def make_row(task: str, label: str, items: str, scores: Sequence[Score], compara
     return Row(task, label, metric, items, *summarise(scores), published or Published())
 
 
-def _shown(rows: Sequence[Row]) -> list[str]:
-    """Columns of published figures that are not empty; the paper's own stay."""
-    names = [f.name for f in fields(Published)]
-    return [
+def _table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+    """Return headings and cells; figures of others than the paper only if there are any."""
+    shown = [
         name
-        for name in names
+        for name in _PUBLISHED_HEADINGS
         if name in ("paper", "prompt_only")
         or any(getattr(row.published, name) is not None for row in rows)
     ]
-
-
-def _table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells."""
-    shown = _shown(rows)
-    headings = [*_HEADINGS, *(_PUBLISHED_HEADINGS[name] for name in shown)]
     cells = []
     for row in rows:
-        published = [getattr(row.published, name) for name in shown]
-        cells.append(
-            [
-                row.label,
-                row.metric,
-                row.items,
-                f"{row.value:.2f}",
-                f"{row.low:.2f} to {row.high:.2f}",
-            ]
-            + ["" if figure is None else f"{figure:.2f}" for figure in published]
-        )
-    return headings, cells
-
-
-def rich_table(headings: Sequence[str], cells: Sequence[Sequence[str]], *, caption: str) -> Table:
-    """For the terminal; numbers right-aligned from the third column on."""
-    table = Table(caption=caption)
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if number < _FIRST_NUMBER else "right")
-    for row in cells:
-        table.add_row(*row)
-    return table
+        interval = f"{row.low:.2f} to {row.high:.2f}"
+        figures = [getattr(row.published, name) for name in shown]
+        published = ["" if figure is None else f"{figure:.2f}" for figure in figures]
+        ours = [row.label, row.metric, row.items, f"{row.value:.2f}", interval]
+        cells.append([*ours, *published])
+    return [*_HEADINGS, *(_PUBLISHED_HEADINGS[name] for name in shown)], cells
 
 
 def markdown_table(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    """The same as Markdown."""
+    """Write the table as Markdown; numbers are right-aligned from the third column on."""
     rules = ["---" if number < _FIRST_NUMBER else "---:" for number in range(len(headings))]
     rows = ([cell.replace("|", r"\|") for cell in row] for row in [headings, rules, *cells])
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def settings_table(settings: Mapping[str, str | int | float | None]) -> str:
-    """What a result depends on, as Markdown."""
+    """Write what a result depends on as Markdown."""
     cells = [[name, "" if value is None else str(value)] for name, value in settings.items()]
     return markdown_table(["setting", "value"], cells)
 
 
 def to_markdown(report: Report) -> str:
-    """Settings and figures as two tables."""
+    """Write the settings and the figures as two tables."""
     blocks = [settings_table(report.settings), markdown_table(*_table(report.rows)), _NOTE + ".\n"]
     return "# Evaluation\n\n" + "\n".join(blocks)
 
 
 def to_json(report: Report) -> str:
-    """``{"settings": {...}, "results": [{"task", "label", "metric", "items", "value", ...}]}``."""
+    """Write ``{"settings": {...}, "results": [{"task", "label", "metric", "value", ...}]}``."""
     content = {"settings": dict(report.settings), "results": [asdict(row) for row in report.rows]}
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
 def print_table(headings: Sequence[str], cells: Sequence[Sequence[str]], *, caption: str) -> None:
     """Print to the terminal; figures are never cut short, a narrow terminal wraps them."""
+    table = Table(caption=caption)
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="left" if number < _FIRST_NUMBER else "right")
+    for row in cells:
+        table.add_row(*row)
     console = Console()
     width = sum(max(len(row[i]) for row in [headings, *cells]) + 3 for i in range(len(headings)))
     console.width = max(console.width, width + 1)
-    console.print(rich_table(headings, cells, caption=caption))
+    console.print(table)
 
 
 def print_report(report: Report) -> None:
@@ -156,7 +138,7 @@ def write_report(report: Report, folder: Path) -> None:
 
 
 def read_scores(folder: Path) -> list[Score]:
-    """The scores of a run's output folder, item by item.
+    """Read the scores of a run's output folder, item by item.
 
     Raises:
         FileNotFoundError: there is no ``items.npz``.

@@ -5,37 +5,39 @@ image if any of its captions is among the k best captions.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
+from e5v_jax.evaluate.benchmark import Benchmark, Protocol, Result
+from e5v_jax.evaluate.cached_encoder import CachedEncoder
 from e5v_jax.evaluate.drawing import draw_caption
-from e5v_jax.evaluate.embedding import Embedder
 from e5v_jax.evaluate.files import (
     ImageRef,
     dataset_folder,
     find_image,
     get,
     load,
+    read_lines,
     read_parquet,
 )
-from e5v_jax.evaluate.ranking import hits_at, rank_positives
+from e5v_jax.evaluate.ranking import rank_positives, recalls
 from e5v_jax.evaluate.report import Row, make_row
-from e5v_jax.evaluate.scores import Hits, Score, fingerprint
+from e5v_jax.evaluate.scores import Score, fingerprint
 from e5v_jax.prompts import IMAGE, TEXT
 
 AT = (1, 5, 10)
 
 
-@dataclass(frozen=True)
-class RetrievalTask:
+class RetrievalTask(NamedTuple):
     """A set as the paper has it."""
 
     label: str
     images: int
-    """Images of the paper's test set."""
+    """How many the paper's test set has."""
     dataset: str
     """Its name on the hub."""
 
@@ -45,17 +47,24 @@ TASKS = {
     "coco": RetrievalTask("COCO", 5000, "coco_test"),
 }
 _PAPER_CAPTIONS = 5  # of each image; COCO has six or seven of some, the authors drop those
+_I2I = "i2i-"
 OWN = "retrieval"
 """The task that takes the data folder itself, whatever is in it."""
 
 
 @dataclass(frozen=True)
 class CaptionedImages:
-    """Images with their captions."""
+    """These are images with their captions."""
 
     images: list[ImageRef]
     captions: list[list[str]]
     """[images][captions of it], at least one each."""
+
+    def flat(self) -> tuple[list[str], np.ndarray]:
+        """Return all captions, and int [C], ascending: the image that each belongs to."""
+        counts = [len(group) for group in self.captions]
+        captions = [caption for group in self.captions for caption in group]
+        return captions, np.repeat(np.arange(len(counts)), counts)
 
 
 def load_captioned(folder: Path) -> CaptionedImages:
@@ -67,16 +76,11 @@ def load_captioned(folder: Path) -> CaptionedImages:
         FileNotFoundError, ValueError: names file and row, and what was expected.
     """
     path = folder / "captions.jsonl"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f'{path}: not found; expected lines {{"image": "a.jpg", "captions": ["a dog", ...]}} '
-            f"and the images in {folder / 'images'}"
-        )
     return _collect(path, _read_jsonl(path))
 
 
 def load_task(data: Path, name: str) -> CaptionedImages:
-    """The set of a task: ``data`` itself for ``retrieval``, else DATA/name or its Parquet form.
+    """Read the set of a task: ``data`` itself for ``retrieval``, else DATA/name or Parquet files.
 
     Raises:
         FileNotFoundError, ValueError: names file and row, and what was expected.
@@ -84,33 +88,27 @@ def load_task(data: Path, name: str) -> CaptionedImages:
     if name == OWN:
         return load_captioned(data)
     if (data / name).is_dir():
-        return _first_captions(load_captioned(data / name))
-    task = TASKS[name]
-    folder = dataset_folder(data, task.dataset)
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{data}: neither {name}/captions.jsonl nor {task.dataset}/*.parquet in it, see "
-            "docs/evaluation.md"
-        )
-    rows = read_parquet(folder, ["text"], ["image"], split="test")
-    found = _collect(folder, ((str(row["image"]), row["image"], row["text"]) for row in rows))
-    return _first_captions(found)
+        found = load_captioned(data / name)
+    else:
+        dataset = TASKS[name].dataset
+        neither = f"{name}/captions.jsonl nor {dataset}/*.parquet"
+        folder = dataset_folder(data, dataset, neither=neither)
+        rows = read_parquet(folder, ["text"], ["image"], split="test")
+        found = _collect(folder, ((str(row["image"]), row["image"], row["text"]) for row in rows))
+    return CaptionedImages(found.images, [group[:_PAPER_CAPTIONS] for group in found.captions])
 
 
 def score_retrieval(
-    embedder: Embedder, name: str, data: CaptionedImages, *, drawn: bool = False
+    encoder: CachedEncoder, name: str, data: CaptionedImages, *, drawn: bool = False
 ) -> list[Score]:
-    """Image and text recall at 1, 5 and 10; with ``drawn`` captions are embedded as pictures.
+    """Score image and text recall at 1, 5, 10; with ``drawn`` captions are embedded as pictures.
 
     Raises:
-        ValueError: see :meth:`Embedder.embed`.
+        ValueError: see :meth:`CachedEncoder.embed`.
     """
-    captions = [caption for group in data.captions for caption in group]
-    image_of = np.repeat(np.arange(len(data.images)), [len(group) for group in data.captions])
-    images = embedder.embed(
-        data.images, prompt=IMAGE, make=load, where=lambda i: str(data.images[i])
-    )
-    texts = embedder.embed(
+    captions, image_of = data.flat()
+    images = encoder.embed(data.images, prompt=IMAGE, make=load)
+    texts = encoder.embed(
         captions,
         prompt=IMAGE if drawn else TEXT,
         make=draw_caption if drawn else str,
@@ -123,7 +121,7 @@ def score_retrieval(
 def score_vectors(
     name: str, texts: np.ndarray, images: np.ndarray, image_of: np.ndarray, data: str
 ) -> list[Score]:
-    """The same from vectors, normalised.
+    """Score image and text recall from normalised vectors.
 
     Args:
         name: of the task.
@@ -132,48 +130,37 @@ def score_vectors(
         image_of: int [C], ascending: the image that each caption belongs to.
         data: hash of the questions.
     """
-    counts = np.bincount(image_of, minlength=len(images))
-    captions_of = np.split(np.arange(len(texts)), np.cumsum(counts)[:-1])
+    captions_of = np.split(np.arange(len(texts)), np.cumsum(np.bincount(image_of))[:-1])
     to_image = rank_positives(texts, images, [np.array([i]) for i in image_of])
     to_text = rank_positives(images, texts, captions_of)
-    scores = []
-    for k in AT:  # a unit is an image with its captions, as they are no independent draws
-        hits = np.bincount(image_of, hits_at(to_image, k), minlength=len(images))
-        scores.append(Score(name, f"image R@{k}", Hits(hits, counts), data))
-    for k in AT:
-        hits = hits_at(to_text, k)
-        scores.append(Score(name, f"text R@{k}", Hits(hits, np.ones(len(images), int)), data))
-    return scores
+    return [
+        # a unit is an image with its captions, as they are no independent draws
+        *recalls(name, to_image, AT, data, prefix="image ", unit_of=image_of),
+        *recalls(name, to_text, AT, data, prefix="text "),
+    ]
 
 
 def report_rows(name: str, data: CaptionedImages, scores: list[Score], *, label: str) -> list[Row]:
-    """Rows for the report; the paper's figures only beside a set of the paper's size."""
-    base = name.removeprefix("i2i-")
-    counts = {len(group) for group in data.captions}
-    whole = base in TASKS and len(data.images) == TASKS[base].images
-    comparable = whole and counts == {_PAPER_CAPTIONS}
-    captions = sum(len(group) for group in data.captions)
-    items = f"{len(data.images)} images, {captions} captions"
-    return [make_row(name, label, items, [score], comparable) for score in scores]
+    """Make the rows for the report; the paper's figures only beside a set of the paper's size."""
+    counts = [len(group) for group in data.captions]
+    task = TASKS.get(name.removeprefix(_I2I))
+    whole = task is not None and len(counts) == task.images and set(counts) == {_PAPER_CAPTIONS}
+    items = f"{len(counts)} images, {sum(counts)} captions"
+    return [make_row(name, label, items, [score], whole) for score in scores]
 
 
 def take(data: CaptionedImages, stride: int) -> CaptionedImages:
-    """Every ``stride``-th image with its captions."""
+    """Keep every ``stride``-th image with its captions."""
     return CaptionedImages(data.images[::stride], data.captions[::stride])
-
-
-def _first_captions(data: CaptionedImages) -> CaptionedImages:
-    return CaptionedImages(data.images, [group[:_PAPER_CAPTIONS] for group in data.captions])
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Path, list[str]]]:
     folders = (path.parent / "images", path.parent)
-    try:
-        lines = path.read_bytes().decode().split("\n")
-    except UnicodeDecodeError as error:
-        row = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, row {row}: expected UTF-8, {error.reason}") from None
-    for number, line in enumerate(lines, start=1):
+    hint = (
+        'expected lines {"image": "a.jpg", "captions": ["a dog", ...]} and the images in '
+        f"{folders[0]}"
+    )
+    for number, line in enumerate(read_lines(path, hint=hint), start=1):
         if not line.strip():
             continue
         where = f"{path}, row {number}"
@@ -195,3 +182,22 @@ def _collect(source: Path, rows: Iterator[tuple[str, ImageRef, list[str]]]) -> C
     if len(images) < 2:
         raise ValueError(f"{source}: {len(images)} images, expected at least 2")
     return CaptionedImages(images, captions)
+
+
+def _load(data: Path, name: str, stride: int) -> CaptionedImages:
+    return take(load_task(data, name.removeprefix(_I2I)), stride)
+
+
+def _score(encoder: CachedEncoder, data: Mapping[str, CaptionedImages], _: Protocol) -> Result:
+    ((name, items),) = data.items()
+    base = name.removeprefix(_I2I)
+    label = TASKS[base].label if base in TASKS else "own images"
+    drawn = base != name
+    scores = score_retrieval(encoder, name, items, drawn=drawn)
+    label += ", drawn captions" if drawn else ""
+    return Result(report_rows(name, items, scores, label=label), scores)
+
+
+BENCHMARKS = [
+    Benchmark((prefix + name,), _load, _score) for prefix in ("", _I2I) for name in (*TASKS, OWN)
+]

@@ -26,12 +26,16 @@ class Hits:
     queries: np.ndarray
     """int64 [N]"""
 
+    def __len__(self) -> int:
+        """Return how many units there are, N."""
+        return len(self.hits)
+
     def value(self) -> float:
-        """Percent of all queries."""
+        """Return the percentage of all queries that hit."""
         return float(100 * self.hits.sum() / self.queries.sum())
 
     def resample(self, weights: np.ndarray) -> np.ndarray:
-        """The value of each resample, [B]; ``weights`` [B, N] says how often a unit is in it."""
+        """Return the value of each resample, [B]; ``weights`` [B, N] count each unit in it."""
         resampled: np.ndarray = 100 * (weights @ self.hits) / (weights @ self.queries)
         return resampled
 
@@ -43,8 +47,12 @@ class Pairs:
     cosine: np.ndarray
     gold: np.ndarray
 
+    def __len__(self) -> int:
+        """Return how many pairs there are, N."""
+        return len(self.cosine)
+
     def value(self) -> float:
-        """Spearman x 100.
+        """Return Spearman's correlation times 100.
 
         Raises:
             ValueError: see :func:`spearman`.
@@ -52,7 +60,7 @@ class Pairs:
         return 100 * spearman(self.cosine, self.gold)
 
     def resample(self, weights: np.ndarray) -> np.ndarray:
-        """As :meth:`Hits.resample`; nan where a resample holds one value only."""
+        """Return each resample's value as :class:`Hits` do; nan where one holds a single value."""
         middle = (weights.sum(axis=1, keepdims=True) + 1) / 2  # the mean rank, whatever the ties
         x = _ranks(self.cosine, weights) - middle  # [B, N]
         y = _ranks(self.gold, weights) - middle
@@ -73,8 +81,8 @@ class Score:
     """Hash of the questions asked: only scores over the same ones can be compared in pairs."""
 
     def resamples(self) -> np.ndarray:
-        """[RESAMPLES] values; the same units are drawn for every score of the task."""
-        units = len(self.items.hits if isinstance(self.items, Hits) else self.items.cosine)
+        """Return [RESAMPLES] values; every score of the task draws the same units."""
+        units = len(self.items)
         rng = np.random.default_rng([_SEED, zlib.crc32(self.task.encode())])
         values = []
         for start in range(0, RESAMPLES, _CHUNK):
@@ -103,16 +111,16 @@ class Difference(NamedTuple):
 
 
 def summarise(scores: Sequence[Score]) -> Summary:
-    """The mean of scores (one or several tasks) and its interval."""
+    """Return the mean of scores (of one or several tasks) and its interval."""
     value = float(np.mean([score.items.value() for score in scores]))
     return Summary(value, *_interval(np.mean([score.resamples() for score in scores], axis=0)))
 
 
 def compare(first: Score, second: Score) -> Difference:
-    """Paired bootstrap: both runs on the same resampled units.
+    """Compare two runs by paired bootstrap: both on the same resampled units.
 
     Raises:
-        ValueError: not the same task, metric and data.
+        ValueError: they are not of the same task, metric and data.
     """
     for name in ("task", "metric", "data"):
         if getattr(first, name) != getattr(second, name):
@@ -130,10 +138,10 @@ def compare(first: Score, second: Score) -> Difference:
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
-    """Spearman's rank correlation of two [N] arrays; equal values share their average rank.
+    """Return Spearman's rank correlation of two [N] arrays; equal values share their average rank.
 
     Raises:
-        ValueError: undefined, as one array is constant.
+        ValueError: it is undefined, as one array is constant.
     """
     once = np.ones((1, len(x)), np.int64)
     ranks = [_ranks(values, once)[0] for values in (x, y)]  # [N], [N]
@@ -146,7 +154,7 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def fingerprint(strings: Iterable[str]) -> str:
-    """Hash of the questions of a task."""
+    """Return the hash of the questions of a task."""
     digest = hashlib.sha256()
     for string in strings:
         digest.update(string.encode() + b"\0")
@@ -154,7 +162,7 @@ def fingerprint(strings: Iterable[str]) -> str:
 
 
 def _ranks(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Average ranks from 1 of ``x`` [N] within each resample ``weights`` [B, N], float64 [B, N].
+    """Return average ranks from 1 of ``x`` [N] in each resample ``weights``, float64 [B, N].
 
     ``x`` is sorted once for all resamples, which are only counted.
     """

@@ -1,15 +1,16 @@
 """Measures and projections of an embedding space with two kinds of points: texts and images."""
 
-from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import numpy as np
+
+from e5v_jax.evaluate.vectors import dot
 
 _CHUNK = 1024  # rows of a similarity matrix in memory at once
 
 
-@dataclass(frozen=True)
-class Gap:
-    """How texts and images lie to each other; all vectors of length 1."""
+class Gap(NamedTuple):
+    """This says how texts and images lie to each other; all vectors have length 1."""
 
     centroid_distance: float
     """Between the mean text and the mean image: the modality gap of Liang et al. 2022."""
@@ -23,14 +24,10 @@ class Gap:
     """log of the mean of exp(-2 d^2) over pairs (Wang & Isola 2020, t 2); lower is more even."""
     uniformity_images: float
 
-    def values(self) -> dict[str, float]:
-        """By name."""
-        return asdict(self)
-
 
 def measure_gap(texts: np.ndarray, images: np.ndarray, image_of: np.ndarray) -> Gap:
     """Measure vectors of unit length: texts [C, D], images [N, D], ``image_of`` int [C]."""
-    matched = np.einsum("cd,cd->c", texts, images[image_of], dtype=np.float64)  # [C]
+    matched = dot(texts, images[image_of])  # [C]
     # the mean over all pairs is the product of the means
     every = len(texts) * len(images) * float(_mean(texts) @ _mean(images))
     mismatched = (every - matched.sum()) / (len(texts) * (len(images) - 1))
@@ -45,17 +42,17 @@ def measure_gap(texts: np.ndarray, images: np.ndarray, image_of: np.ndarray) -> 
 
 
 def uniformity(vectors: np.ndarray) -> float:
-    """log mean exp(-2 |x - y|^2) over the pairs of different rows of [N, D], unit length."""
+    """Return log mean exp(-2 |x - y|^2) over the pairs of different rows of [N, D], unit length."""
     total = 0.0
     for start in range(0, len(vectors), _CHUNK):
         cosine = vectors[start : start + _CHUNK].astype(np.float64) @ vectors.T  # [C, N]
         total += np.exp(4 * np.minimum(cosine, 1) - 4).sum()
-    own = np.exp(4 * np.minimum(np.einsum("nd,nd->n", vectors, vectors, dtype=np.float64), 1) - 4)
+    own = np.exp(4 * np.minimum(dot(vectors, vectors), 1) - 4)
     return float(np.log((total - own.sum()) / (len(vectors) * (len(vectors) - 1))))
 
 
 def project(vectors: np.ndarray, *, centred: bool) -> np.ndarray:
-    """[N, 2]: coordinates on the two directions of largest variance (PCA).
+    """Return [N, 2], the coordinates on the two directions of largest variance (PCA).
 
     Not centred, it is the plain SVD that the authors plot: the first direction is then close to the
     mean of all vectors, and a gap between two kinds shows in the second.
@@ -70,7 +67,7 @@ def project(vectors: np.ndarray, *, centred: bool) -> np.ndarray:
 
 
 def tsne(vectors: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """[N, 2]: t-SNE of cosine distances, from the centred PCA.
+    """Return [N, 2], the t-SNE of cosine distances, from the centred PCA.
 
     Raises:
         ImportError: scikit-learn is not installed.

@@ -5,22 +5,26 @@ correlation of cosine and human similarity over all its subsets together ("all")
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from e5v_jax.evaluate.benchmark import Benchmark, Protocol, Result
+from e5v_jax.evaluate.cached_encoder import CachedEncoder
+from e5v_jax.evaluate.files import HUB, read_lines
 from e5v_jax.evaluate.published import PUBLISHED
 from e5v_jax.evaluate.report import Row, make_row
 from e5v_jax.evaluate.scores import Pairs, Score, fingerprint
+from e5v_jax.evaluate.vectors import dot, squared_lengths
+from e5v_jax.prompts import PLAIN, STS
 
 Encode = Callable[[list[str]], np.ndarray]
 """Texts to vectors [N, D], normalised or not."""
 
 
-@dataclass(frozen=True)
-class Task:
+class Task(NamedTuple):
     """A task as the paper has it."""
 
     label: str
@@ -49,6 +53,7 @@ _SUBSETS = {
     "sts15": ("answers-forums", "answers-students", "belief", "headlines", "images"),
     "sts16": ("answer-answer", "headlines", "plagiarism", "postediting", "question-question"),
 }
+_HINT = "the data folder must contain STS/ and SICK/ as SentEval has them"
 _SICK_COLUMNS = ["pair_ID", "sentence_A", "sentence_B", "relatedness_score"]
 
 
@@ -59,16 +64,6 @@ class StsPairs(NamedTuple):
     sentences2: list[str]
     gold: np.ndarray
     """float64 [N], human similarity, 0 to 5."""
-
-
-class StsScore(NamedTuple):
-    """What a model reached on a task."""
-
-    spearman: float
-    """Times 100."""
-    pairs: int
-    score: Score
-    """The same with every pair's cosine, for intervals and comparisons."""
 
 
 def load_task(data_dir: str | Path, name: str, *, stride: int = 1) -> StsPairs:
@@ -101,7 +96,7 @@ def load_task(data_dir: str | Path, name: str, *, stride: int = 1) -> StsPairs:
 
 
 def clean_sentence(sentence: str) -> str:
-    """A sentence as the authors give it to the model (eval_sts.py, after SentEval's split).
+    """Clean a sentence as the authors do for the model (eval_sts.py, after SentEval's split).
 
     Single spaces; a full stop at the end if there is none of ``.?"'``; ``"`` becomes ``'``; a final
     question mark becomes a full stop.
@@ -113,25 +108,12 @@ def clean_sentence(sentence: str) -> str:
     return sentence[:-1] + "." if sentence.endswith("?") else sentence
 
 
-def evaluate_sts(
-    encode: Encode,
-    data_dir: str | Path,
-    tasks: Sequence[str],
-    *,
-    stride: int = 1,
-    clean: Callable[[str], str] = clean_sentence,
-) -> dict[str, StsScore]:
-    """Load and score tasks: :func:`load_task`, then :func:`score_tasks`, with what they raise."""
-    loaded = {name: load_task(data_dir, name, stride=stride) for name in tasks}
-    return score_tasks(encode, loaded, clean=clean)
-
-
 def score_tasks(
     encode: Encode,
     tasks: Mapping[str, StsPairs],
     *,
     clean: Callable[[str], str] = clean_sentence,
-) -> dict[str, StsScore]:
+) -> dict[str, Score]:
     """Score loaded tasks. ``encode`` is called once, with each distinct sentence of them all once.
 
     Args:
@@ -153,64 +135,66 @@ def score_tasks(
     }
     sentences = list(index)
     vectors = np.asarray(encode(sentences))  # [N, D]
-    if vectors.ndim != 2 or len(vectors) != len(sentences):
-        raise ValueError(
-            f"embeddings have shape {vectors.shape}, expected ({len(sentences)}, dimensions)"
-        )
-    squares = _dot(vectors, vectors)  # [N]
-    bad = np.flatnonzero(~np.isfinite(squares) | (squares == 0))
-    if bad.size:
-        raise ValueError(
-            f"the embeddings of {bad.size} of {len(sentences)} sentences are zero or not finite, "
-            f"first that of {sentences[bad[0]]!r}: is the model whole, does its dtype suffice?"
-        )
+    squares = squared_lengths(
+        vectors, len(sentences), what="sentences", where=lambda i: repr(sentences[i])
+    )  # [N]
     scores = {}
     for name, (rows1, rows2) in sides.items():
         # One root of the product, not two roots: a sentence paired with itself gets exactly 1, so
         # that such pairs tie.
         norms = np.sqrt(squares[rows1] * squares[rows2])
-        cosine = _dot(vectors[rows1], vectors[rows2]) / norms  # [pairs]
+        cosine = dot(vectors[rows1], vectors[rows2]) / norms  # [pairs]
         items = Pairs(cosine, tasks[name].gold)
         asked = fingerprint(
             [*tasks[name].sentences1, *tasks[name].sentences2, *map(str, items.gold)]
         )
         try:
-            value = items.value()
+            items.value()
         except ValueError as error:
             raise ValueError(f"{TASKS[name].label}: {error}") from error
-        scores[name] = StsScore(value, len(cosine), Score(name, _METRIC, items, asked))
+        scores[name] = Score(name, _METRIC, items, asked)
     return scores
 
 
-def report_rows(scores: Mapping[str, StsScore], *, comparable: bool = True) -> list[Row]:
-    """Rows for the report, and the average once it is over the paper's seven tasks.
+def report_rows(scores: Mapping[str, Score], *, comparable: bool = True) -> list[Row]:
+    """Make the rows for the report, and the average once it is over the paper's seven tasks.
 
     The paper's figure stands beside a score only where that is over the same number of pairs, and
     only if ``comparable``: measured with the paper's protocol.
     """
+    whole = {name for name, score in scores.items() if len(score.items) == TASKS[name].pairs}
     rows = []
     for name, score in scores.items():
-        task = TASKS[name]
-        whole = score.pairs == task.pairs
-        items = f"{score.pairs}" if whole else f"{score.pairs} of {task.pairs}"
-        rows.append(make_row(name, task.label, items, [score.score], whole and comparable))
-    if all(name in scores and scores[name].pairs == TASKS[name].pairs for name in PAPER_TASKS):
-        seven = [scores[name].score for name in PAPER_TASKS]
+        items = f"{len(score.items)}" + ("" if name in whole else f" of {TASKS[name].pairs}")
+        rows.append(make_row(name, TASKS[name].label, items, [score], name in whole and comparable))
+    if whole.issuperset(PAPER_TASKS):
+        seven = [scores[name] for name in PAPER_TASKS]
         items = f"{len(seven)} tasks"
         rows.append(make_row("sts-average", "STS average", items, seven, comparable))
     return rows
 
 
-def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Row by row, [N, D] x [N, D] -> float64 [N]."""
-    return np.einsum("nd,nd->n", a, b, dtype=np.float64)
+def _load(data: Path, name: str, stride: int) -> StsPairs:
+    if data == HUB:
+        raise ValueError(f"{name}: SentEval's files are not on the hub: give their folder")
+    return load_task(data, name, stride=stride)
+
+
+def _score(encoder: CachedEncoder, data: Mapping[str, StsPairs], protocol: Protocol) -> Result:
+    paper = protocol == "paper"
+    encode = partial(encoder.embed_sentences, prompt=STS if paper else PLAIN)
+    scores = score_tasks(encode, data, clean=clean_sentence if paper else str.strip)
+    return Result(report_rows(scores, comparable=paper), list(scores.values()))
+
+
+BENCHMARK = Benchmark(tuple(TASKS), _load, _score, groups={"sts": PAPER_TASKS}, order=-1)
 
 
 def _read_subsets(folder: Path, subsets: Sequence[str]) -> Iterator[tuple[str, str, float]]:
     for subset in subsets:
         pairs_path = folder / f"STS.input.{subset}.txt"
         gold_path = folder / f"STS.gs.{subset}.txt"
-        pairs, gold = _read_lines(pairs_path), _read_lines(gold_path)
+        pairs, gold = (read_lines(path, hint=_HINT) for path in (pairs_path, gold_path))
         if len(pairs) != len(gold):
             raise ValueError(
                 f"{gold_path}: {len(gold)} rows, expected {len(pairs)} as in {pairs_path.name}"
@@ -224,7 +208,7 @@ def _read_subsets(folder: Path, subsets: Sequence[str]) -> Iterator[tuple[str, s
 
 
 def _read_stsb(path: Path) -> Iterator[tuple[str, str, float]]:
-    for number, line in enumerate(_read_lines(path), start=1):
+    for number, line in enumerate(read_lines(path, hint=_HINT), start=1):
         # genre, file, year, id, score, sentence, sentence, and in some rows sources
         fields = _split(line, path, number, expected=7)
         first, second = (_sentence(field, path, number) for field in fields[5:7])
@@ -232,7 +216,7 @@ def _read_stsb(path: Path) -> Iterator[tuple[str, str, float]]:
 
 
 def _read_sick(path: Path) -> Iterator[tuple[str, str, float]]:
-    header, *lines = _read_lines(path) or [""]
+    header, *lines = read_lines(path, hint=_HINT) or [""]
     if header.split("\t")[:4] != _SICK_COLUMNS:
         raise ValueError(
             f"{path}, row 1: found {header[:80]!r}, expected the columns {', '.join(_SICK_COLUMNS)}"
@@ -241,21 +225,6 @@ def _read_sick(path: Path) -> Iterator[tuple[str, str, float]]:
         fields = _split(line, path, number, expected=4)
         first, second = (_sentence(field, path, number) for field in fields[1:3])
         yield first, second, _gold(fields[3], path, number)
-
-
-def _read_lines(path: Path) -> list[str]:
-    try:
-        text = path.read_bytes().decode()
-    except FileNotFoundError:
-        raise FileNotFoundError(
-            f"{path}: not found; the data folder must contain STS/ and SICK/ as SentEval has them"
-        ) from None
-    except UnicodeDecodeError as error:
-        row = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, row {row}: expected UTF-8, {error.reason}") from None
-    # Not splitlines(): it also splits at characters that may stand in a sentence, such as U+0085.
-    lines = text.removesuffix("\n").split("\n") if text else []
-    return [line.removesuffix("\r") for line in lines]
 
 
 def _split(line: str, path: Path, number: int, *, expected: int, exact: bool = False) -> list[str]:

@@ -2,7 +2,7 @@
 
     import mteb
     from e5v_jax.integrations.mteb import MtebEncoder
-    model = MtebEncoder(path="e5-v")  # a converted folder; also dtype=, adapter=
+    model = MtebEncoder(path="e5-v")  # a converted folder; also dtype=, adapter=, fsdp= ...
     mteb.evaluate(model, mteb.get_tasks(tasks=["Flickr30kT2IRetrieval"]))
 
 ``mteb.get_model("e5v-jax/e5-v", path="e5-v")`` does the same after the import; for every model with
@@ -24,13 +24,14 @@ from mteb.types import BatchedInput, EncodeKwargs, PromptType
 from torch.utils.data import DataLoader
 
 from e5v_jax import E5V
+from e5v_jax.encode.model_args import ModelArgs
 
 NAME = "e5v-jax/e5-v"
 _IMAGES_AT_ONCE = 64  # bounds decoded images
 
 
 class MtebEncoder(AbsEncoder):
-    """mteb's encoder interface over :class:`e5v_jax.E5V`."""
+    """This is mteb's encoder interface over :class:`e5v_jax.E5V`."""
 
     mteb_model_meta: ModelMeta
 
@@ -41,19 +42,28 @@ class MtebEncoder(AbsEncoder):
         *,
         device: str | None = None,
         path: str | Path | None = None,
-        model: E5V | None = None,
+        model: E5V | ModelArgs | None = None,
         **options: Any,
     ) -> None:
-        """Load ``path`` with ``options`` of :meth:`E5V.from_pretrained`, or wrap ``model``.
+        """Load ``path``, ``options`` being other fields of ModelArgs, or take a ``model``.
 
-        ``device`` is mteb's and means nothing here: JAX uses the devices it has.
+        ``revision`` is that of a hub id, and what mteb files the results under. ``device`` is
+        mteb's and means nothing here: JAX uses the devices it has.
 
         Raises:
-            ValueError: neither ``path`` nor ``model`` is given, or both.
+            ValueError: neither ``path`` nor ``model`` is given, or both; or the model cannot be
+                loaded.
+            FileNotFoundError: there is no such model.
         """
         if (path is None) == (model is None):
             raise ValueError(f"{model_name}: give path=, the folder of the checkpoint, or model=")
-        self.model = E5V.from_pretrained(path, **options) if model is None else model  # type: ignore[arg-type]
+        if path is not None:
+            model = ModelArgs(model=str(path), revision=revision, **options)
+        if isinstance(model, ModelArgs):
+            model.check()
+            model = model.load()
+        assert model is not None
+        self.model = model
         self.mteb_model_meta = META.model_copy(update={"revision": revision})
 
     def encode(
@@ -66,7 +76,7 @@ class MtebEncoder(AbsEncoder):
         prompt_type: PromptType | None = None,
         **kwargs: Unpack[EncodeKwargs],
     ) -> np.ndarray:
-        """float32 [N, D], unit length: texts, images, or where a row has both, the two fused.
+        """Embed texts, images, or where a row has both, the two fused: float32 [N, D], unit length.
 
         mteb has put a document's title in front of its text and an instruction behind a query.
 
@@ -93,7 +103,7 @@ class MtebEncoder(AbsEncoder):
 
 
 def split_batch(batch: BatchedInput) -> list[dict[str, Any]]:
-    """The rows of an mteb batch as inputs of :meth:`E5V.encode`.
+    """Turn the rows of an mteb batch into inputs of :meth:`E5V.encode`.
 
     An image whose text is blank is an image alone: fused data sets have such rows.
 

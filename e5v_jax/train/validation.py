@@ -45,4 +45,4 @@ class Validation:
                     pool=pool,
                 )
 
-        return score_tasks(encode, {TASK: self._pairs})[TASK].spearman
+        return score_tasks(encode, {TASK: self._pairs})[TASK].items.value()

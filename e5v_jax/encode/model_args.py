@@ -1,0 +1,115 @@
+"""Which model a command works with and how it is loaded: the flags that several commands share."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from e5v_jax.cli import BucketPath, UsageError
+
+if TYPE_CHECKING:
+    import jax
+
+    from e5v_jax import E5V
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelArgs:
+    """This says which model and how it is loaded; commands inherit it and add flags."""
+
+    model: str
+    """Converted folder, Hugging Face folder or GGUF file, or a hub id."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    adapter: BucketPath | None = None
+    """LoRA to apply: a run folder of e5v_jax.train, one of its checkpoints, or a PEFT folder."""
+    template: str | None = None
+    """Chat template: llama3, mistral, phi3, chatml or vicuna; by default told from the model."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Precision of weights and arithmetic."""
+    quantize: Literal["int8", "nf4"] | None = None
+    """Store the decoder's weights in 8 or 4 bits: less memory, slightly other vectors."""
+    attn_implementation: Literal["auto", "xla", "cudnn", "splash"] = "auto"
+    """Attention: cudnn is for GPUs, splash for TPUs; auto chooses."""
+    fsdp: int = 1
+    """Devices over which weights and batch are split; the rest share batches."""
+    tensor: int = 1
+    """Devices over which heads and MLP columns are split."""
+
+    def check(self) -> None:
+        """Refuse values that cannot be, before anything is read.
+
+        Raises:
+            UsageError: names the flag.
+        """
+        self.require_positive("fsdp", "tensor")
+        if self.template is not None:
+            from e5v_jax.prompts import TEMPLATES  # loads transformers
+
+            if self.template not in TEMPLATES:
+                raise UsageError(
+                    f"--template: unknown {self.template!r}, expected one of {', '.join(TEMPLATES)}"
+                )
+
+    def require_positive(self, *names: str) -> None:
+        """Refuse a count below 1 in any of the fields ``names``; None passes.
+
+        Raises:
+            UsageError: names the flag.
+        """
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"--{name.replace('_', '-')}: {value}, expected at least 1")
+
+    def load(self, devices: "Sequence[jax.Device] | None" = None) -> "E5V":
+        """Load the model onto a mesh over ``devices``, by default all of them.
+
+        JAX's persistent compilation cache is switched on, see encode/compilation.py.
+
+        Raises:
+            UsageError: ``fsdp`` and ``tensor`` do not divide the devices.
+            FileNotFoundError, ValueError: the model cannot be loaded; see E5V.from_pretrained.
+        """
+        from e5v_jax import E5V  # loads JAX, as the next lines do
+        from e5v_jax.encode.compilation import use_compilation_cache
+        from e5v_jax.sharding import make_mesh
+
+        use_compilation_cache()
+
+        try:
+            mesh = make_mesh(-1, self.fsdp, self.tensor, devices=devices)
+        except ValueError as error:
+            raise UsageError(str(error)) from error
+        return E5V.from_pretrained(
+            self.model,
+            revision=self.revision,
+            adapter=self.adapter,
+            template=self.template,
+            dtype=self.dtype,
+            quantize=self.quantize,
+            attn_implementation=self.attn_implementation,
+            mesh=mesh,
+        )
+
+    def describe(self) -> dict[str, str | None]:
+        """Name all that a vector depends on here; how many devices share the work is not of it."""
+        return {
+            "model": self.model,
+            "revision": self.revision,
+            "adapter": None if self.adapter is None else str(self.adapter),
+            "template": self.template,
+            "dtype": self.dtype,
+            "quantize": self.quantize,
+            "attn_implementation": self.attn_implementation,
+        }
+
+    def content_hash(self) -> str:
+        """Hash model and adapter as they lie on the disk, see :func:`model_key`.
+
+        Raises:
+            FileNotFoundError: the model is not there and cannot be fetched.
+        """
+        from e5v_jax.checkpoints.hf_source import resolve
+        from e5v_jax.checkpoints.model_key import model_key
+
+        return model_key(resolve(self.model, self.revision), self.adapter)

@@ -1,0 +1,129 @@
+"""Many inputs to vectors: a few at a time, each distinct one once, through the cache if any."""
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+
+from e5v_jax import __version__
+from e5v_jax.evaluate.cache import VectorCache, input_key
+from e5v_jax.evaluate.vectors import normalised, squared_lengths
+
+if TYPE_CHECKING:
+    from e5v_jax import E5V
+    from e5v_jax.data.inputs import Input
+
+_TEXTS, _IMAGES = 1024, 64  # inputs prepared at once: sorts lengths well; bounds decoded images
+Item = TypeVar("Item")
+
+
+class CachedEncoder:
+    """This is how evaluations embed: :meth:`E5V.encode` with a cache and places in messages."""
+
+    def __init__(
+        self,
+        model: "E5V",
+        *,
+        batch_size: int,
+        cache: Path | None = None,
+        about: Mapping[str, str | None] | None = None,
+    ) -> None:
+        """Wrap a model; with ``cache``, vectors are kept there, ``about`` tells models apart."""
+        self._model = model
+        self._batch_size = batch_size
+        self._cache = cache
+        self._about = {**(about or {}), "template": model.template, "e5v-jax": __version__}
+
+    @property
+    def template(self) -> str:
+        """This names the model's chat template."""
+        return self._model.template
+
+    def embed(
+        self,
+        items: Sequence[Item],
+        *,
+        prompt: str,
+        make: "Callable[[Item], Input]",
+        where: Callable[[int], str] | None = None,
+        normalize: bool = True,
+    ) -> np.ndarray:
+        """Embed ``items`` and return their vectors, fp32 [N, D], in the same order.
+
+        Args:
+            items: what is to be embedded, perhaps only named.
+            prompt: instruction with ``<sent>`` and/or ``<image>``.
+            make: turns one item into an input of ``E5V.encode``; called when its turn comes, so
+                that only few images are in memory.
+            where: where a person finds an item by its position, for messages; by default its str.
+            normalize: to unit length.
+
+        Raises:
+            ValueError: a bad input, or a vector that is zero or not finite.
+        """
+        from e5v_jax.data.inputs import InputError
+
+        where = where or (lambda position: str(items[position]))
+        cache = None
+        if self._cache is not None:
+            cache = VectorCache(self._cache, {**self._about, "prompt": prompt})
+        known: dict[bytes, np.ndarray] = {} if cache is None else cache.vectors
+        keys: list[bytes] = []
+        chunk = _IMAGES if "<image>" in prompt else _TEXTS
+        shown = sys.stderr.isatty() and len(items) > self._batch_size
+        for start in track(
+            range(0, len(items), chunk),
+            "embedding",
+            console=Console(stderr=True),
+            transient=True,
+            disable=not shown,
+        ):
+            new: dict[bytes, Input] = {}
+            places: list[str] = []
+            for position in range(start, min(start + chunk, len(items))):
+                try:
+                    made = make(items[position])
+                    keys.append(input_key(made))
+                except (OSError, ValueError) as error:
+                    raise ValueError(f"{where(position)}: {error}") from error
+                if keys[-1] not in known and keys[-1] not in new:
+                    new[keys[-1]] = made
+                    places.append(where(position))
+            if not new:
+                continue
+            try:
+                vectors = self._model.encode(
+                    list(new.values()),
+                    prompt=prompt,
+                    batch_size=self._batch_size,
+                    normalize_embeddings=False,
+                    show_progress_bar=False,
+                )
+            except InputError as error:
+                raise ValueError(f"{places[error.position]}: {error.reason}") from error
+            squared_lengths(vectors, len(new), what="inputs", where=places.__getitem__)
+            known.update(zip(new, vectors, strict=True))
+            if cache is not None:
+                cache.write(list(new), vectors)
+        found = np.stack([known[key] for key in keys])  # [N, D]
+        return normalised(found) if normalize else found
+
+    def embed_sentences(self, sentences: list[str], *, prompt: str) -> np.ndarray:
+        """Embed ``sentences`` and return fp32 [N, D], not normalised.
+
+        Rounding would break ties of the cosine.
+
+        Raises:
+            ValueError: see :meth:`embed`.
+        """
+        return self.embed(
+            sentences,
+            prompt=prompt,
+            make=str,
+            where=lambda i: f"sentence {sentences[i]!r}",
+            normalize=False,
+        )

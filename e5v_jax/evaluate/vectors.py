@@ -1,0 +1,39 @@
+"""Lengths of embeddings, and the refusal of those that a broken model gives."""
+
+from collections.abc import Callable
+
+import numpy as np
+
+
+def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Multiply each row with its like, [N, D] x [N, D] -> float64 [N]."""
+    products: np.ndarray = np.einsum("nd,nd->n", a, b, dtype=np.float64)
+    return products
+
+
+def normalised(vectors: np.ndarray) -> np.ndarray:
+    """Scale the vectors [N, D] to unit length."""
+    scaled: np.ndarray = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return scaled
+
+
+def squared_lengths(
+    vectors: np.ndarray, count: int, *, what: str, where: Callable[[int], str]
+) -> np.ndarray:
+    """Return the squared length of each of ``count`` vectors [N, D], float64 [N].
+
+    ``what`` and ``where`` name the inputs and one of them by its position, for messages.
+
+    Raises:
+        ValueError: the shape is another, or a vector is zero or not finite.
+    """
+    if vectors.ndim != 2 or len(vectors) != count:
+        raise ValueError(f"embeddings have shape {vectors.shape}, expected ({count}, dimensions)")
+    squares = dot(vectors, vectors)
+    bad = np.flatnonzero(~np.isfinite(squares) | (squares == 0))
+    if bad.size:
+        raise ValueError(
+            f"the embeddings of {bad.size} of {count} {what} are zero or not finite, first that of "
+            f"{where(int(bad[0]))}: is the model whole, does its dtype suffice?"
+        )
+    return squares
