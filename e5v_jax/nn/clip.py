@@ -4,7 +4,7 @@ Reference: transformers' ``CLIPVisionModel``.
 """
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -132,39 +132,34 @@ def clip_parameters(cfg: VisionConfig, num_layers: int) -> list[Parameter]:
     """The rows of a :class:`ClipVision` at ``vision_tower`` that keeps ``num_layers`` blocks."""
     d, f = cfg.hidden_size, cfg.intermediate_size
     columns, rows = P("fsdp", "tensor"), P("tensor", "fsdp")
-    section, hf, ours = "vision", "embeddings.", "vision_tower."
-    patch = 3 * cfg.patch_size**2
-    position = f"{hf}position_embedding.weight"
-    kernel = f"{ours}patch_embedding.kernel"
+
+    def one(hf: str, name: str, shape: tuple[int, ...], spec: P) -> Parameter:
+        return Parameter("vision", hf, name and f"vision_tower.{name}", shape, spec)
+
+    def block(name: str, shape: tuple[int, ...], spec: P) -> Parameter:
+        row = one(f"encoder.layers.{{i}}.{name}", f"layers.{{i}}.{name}", shape, spec)
+        unused = cfg.num_hidden_layers - num_layers
+        return replace(row, layers=num_layers, unused_layers=unused)
+
+    patch = one(
+        "embeddings.patch_embedding.weight",
+        "patch_embedding.kernel",
+        (3 * cfg.patch_size**2, d),
+        P(None, "fsdp"),
+    )
+    position = (cfg.num_patches + 1, d)
     found = [
-        Parameter(section, f"{hf}class_embedding", f"{ours}class_embedding", (d,), P(None)),
-        Parameter(
-            section,
-            f"{hf}patch_embedding.weight",
-            kernel,
-            (patch, d),
-            P(None, "fsdp"),
-            "conv",
-        ),
-        Parameter(
-            section,
-            position,
-            f"{ours}position_embedding",
-            (cfg.num_patches + 1, d),
-            P(None, None),
-        ),
-        *layer_norm(section, "pre_layrnorm", f"{ours}pre_layrnorm", d),
-        *layer_norm(section, "post_layernorm", "", d),  # features are taken before it
+        one("embeddings.class_embedding", "class_embedding", (d,), P(None)),
+        replace(patch, transform="conv"),
+        one("embeddings.position_embedding.weight", "position_embedding", position, P(None, None)),
+        *layer_norm(one("pre_layrnorm", "pre_layrnorm", (d,), P(None))),
+        *layer_norm(one("post_layernorm", "", (d,), P(None))),  # features are taken before it
     ]
-    hf, ours = "encoder.layers.{i}.", "vision_tower.layers.{i}."
-    depth: Any = {"layers": num_layers, "unused_layers": cfg.num_hidden_layers - num_layers}
     for name in ("layer_norm1", "layer_norm2"):
-        found += layer_norm(section, hf + name, ours + name, d, **depth)
-    for name, sizes, spec, bias in (
-        *((f"self_attn.{x}_proj", (d, d), columns, P("tensor")) for x in "qkv"),
-        ("self_attn.out_proj", (d, d), rows, P(None)),
-        ("mlp.fc1", (d, f), columns, P("tensor")),
-        ("mlp.fc2", (f, d), rows, P(None)),
-    ):
-        found += linear(section, hf + name, ours + name, sizes, spec, bias=bias, **depth)
+        found += layer_norm(block(name, (d,), P(None)))
+    for name in ("q_proj", "k_proj", "v_proj"):
+        found += linear(block(f"self_attn.{name}", (d, d), columns), bias=P("tensor"))
+    found += linear(block("self_attn.out_proj", (d, d), rows), bias=P(None))
+    found += linear(block("mlp.fc1", (d, f), columns), bias=P("tensor"))
+    found += linear(block("mlp.fc2", (f, d), rows), bias=P(None))
     return found

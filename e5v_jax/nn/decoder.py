@@ -227,5 +227,6 @@ def decoder_parameters(cfg: TextConfig) -> list[Parameter]:
         scale = f"{ours}{name}.scale"
         found.append(Parameter("text", f"{hf}{name}.weight", scale, (d,), P(None), layers=layers))
     for name, (sizes, spec) in maps.items():
-        found += linear("text", hf + name, ours + name, sizes, spec, layers=layers, lora=True)
+        like = Parameter("text", hf + name, ours + name, sizes, spec, layers=layers, lora=True)
+        found += linear(like)
     return found

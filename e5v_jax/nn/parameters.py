@@ -23,23 +23,15 @@ Transform = Literal["copy", "transpose", "conv"]
 class Parameter:
     """One row. ``{i}`` in both names is the number of a layer."""
 
-    section: str
-    """The part of the checkpoint that it is in, a key of the family's sections."""
-    hf: str
-    """Its Hugging Face name inside the section."""
-    name: str
-    """Its name in the converted folder; empty for what an embedding never needs."""
-    shape: tuple[int, ...]
-    """As the module has it, without the layer axis."""
-    spec: P
-    """Which mesh axis splits which axis of ``shape``."""
+    section: str  # of the checkpoint, a key of ParameterTable.sections
+    hf: str  # its Hugging Face name inside the section
+    name: str  # in the converted folder; empty for what an embedding never needs
+    shape: tuple[int, ...]  # as the module has it, without the layer axis
+    spec: P  # which mesh axis splits which axis of the shape
     transform: Transform = "copy"
-    layers: int | None = None
-    """How many layers are stacked into one array, with a leading axis that is never split."""
-    unused_layers: int = 0
-    """How many further layers the checkpoint has, which an embedding never needs."""
-    lora: bool = False
-    """Whether low-rank factors may stand beside it."""
+    layers: int | None = None  # stacked into one array; the leading axis is never split
+    unused_layers: int = 0  # that the checkpoint has besides and an embedding never needs
+    lora: bool = False  # whether low-rank factors may stand beside it
 
     @property
     def path(self) -> str:
@@ -49,12 +41,10 @@ class Parameter:
     @property
     def hf_shape(self) -> tuple[int, ...]:
         """Its shape in the checkpoint."""
-        if self.transform == "copy":
-            return self.shape
-        if self.transform == "transpose":
-            return self.shape[::-1]
-        patch = math.isqrt(self.shape[0] // 3)
-        return (self.shape[1], 3, patch, patch)
+        if self.transform == "conv":
+            patch = math.isqrt(self.shape[0] // 3)
+            return (self.shape[1], 3, patch, patch)
+        return self.shape if self.transform == "copy" else self.shape[::-1]
 
     def from_hf(self, array: np.ndarray) -> np.ndarray:
         """The checkpoint's array as the module has it."""
@@ -100,14 +90,10 @@ class Slot(NamedTuple):
 class Section:
     """A part of a checkpoint: names inside it are fixed, their prefix differs between layouts."""
 
-    prefixes: tuple[str, ...]
-    """Where it may start in the files that people have."""
-    anchors: tuple[str, ...]
-    """Names in it of which one is always there; with it the prefix is found."""
-    export: str
-    """The prefix that we write."""
-    renamed: Mapping[str, str] = field(default_factory=dict)
-    """Beginnings of names in other layouts, and what they are called here."""
+    prefixes: tuple[str, ...]  # in the files that people have
+    anchors: tuple[str, ...]  # names of which one is always there, by which the prefix is found
+    export: str  # the prefix that we write
+    renamed: Mapping[str, str] = field(default_factory=dict)  # beginnings in other layouts -> ours
 
 
 @dataclass(frozen=True)
@@ -116,10 +102,8 @@ class ParameterTable:
 
     rows: tuple[Parameter, ...]
     sections: Mapping[str, Section]
-    adapter_prefix: str
-    """What stands before ``layers.`` in a PEFT adapter that transformers 5 loads."""
-    adapter_task: str | None = None
-    """The ``task_type`` of such an adapter."""
+    adapter_prefix: str  # before ``layers.`` in a PEFT adapter that transformers 5 loads
+    adapter_task: str | None = None  # the ``task_type`` of such an adapter
 
     @cached_property
     def slots(self) -> tuple[Slot, ...]:
@@ -170,8 +154,7 @@ class ParameterTable:
     def names(self, path: str) -> list[str]:
         """The stored names of the array at ``path``: one for each layer of a stacked one."""
         row = self.row(path)
-        layers = [None] if row.layers is None else range(row.layers)
-        return [Slot(row, layer).name for layer in layers]
+        return [Slot(row, i).name for i in ([None] if row.layers is None else range(row.layers))]
 
     def spec(self, path: str, ndim: int) -> P:
         """The PartitionSpec of the array at ``path``, a parameter or a LoRA factor.
@@ -180,13 +163,11 @@ class ParameterTable:
             ValueError: there is no row for it, or the row has another rank than the array.
         """
         base, _, leaf = path.rpartition(".")
-        if leaf in ("lora_a", "lora_b"):
-            row = self.row(f"{base}.kernel")
-            split_in, split_out = row.spec
-            axes = (split_in, None) if leaf == "lora_a" else (None, split_out)
-        else:
-            row = self.row(path)
-            axes = tuple(row.spec)
+        is_factor = leaf in ("lora_a", "lora_b")
+        row = self.row(f"{base}.kernel" if is_factor else path)
+        axes = tuple(row.spec)
+        if is_factor:
+            axes = (axes[0], None) if leaf == "lora_a" else (None, axes[1])
         spec = P(*axes) if row.layers is None else P(None, *axes)
         if len(spec) != ndim:
             raise ValueError(f"{path}: spec {spec} has {len(spec)} axes, array has {ndim}")
@@ -216,60 +197,18 @@ def name_pattern(template: str) -> re.Pattern[str]:
     return re.compile(re.escape(template).replace(r"\{i\}", r"(?P<i>0|[1-9]\d*)"))
 
 
-def linear(
-    section: str,
-    hf: str,
-    name: str,
-    sizes: tuple[int, int],
-    spec: P,
-    *,
-    bias: P | None = None,
-    layers: int | None = None,
-    unused_layers: int = 0,
-    lora: bool = False,
-) -> Iterator[Parameter]:
-    """The rows of a linear map of ``sizes`` (in, out): its kernel and, placed by ``bias``, that."""
-    kernel = Parameter(
-        section,
-        f"{hf}.weight",
-        f"{name}.kernel",
-        sizes,
-        spec,
-        "transpose",
-        layers=layers,
-        unused_layers=unused_layers,
-        lora=lora,
-    )
-    yield kernel
+def linear(like: Parameter, *, bias: P | None = None) -> Iterator[Parameter]:
+    """The rows of a linear map named as ``like``: its kernel and, placed by ``bias``, that."""
+    hf, name = like.hf, like.name
+    yield replace(like, hf=f"{hf}.weight", name=f"{name}.kernel", transform="transpose")
     if bias is not None:
+        shape = like.shape[1:]
         yield replace(
-            kernel,
-            hf=f"{hf}.bias",
-            name=f"{name}.bias",
-            shape=sizes[1:],
-            spec=bias,
-            transform="copy",
-            lora=False,
+            like, hf=f"{hf}.bias", name=f"{name}.bias", shape=shape, spec=bias, lora=False
         )
 
 
-def layer_norm(
-    section: str,
-    hf: str,
-    name: str,
-    size: int,
-    *,
-    layers: int | None = None,
-    unused_layers: int = 0,
-) -> Iterator[Parameter]:
-    """The rows of a layer norm: scale and bias, whole on every device."""
+def layer_norm(like: Parameter) -> Iterator[Parameter]:
+    """The rows of a layer norm named as ``like``: scale and bias, whole on every device."""
     for theirs, ours in (("weight", "scale"), ("bias", "bias")):
-        yield Parameter(
-            section,
-            f"{hf}.{theirs}",
-            name and f"{name}.{ours}",
-            (size,),
-            P(None),
-            layers=layers,
-            unused_layers=unused_layers,
-        )
+        yield replace(like, hf=f"{like.hf}.{theirs}", name=like.name and f"{like.name}.{ours}")

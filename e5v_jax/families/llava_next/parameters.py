@@ -4,6 +4,8 @@ Layouts seen in the wild, told apart by the prefixes: transformers 4, transforme
 original LLaVA code, which numbers the projector's layers.
 """
 
+from dataclasses import replace
+
 from jax.sharding import PartitionSpec as P
 
 from e5v_jax.families.llava_next.config import LlavaNextConfig
@@ -11,18 +13,11 @@ from e5v_jax.nn.clip import clip_parameters
 from e5v_jax.nn.decoder import TEXT_SECTIONS, decoder_parameters
 from e5v_jax.nn.parameters import Parameter, ParameterTable, Section, linear
 
-# What we write: transformers 4 and 5 both read it.
+_PROJECTOR = "multi_modal_projector"
+# The exported prefixes are those that transformers 4 and 5 both read.
 _SECTIONS = {
-    "text": Section(
-        prefixes=TEXT_SECTIONS["text"].prefixes,
-        anchors=TEXT_SECTIONS["text"].anchors,
-        export="language_model.model.",
-    ),
-    "head": Section(
-        prefixes=TEXT_SECTIONS["head"].prefixes,
-        anchors=TEXT_SECTIONS["head"].anchors,
-        export="language_model.",
-    ),
+    "text": replace(TEXT_SECTIONS["text"], export="language_model.model."),
+    "head": replace(TEXT_SECTIONS["head"], export="language_model."),
     "vision": Section(
         prefixes=(
             "vision_tower.vision_model.",
@@ -47,16 +42,14 @@ _SECTIONS = {
 def parameters(config: LlavaNextConfig) -> ParameterTable:
     """The rows of ``LlavaNextForConditionalGeneration``."""
     d, v = config.text.hidden_size, config.vision.hidden_size
-    ours = "multi_modal_projector.linear_"
-    first = linear(
-        "projector", "linear_1", f"{ours}1", (v, d), P("fsdp", "tensor"), bias=P("tensor")
-    )
-    second = linear("projector", "linear_2", f"{ours}2", (d, d), P("tensor", "fsdp"), bias=P(None))
+    columns, split_rows = P("fsdp", "tensor"), P("tensor", "fsdp")
+    first = Parameter("projector", "linear_1", f"{_PROJECTOR}.linear_1", (v, d), columns)
+    second = Parameter("projector", "linear_2", f"{_PROJECTOR}.linear_2", (d, d), split_rows)
     rows = (
         *decoder_parameters(config.text),
         *clip_parameters(config.vision, config.num_vision_layers),
-        *first,
-        *second,
+        *linear(first, bias=P("tensor")),
+        *linear(second, bias=P(None)),
         Parameter("newline", "image_newline", "image_newline", (d,), P(None)),
     )
     return ParameterTable(rows, _SECTIONS, adapter_prefix="model.language_model.")
