@@ -22,7 +22,9 @@ from convert import from_hf
 from e5v_jax import E5V, cli
 from e5v_jax.encode.__main__ import encode
 from e5v_jax.encode.bulk import read_embeddings
+from e5v_jax.encode.encoder import Statistics
 from e5v_jax.encode.options import Args
+from e5v_jax.encode.progress import bulk_progress
 
 Command = Callable[..., tuple[int, str, str]]
 TEXTS = [f"Text number {i}: {'very ' * (i % 7)}short." for i in range(23)]
@@ -297,6 +299,22 @@ def test_a_folder_of_something_else_is_refused(command: Command, texts: Path) ->
 def test_wrong_usage(command: Command, texts: Path, words: list[str], message: str) -> None:
     code, _, err = command(*words)
     assert code == 2 and err.splitlines()[-1].startswith(f"error: {message}"), err
+
+
+def test_long_resume_without_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A log line comes before anything is embedded, when a run goes past many shards."""
+    clock = iter(range(0, 1000, 31))
+    monkeypatch.setattr("e5v_jax.encode.progress.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    caplog.set_level("INFO", "e5v_jax")
+    with bulk_progress(100, Statistics()) as progress:
+        progress.passed(40)
+        progress.encoded(10)
+    first, second = caplog.messages
+    assert first.startswith("40 of 100 rows, 0.0 items/s") and "left" not in first
+    assert second.startswith("50 of 100 rows") and second.endswith(" s left")
 
 
 # --- killed for real -----------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def encode_shards(
             continue
         path = shard_path(output, number, options)
         if path.exists():
-            progress.found(len(items))
+            progress.passed(len(items))
         else:
             _encode_shard(model, items, path, options, encode, progress, pool)
 
@@ -165,7 +165,7 @@ def _encode_shard(
     if reasons and not skip:
         row = min(reasons)
         raise ValueError(f"{items[row].where}: {reasons[row]}")
-    progress.failed(len(reasons))
+    progress.passed(len(reasons))
     if reasons:
         lines = [
             json.dumps({"id": items[row].id, "where": items[row].where, "reason": reason}) + "\n"
