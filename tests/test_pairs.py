@@ -113,6 +113,9 @@ def test_parquet_string_types_and_folder_names(tmp_path: Path) -> None:
     )
     pq.write_table(table, folder / "a.parquet")
     assert as_rows(load_triplets(folder / "a.parquet")) == [("a", "x"), ("b", "y"), ("a", "z")]
+    more = table.append_column("hard_neg", table["sent1"]).append_column("length", [[1, 2, 3]])
+    pq.write_table(more, folder / "b.parquet")
+    assert len(load_triplets(folder / "b.parquet")) == 3  # a column passed over is of any type
 
 
 def test_pairs_and_several_files(tmp_path: Path) -> None:

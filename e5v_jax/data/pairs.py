@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from e5v_jax.data.rows import read_rows
+from e5v_jax.data.rows import read_rows, shortened
 from e5v_jax.storage import in_bucket
 
 # The sides of the loss and the columns that fill them: texts, images, or both in each row.
@@ -175,13 +172,8 @@ def _value(where: str, column: str, value: object, file: Path) -> str | Path:
 
 
 def _sentence(where: str, column: str, value: object) -> str:
-    if isinstance(value, bytes):
-        try:
-            value = value.decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: {column} is not UTF-8 (byte {error.start})") from None
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {column} is {_short(value)}, expected a string")
+        raise ValueError(f"{where}: {column} is {shortened(value)}, expected a string")
     if not value.strip():
         raise ValueError(f"{where}: {column} is empty")
     if not value.isascii():
@@ -199,36 +191,10 @@ def _read(file: Path) -> Iterator[_Row]:
         raise ValueError(f"{file}: unknown suffix {file.suffix!r}, expected {', '.join(_SUFFIXES)}")
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")
-    if file.suffix.lower() == ".parquet":
-        yield from _read_parquet(file)
-        return
-    for number, values in read_rows(file, _ordered):
+    for number, values in read_rows(file, _ordered, strings_only=True):
         where = f"{file}:{number}"
+        assert values is not None  # all rows are wanted
         if isinstance(values, ValueError):
             raise ValueError(f"{where}: {values}")
         _ordered(where, values.keys())
         yield where, values
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
-def _read_parquet(file: Path) -> Iterator[_Row]:
-    try:
-        with file.open("rb") as content:
-            table = pq.ParquetFile(content).read()
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: broken parquet: {str(error).splitlines()[0]}") from None
-    _ordered(str(file), table.column_names)
-    columns = []
-    for name in table.column_names:
-        kind = table.schema.field(name).type
-        text = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (pa.types.is_string(text) or pa.types.is_large_string(text)):
-            raise ValueError(f"{file}: column {name} is of type {kind}, expected string")
-        # as bytes, so that bad UTF-8 is found where the row is known
-        columns.append(table[name].cast(pa.large_string()).cast(pa.large_binary()).to_pylist())
-    for number, values in enumerate(zip(*columns, strict=True), start=1):
-        yield f"{file}:{number}", dict(zip(table.column_names, values, strict=True))

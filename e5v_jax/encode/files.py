@@ -7,13 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from e5v_jax.data.rows import read_lines, read_rows
+from e5v_jax.data.rows import SUFFIXES, read_rows
 from e5v_jax.storage import in_bucket
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """What a folder is searched for; an image named by path may have any suffix."""
 COLUMNS = ("id", "text", "image")
-_TABLES = (".txt", ".jsonl", ".csv", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def _iterate(source: Path) -> Iterator[Item]:
         yield from _iterate_file(source, prefix="")
     else:
         for match in map(Path, sorted(glob.glob(str(source), recursive=True))):
-            if match.suffix.lower() in _TABLES:
+            if match.suffix.lower() in SUFFIXES:
                 yield from _iterate_file(match, prefix=f"{match}:")
             elif match.name.lower().endswith(IMAGE_SUFFIXES):
                 yield Item(str(source), str(match), {"image": match})
@@ -167,7 +166,7 @@ def list_folder(folder: Path) -> tuple[list[str], list[str]]:
     """
     if in_bucket(folder):
         raise ValueError(
-            f"{folder}: in a bucket, expected one file of {', '.join(_TABLES)}; mount the bucket "
+            f"{folder}: in a bucket, expected one file of {', '.join(SUFFIXES)}; mount the bucket "
             "for folders of images and patterns"
         )
     images: list[str] = []
@@ -185,17 +184,13 @@ def _iterate_file(file: Path, *, prefix: str) -> Iterator[Item]:
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such file or folder")
     suffix = file.suffix.lower()
-    if suffix not in _TABLES:
+    if suffix not in SUFFIXES:
         raise ValueError(
-            f"{file}: unknown suffix {file.suffix!r}, expected {', '.join(_TABLES)} or a "
+            f"{file}: unknown suffix {file.suffix!r}, expected {', '.join(SUFFIXES)} or a "
             "folder of images"
         )
-    if suffix == ".txt":
-        for number, line in read_lines(file):
-            text = line.removesuffix("\n").removesuffix("\r")
-            yield _item(file, number, {"text": text}, prefix)
-        return
     for number, values in read_rows(file, _check_columns):
+        assert values is not None  # all rows are wanted
         if suffix == ".csv" and isinstance(values, dict):
             for column, other in (("text", "image"), ("image", "text")):
                 if not values.get(column) and values.get(other):
@@ -233,7 +228,7 @@ def _cell(key: str, value: object) -> str | bytes:
     raise ValueError(f"{key} is of type {type(value).__name__}, not a string")
 
 
-def _check_columns(where: str, header: list[str]) -> None:
+def _check_columns(where: str, header: list[str]) -> list[str]:
     if "text" not in header and "image" not in header:
         raise ValueError(f"{where}: no column text or image; found {header}")
     for column in header:
@@ -244,3 +239,4 @@ def _check_columns(where: str, header: list[str]) -> None:
             )
         if header.count(column) > 1:
             raise ValueError(f"{where}: column {column} is there twice")
+    return header
