@@ -105,9 +105,25 @@ def _read_csv(file: Path, check_columns: CheckColumns, wanted: Iterator[bool]) -
             yield number, dict(zip(header, row, strict=True))
 
 
+class _RepeatedKey(ValueError):
+    pass
+
+
+def _json_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    values: dict[str, object] = {}
+    for key, value in pairs:
+        if key in values:  # json itself would keep the last one
+            raise _RepeatedKey(f"key {key!r} is there twice")
+        values[key] = value
+    return values
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_json_object)
+
+
 def _json_row(line: str) -> dict[str, object] | ValueError:
     try:
-        row = json.loads(line.strip(), object_pairs_hook=_json_object)
+        row = _JSON.decode(line.strip())
     except json.JSONDecodeError as error:
         return ValueError(f"broken json: {error.msg}, character {error.colno}")
     except _RepeatedKey as error:
@@ -123,19 +139,6 @@ def shortened(value: object) -> str:
     """A value as json of at most 40 characters, for messages."""
     text = json.dumps(value)
     return text if len(text) <= 40 else text[:37] + "..."
-
-
-class _RepeatedKey(ValueError):
-    pass
-
-
-def _json_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    values: dict[str, object] = {}
-    for key, value in pairs:
-        if key in values:  # json itself would keep the last one
-            raise _RepeatedKey(f"key {key!r} is there twice")
-        values[key] = value
-    return values
 
 
 def _read_parquet(

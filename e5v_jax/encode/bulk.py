@@ -3,24 +3,28 @@
     manifest.json        what was embedded, how, and with what; at the end, how many rows
     shard-00000.parquet  columns id and embedding; or .npy, with the ids in shard-00000.ids.json
     failed.jsonl         with --on-error skip: id, place and reason of each row left out
+    .taken.tmp           during the run: rows whose id an earlier row has
 
 A shard is a fixed range of input rows, embedded by itself and renamed when whole. So its bytes do
-not depend on where a run was killed, nor on how many processes shared the work.
+not depend on where a run was killed, nor on how many processes shared the work. The first process
+reads the input once before, for what needs all of it: the number of rows, the hash, repeated ids.
 """
 
+import io
 import json
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import Executor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from itertools import islice
+from itertools import count, islice, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 
 from e5v_jax import __version__
-from e5v_jax.encode.files import Item, iterate_items
+from e5v_jax.encode.files import Item, Scan, iterate_items, scan_items
 from e5v_jax.encode.inputs import InputError
 from e5v_jax.encode.progress import BulkProgress
 from e5v_jax.encode.vectors import write_json, write_vectors
@@ -29,7 +33,8 @@ from e5v_jax.storage import as_path, in_bucket, write_whole
 if TYPE_CHECKING:
     from e5v_jax import E5V
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 hashed the sizes of images in Parquet
+_TAKEN = ".taken.tmp"
 _NOT_COMPARED = ("versions", "result")
 
 
@@ -64,6 +69,12 @@ def check_output(output: Path, manifest: dict[str, Any]) -> None:
             raise ValueError(f"{output}: not empty and no output of this command; choose another")
     else:
         found = json.loads(path.read_text(encoding="utf-8"))
+        if found.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{output}: begun by another version of e5v_jax (format "
+                f"{found.get('format_version')}, this one writes {FORMAT_VERSION}); finish it with "
+                "that version, or choose another --output or delete it"
+            )
         for key in sorted((found.keys() | manifest.keys()) - set(_NOT_COMPARED)):
             if found.get(key) != manifest.get(key):
                 raise ValueError(
@@ -72,7 +83,35 @@ def check_output(output: Path, manifest: dict[str, Any]) -> None:
                 )
 
 
-def start_output(output: Path, manifest: dict[str, Any]) -> None:
+def scan_once(source: Path, *, allow_errors: bool) -> Scan:
+    """Scan the input in the first process; the others get its rows and fingerprint from it.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: as :func:`e5v_jax.encode.files.scan_items`; in the
+            other processes a ValueError of the same line.
+    """
+    import jax  # here, not above: reading an output folder does not need it
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return scan_items(source, allow_errors=allow_errors)
+    scan, failure, told = None, None, b""
+    if jax.process_index() == 0:
+        try:
+            scan = scan_items(source, allow_errors=allow_errors)
+            told = json.dumps([scan.rows, scan.fingerprint]).encode()
+        except (OSError, ValueError) as error:  # the others must not wait for ever
+            failure, told = error, b"!" + str(error).encode("utf-8", "replace")
+    message = np.zeros(4096, np.uint8)
+    message[: len(told)] = list(told[: len(message)])
+    told = bytes(multihost_utils.broadcast_one_to_all(message)).rstrip(b"\0")
+    if told.startswith(b"!"):
+        raise failure or ValueError(told[1:].decode("utf-8", "replace"))
+    rows, fingerprint = json.loads(told)
+    return scan or Scan(rows, fingerprint, io.BytesIO())
+
+
+def start_output(output: Path, manifest: dict[str, Any], scan: Scan) -> None:
     """Make the folder with its manifest, if it is not there; what a kill left there is removed."""
     if not in_bucket(output):
         output.mkdir(parents=True, exist_ok=True)
@@ -81,6 +120,9 @@ def start_output(output: Path, manifest: dict[str, Any]) -> None:
     path = output / "manifest.json"
     if not path.exists():
         write_json(path, manifest)
+    if scan.taken.tell():
+        scan.taken.seek(0)
+        write_whole(output / _TAKEN, lambda file: shutil.copyfileobj(scan.taken, file))
 
 
 def is_temporary(path: Path) -> bool:
@@ -115,24 +157,45 @@ def encode_shards(
         ValueError: without ``on_error`` skip, the first bad row; shards before it are kept.
         OSError: the disk is full or the like.
     """
-    for number, items in enumerate(_chunks(iterate_items(source), options.shard_size)):
-        if number % share.count != share.index:
-            continue
-        path = shard_path(output, number, options)
-        if path.exists():
-            progress.passed(len(items))
-        else:
+    size = options.shard_size
+
+    def is_mine(number: int) -> bool:
+        return number % share.count == share.index
+
+    def wanted() -> Iterator[bool]:
+        for number in count():
+            mine = is_mine(number) and not shard_path(output, number, options).exists()
+            yield from repeat(mine, size)
+
+    rows = _mark_taken(iterate_items(source, wanted()), output / _TAKEN)
+    for number in count():
+        chunk = list(islice(rows, size))
+        items = [item for item in chunk if item is not None]
+        if not chunk:
+            return
+        if items:
+            path = shard_path(output, number, options)
             _encode_shard(model, items, path, options, encode, progress, pool)
+        elif is_mine(number):
+            progress.passed(len(chunk))
+
+
+def _mark_taken(items: Iterator[Item | None], file: Path) -> Iterator[Item | None]:
+    """Give items whose id the scan found taken an error, if they have none."""
+    with file.open("rb") if file.exists() else io.BytesIO() as lines:
+        taken = map(json.loads, lines)
+        row, reason = next(taken, (-1, ""))
+        for number, item in enumerate(items):
+            if number == row:
+                if item is not None:
+                    item = replace(item, value={}, error=item.error or reason)
+                row, reason = next(taken, (-1, ""))
+            yield item
 
 
 def shard_path(output: Path, number: int, options: BulkOptions) -> Path:
     """The file whose presence says that shard ``number`` is whole."""
     return output / f"shard-{number:05d}.{options.format}"
-
-
-def _chunks(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
-    while chunk := list(islice(items, size)):
-        yield chunk
 
 
 def _encode_shard(
@@ -194,21 +257,23 @@ def finish_output(output: Path, rows: int, options: BulkOptions) -> dict[str, in
         RuntimeError: a shard is missing.
     """
     shards = -(-rows // options.shard_size)
-    failed: list[bytes] = []
-    for number in range(shards):
-        path = shard_path(output, number, options)
+    paths = [shard_path(output, number, options) for number in range(shards)]
+    for path in paths:
         if not path.exists():
             raise RuntimeError(f"{path}: missing; start the command again to make it")
-        if _failed_path(path).exists():
-            failed += _failed_path(path).read_bytes().splitlines(keepends=True)
+    failed = 0
+
+    def join(file: BinaryIO) -> None:
+        nonlocal failed
+        for path in map(_failed_path, paths):
+            lines = path.read_bytes() if path.exists() else b""
+            failed += lines.count(b"\n")
+            file.write(lines)
+
     if options.on_error == "skip":
-        write_whole(output / "failed.jsonl", lambda file: file.write(b"".join(failed)))
-    result = {
-        "rows": rows,
-        "embedded": rows - len(failed),
-        "failed": len(failed),
-        "shards": shards,
-    }
+        write_whole(output / "failed.jsonl", join)
+    (output / _TAKEN).unlink(missing_ok=True)
+    result = {"rows": rows, "embedded": rows - failed, "failed": failed, "shards": shards}
     path = output / "manifest.json"
     manifest = json.loads(path.read_text(encoding="utf-8"))
     write_json(path, {**manifest, "result": result})
