@@ -14,7 +14,7 @@ from training_runs import read_metrics
 
 from convert import from_hf
 from e5v_jax.config import ModelConfig
-from e5v_jax.data.pairs import load_triplets
+from e5v_jax.data.pairs import load_pairs
 from e5v_jax.data.text import truncate_texts
 from e5v_jax.model.layers import LoRAConfig
 from e5v_jax.model.llava_next import l2_normalize
@@ -73,7 +73,7 @@ def feed_of(case: Case, file: Path, chunk_size: int | None = None) -> tuple[Feed
     )
     mesh = make_mesh(data=-1, fsdp=1)
     config: ModelConfig = case.e5v.config
-    feed = open_feed(cfg, load_triplets(file), case.e5v.tokenizer, case.template, config, mesh)
+    feed = open_feed(cfg, load_pairs(file), case.e5v.tokenizer, case.template, config, mesh)
     batch = next(feed.batches)
     rows = [f"{file}:{i + 1}" for i in batch.rows]
     assert len(rows) == BATCH

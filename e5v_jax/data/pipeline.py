@@ -10,7 +10,7 @@ import grain
 import numpy as np
 from numpy.typing import NDArray
 
-from e5v_jax.data.pairs import Side, Triplets
+from e5v_jax.data.pairs import Side, TrainingPairs
 
 Rows = NDArray[np.int64]
 T = TypeVar("T")
@@ -32,11 +32,6 @@ class BatchIterator(Protocol[T_co]):
     def set_state(self, state: dict[str, Any]) -> None:
         """Go to a position: the next batch is the one after those taken then."""
         ...
-
-
-def number_texts(texts: Sequence[str]) -> Rows:
-    """Number the texts: equal after strip and casefold is equal number. int64 [N]."""
-    return number_inputs([Side("", list(texts), None)])
 
 
 def number_inputs(sides: Sequence[Side]) -> Rows:
@@ -77,7 +72,7 @@ def epoch_order(premise_ids: Rows, batch_size: int, seed: int, epoch: int) -> Ro
     or more if a premise has more rows than there are batches (:func:`batches_per_epoch`).
 
     Args:
-        premise_ids: int64 [N], from :func:`number_texts`.
+        premise_ids: int64 [N], from :func:`number_inputs`.
         batch_size: rows of a global batch, B.
         seed: not negative.
         epoch: from 0.
@@ -185,7 +180,7 @@ class _Batches:
 
 @overload
 def make_batches(
-    triplets: Triplets,
+    pairs: TrainingPairs,
     *,
     batch_size: int,
     seed: int,
@@ -196,7 +191,7 @@ def make_batches(
 ) -> BatchIterator[Rows]: ...
 @overload
 def make_batches(
-    triplets: Triplets,
+    pairs: TrainingPairs,
     *,
     batch_size: int,
     seed: int,
@@ -206,7 +201,7 @@ def make_batches(
     transform: Callable[[Rows], T],
 ) -> BatchIterator[T]: ...
 def make_batches(
-    triplets: Triplets,
+    pairs: TrainingPairs,
     *,
     batch_size: int,
     seed: int,
@@ -220,10 +215,10 @@ def make_batches(
     Rows are shuffled anew each epoch, see :func:`epoch_order`; the global batches depend on
     ``seed`` and the data, not on the number of processes. The state is the number of batches taken,
     so a run may resume with other processes. It says nothing of the data: resume with the same
-    triplets (``Triplets.fingerprint``), batch_size and seed.
+    pairs (``TrainingPairs.fingerprint``), batch_size and seed.
 
     Args:
-        triplets: the training rows.
+        pairs: the training rows.
         batch_size: rows of a global batch.
         seed: of the shuffle, not negative.
         num_epochs: times each row is seen, but for the remainder.
@@ -244,12 +239,12 @@ def make_batches(
         raise ValueError(f"process_index {process_index}, expected 0 to {process_count - 1}")
     if batch_size % process_count:
         raise ValueError(f"batch_size {batch_size} is no multiple of {process_count} processes")
-    premises = number_inputs(triplets.sides[:1])
+    premises = number_inputs(pairs.sides[:1])
     used = batches_per_epoch(premises, batch_size) * batch_size
     if not used:
         raise ValueError(
             f"{len(premises)} rows with {len(np.unique(premises))} different "
-            f"{triplets.sides[0].column} do not fill a batch of {batch_size} without repeating "
+            f"{pairs.sides[0].column} do not fill a batch of {batch_size} without repeating "
             "one: lower batch_size or add data"
         )
     if used < len(premises) // batch_size * batch_size:
@@ -260,7 +255,7 @@ def make_batches(
             len(premises) - used,
             len(premises),
             np.count_nonzero(premises == commonest),
-            triplets.row_ids[int(np.argmax(premises == commonest))],
+            pairs.row_ids[int(np.argmax(premises == commonest))],
         )
     share = batch_size // process_count
     source = _Batches(

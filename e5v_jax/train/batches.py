@@ -8,7 +8,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from e5v_jax.config import ModelConfig
-from e5v_jax.data.pairs import Side, Triplets
+from e5v_jax.data.pairs import Side, TrainingPairs
 from e5v_jax.data.pipeline import number_inputs
 from e5v_jax.data.text import encode_batch, pad_right, truncate_texts
 from e5v_jax.model.llava_next import ImageBatch, TextBatch
@@ -53,7 +53,7 @@ class PairTokens:
 
 
 def tokenize_pairs(
-    triplets: Triplets,
+    triplets: TrainingPairs,
     tokenizer: PreTrainedTokenizerFast,
     cfg: DataConfig,
     template_name: str,

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerFast
 
 from e5v_jax.config import ModelConfig
 from e5v_jax.data.nli import load_tfds
-from e5v_jax.data.pairs import Triplets, load_triplets
+from e5v_jax.data.pairs import TrainingPairs, load_pairs
 from e5v_jax.data.pipeline import BatchIterator, make_batches
 from e5v_jax.model.llava_next import ImageBatch
 from e5v_jax.sharding import local_rows, place_replicated, place_split
@@ -37,7 +37,7 @@ class Feed(NamedTuple):
     has_images: bool
 
 
-def load_data(cfg: DataConfig) -> Triplets:
+def load_data(cfg: DataConfig) -> TrainingPairs:
     """The training pairs that ``cfg`` names.
 
     Raises:
@@ -47,12 +47,12 @@ def load_data(cfg: DataConfig) -> Triplets:
         raise ValueError("data: give either --data.path or --data.tfds")
     if cfg.tfds is not None:
         return load_tfds(cfg.tfds, data_dir=cfg.tfds_dir)
-    return load_triplets(cfg.path)
+    return load_pairs(cfg.path)
 
 
 def open_feed(
     cfg: TrainConfig,
-    triplets: Triplets,
+    triplets: TrainingPairs,
     tokenizer: PreTrainedTokenizerFast,
     template: str,
     model: ModelConfig,

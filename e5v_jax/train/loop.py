@@ -6,7 +6,7 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from e5v_jax.converted import ConvertedFolder
-from e5v_jax.data.pairs import Triplets
+from e5v_jax.data.pairs import TrainingPairs
 from e5v_jax.distributed import initialize, is_first, wait_for_all
 from e5v_jax.storage import remove_folder
 from e5v_jax.train.checkpoint import (
@@ -82,7 +82,7 @@ def train(cfg: TrainConfig) -> None:
 def _take_steps(
     cfg: TrainConfig,
     training: Training,
-    triplets: Triplets,
+    triplets: TrainingPairs,
     validation: Validation | None,
     checkpointer: ocp.training.Checkpointer,
 ) -> bool:
@@ -147,7 +147,7 @@ def _check_finite(
     step: int,
     metrics: Metrics,
     batch: HostBatch,
-    triplets: Triplets,
+    triplets: TrainingPairs,
     checkpointer: ocp.training.Checkpointer,
 ) -> None:
     """Stop before anything of a step that went wrong is saved."""

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from transformers import PreTrainedTokenizerFast
 
 from e5v_jax.converted import ConvertedFolder
-from e5v_jax.data.pairs import Triplets
+from e5v_jax.data.pairs import TrainingPairs
 from e5v_jax.loading import load_model
 from e5v_jax.model.layers import Precision
 from e5v_jax.model.llava_next import LlavaNext
@@ -45,7 +45,7 @@ class Training:
         return metrics
 
 
-def set_up(cfg: TrainConfig, base: ConvertedFolder, triplets: Triplets) -> Training:
+def set_up(cfg: TrainConfig, base: ConvertedFolder, triplets: TrainingPairs) -> Training:
     """Tokenise ``triplets``, load ``base`` onto the mesh, and make the step.
 
     Raises:
