@@ -257,7 +257,7 @@ def test_repeated_ids(command: Command, tmp_path: Path) -> None:
         for row, first in ((3, 1), (6, 2), (7, 1), (8, 5))
     ]
     Path("out/shard-00002.npy").unlink()
-    Path("out/.taken.tmp").write_text('[0, "what a kill left"]\n')
+    Path("out/.repeated.tmp").write_text('[0, "what a kill left"]\n')
     assert command(*flags, "--on-error", "skip")[0] == 0
     assert contents(Path("out")) == whole
     source.write_text("{\n" + source.read_text())  # the first bad row is the one that is told

@@ -4,7 +4,7 @@ import logging
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar, overload
+from typing import Any, Protocol, Self, TypeVar
 
 import grain
 import numpy as np
@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from e5v_jax.data.pairs import Side, TrainingPairs
 
 Rows = NDArray[np.int64]
-T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 _logger = logging.getLogger(__name__)
 
@@ -178,28 +177,6 @@ class _Batches:
         return self._order[batch, self._columns].copy()
 
 
-@overload
-def make_batches(
-    pairs: TrainingPairs,
-    *,
-    batch_size: int,
-    seed: int,
-    num_epochs: int,
-    process_index: int = ...,
-    process_count: int = ...,
-    transform: None = ...,
-) -> BatchIterator[Rows]: ...
-@overload
-def make_batches(
-    pairs: TrainingPairs,
-    *,
-    batch_size: int,
-    seed: int,
-    num_epochs: int,
-    process_index: int = ...,
-    process_count: int = ...,
-    transform: Callable[[Rows], T],
-) -> BatchIterator[T]: ...
 def make_batches(
     pairs: TrainingPairs,
     *,
@@ -208,7 +185,7 @@ def make_batches(
     num_epochs: int,
     process_index: int = 0,
     process_count: int = 1,
-    transform: Callable[[Rows], Any] | None = None,
+    transform: Callable[[Rows], Any] = lambda rows: rows,
 ) -> BatchIterator[Any]:
     """This process's part of each global batch of the run, as row numbers or what becomes of them.
 
@@ -265,9 +242,7 @@ def make_batches(
         num_epochs=num_epochs,
         columns=slice(process_index * share, (process_index + 1) * share),
     )
-    batches = grain.MapDataset.source(source)
-    if transform is not None:
-        batches = batches.map(transform)
+    batches = grain.MapDataset.source(source).map(transform)
     # One thread: the rows are in memory, and _Batches is then only used by one.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     return iter(batches.to_iter_dataset(options))

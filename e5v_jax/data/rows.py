@@ -2,12 +2,11 @@
 
 import csv
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice, repeat
 from pathlib import Path
 from typing import Any
-
-from e5v_jax.storage import size_and_time
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
 CheckColumns = Callable[[str, list[str]], Iterable[str]]
@@ -224,16 +223,10 @@ def _checked_row(batch: Any) -> dict[str, Any] | ValueError:
     return row
 
 
-def parquet_sizes(file: Path) -> list[tuple[int, int]]:
-    """Sizes that tell one Parquet file from another without reading its rows.
-
-    Returns:
-        The file's bytes and row groups; then, of each row group, its rows and bytes.
-    """
-    import pyarrow.parquet as pq
-
-    with file.open("rb") as content, pq.ParquetFile(content) as table:
-        groups = [table.metadata.row_group(i) for i in range(table.num_row_groups)]
-    return [(size_and_time(file)[0], len(groups))] + [
-        (group.num_rows, group.total_byte_size) for group in groups
-    ]
+def parquet_footer(file: Path) -> bytes:
+    """Read the end of a Parquet file, which tells the sizes of its columns in every row group."""
+    with file.open("rb") as content:
+        content.seek(-8, os.SEEK_END)
+        size = int.from_bytes(content.read(4), "little")
+        content.seek(-8 - size, os.SEEK_END)
+        return content.read(size)

@@ -3,7 +3,7 @@
     manifest.json        what was embedded, how, and with what; at the end, how many rows
     shard-00000.parquet  columns id and embedding; or .npy, with the ids in shard-00000.ids.json
     failed.jsonl         with --on-error skip: id, place and reason of each row left out
-    .taken.tmp           during the run: rows whose id an earlier row has
+    .repeated.tmp        during the run: rows whose id an earlier row has
 
 A shard is a fixed range of input rows, embedded by itself and renamed when whole. So its bytes do
 not depend on where a run was killed, nor on how many processes shared the work. The first process
@@ -33,8 +33,8 @@ from e5v_jax.storage import as_path, in_bucket, write_whole
 if TYPE_CHECKING:
     from e5v_jax import E5V
 
-FORMAT_VERSION = 2  # 1 hashed the sizes of images in Parquet
-_TAKEN = ".taken.tmp"
+FORMAT_VERSION = 2  # in 1, input_sha256 was over the sizes of images in Parquet
+_REPEATED = ".repeated.tmp"
 _NOT_COMPARED = ("versions", "result")
 
 
@@ -93,8 +93,13 @@ def scan_once(source: Path, *, allow_errors: bool) -> Scan:
     import jax  # here, not above: reading an output folder does not need it
     from jax.experimental import multihost_utils
 
+    from e5v_jax.distributed import wait_for_all
+
     if jax.process_count() == 1:
         return scan_items(source, allow_errors=allow_errors)
+    # Processes give up on each other after 30 s when they first connect. Once connected, they wait
+    # for as long as the scan takes.
+    wait_for_all("all processes are there")
     scan, failure, told = None, None, b""
     if jax.process_index() == 0:
         try:
@@ -102,8 +107,7 @@ def scan_once(source: Path, *, allow_errors: bool) -> Scan:
             told = json.dumps([scan.rows, scan.fingerprint]).encode()
         except (OSError, ValueError) as error:  # the others must not wait for ever
             failure, told = error, b"!" + str(error).encode("utf-8", "replace")
-    message = np.zeros(4096, np.uint8)
-    message[: len(told)] = list(told[: len(message)])
+    message = np.frombuffer(told[:4096].ljust(4096, b"\0"), np.uint8)
     told = bytes(multihost_utils.broadcast_one_to_all(message)).rstrip(b"\0")
     if told.startswith(b"!"):
         raise failure or ValueError(told[1:].decode("utf-8", "replace"))
@@ -120,9 +124,9 @@ def start_output(output: Path, manifest: dict[str, Any], scan: Scan) -> None:
     path = output / "manifest.json"
     if not path.exists():
         write_json(path, manifest)
-    if scan.taken.tell():
-        scan.taken.seek(0)
-        write_whole(output / _TAKEN, lambda file: shutil.copyfileobj(scan.taken, file))
+    if scan.repeated.tell():
+        scan.repeated.seek(0)
+        write_whole(output / _REPEATED, lambda file: shutil.copyfileobj(scan.repeated, file))
 
 
 def is_temporary(path: Path) -> bool:
@@ -167,7 +171,7 @@ def encode_shards(
             mine = is_mine(number) and not shard_path(output, number, options).exists()
             yield from repeat(mine, size)
 
-    rows = _mark_taken(iterate_items(source, wanted()), output / _TAKEN)
+    rows = _mark_repeated(iterate_items(source, wanted()), output / _REPEATED)
     for number in count():
         chunk = list(islice(rows, size))
         items = [item for item in chunk if item is not None]
@@ -180,16 +184,16 @@ def encode_shards(
             progress.passed(len(chunk))
 
 
-def _mark_taken(items: Iterator[Item | None], file: Path) -> Iterator[Item | None]:
+def _mark_repeated(items: Iterator[Item | None], file: Path) -> Iterator[Item | None]:
     """Give items whose id the scan found taken an error, if they have none."""
     with file.open("rb") if file.exists() else io.BytesIO() as lines:
-        taken = map(json.loads, lines)
-        row, reason = next(taken, (-1, ""))
+        repeated = map(json.loads, lines)
+        row, reason = next(repeated, (-1, ""))
         for number, item in enumerate(items):
             if number == row:
                 if item is not None:
                     item = replace(item, value={}, error=item.error or reason)
-                row, reason = next(taken, (-1, ""))
+                row, reason = next(repeated, (-1, ""))
             yield item
 
 
@@ -272,7 +276,7 @@ def finish_output(output: Path, rows: int, options: BulkOptions) -> dict[str, in
 
     if options.on_error == "skip":
         write_whole(output / "failed.jsonl", join)
-    (output / _TAKEN).unlink(missing_ok=True)
+    (output / _REPEATED).unlink(missing_ok=True)
     result = {"rows": rows, "embedded": rows - failed, "failed": failed, "shards": shards}
     path = output / "manifest.json"
     manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -295,7 +299,8 @@ def read_embeddings(output: str | Path) -> tuple[list[str], np.ndarray]:
     """
     ids: list[str] = []
     parts: list[np.ndarray] = []
-    for path in sorted(as_path(output).glob("shard-*")):
+    found = as_path(output).glob("shard-*")
+    for path in sorted(found, key=lambda path: (len(path.name), path.name)):  # 99999 before 100000
         if path.suffix == ".npy":
             ids += json.loads(path.with_suffix(".ids.json").read_text(encoding="utf-8"))
             with path.open("rb") as file:

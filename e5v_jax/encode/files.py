@@ -11,8 +11,8 @@ from itertools import repeat
 from pathlib import Path
 from typing import IO
 
-from e5v_jax.data.rows import SUFFIXES, parquet_sizes, read_rows
-from e5v_jax.encode.ids import IdTable, Repeated
+from e5v_jax.data.rows import SUFFIXES, parquet_footer, read_rows
+from e5v_jax.encode.ids import repeated_ids, taken
 from e5v_jax.storage import in_bucket
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -41,8 +41,8 @@ class Scan:
 
     rows: int
     fingerprint: str
-    """sha256 (hex) over ids, texts and image paths, and the sizes of Parquet files."""
-    taken: IO[bytes]
+    """sha256 (hex) over ids, texts and image paths, and the footers of Parquet files."""
+    repeated: IO[bytes]
     """A temporary file of rows whose id is taken, a line of json for each, in order: the number of
     the row, from 0, and what is wrong with it."""
 
@@ -102,10 +102,10 @@ def read_items(source: Path) -> tuple[list[Item], list[str]]:
             and no input too.
     """
     items: dict[str, Item] = {}
-    for row, item in enumerate(filter(None, iterate_items(source))):
+    for item in filter(None, iterate_items(source)):
         error = item.error
         if error is None and item.id in items:
-            error = Repeated(row, item.id, item.where, items[item.id].where).reason
+            error = taken(item.id, items[item.id].where)
         if error is not None:
             raise ValueError(f"{item.where}: {error}")
         items[item.id] = item
@@ -128,29 +128,32 @@ def scan_items(source: Path, *, allow_errors: bool) -> Scan:
     digest, rows, bad = hashlib.sha256(), 0, None
     files = _files(source)
     may_repeat = any(file.suffix.lower() in _WITH_IDS for file in files)
-    with IdTable() as ids:
+
+    def ids() -> Iterator[tuple[str, str]]:
+        nonlocal rows, bad
         for item in filter(None, iterate_items(source, without_bytes=True)):
             if item.error is not None and not allow_errors:
                 bad = f"{item.where}: {item.error}"
-                break
+                return
             parts = (item.id, item.value.get("text"), item.value.get("image"))
             digest.update(repr(tuple(map(str, parts))).encode("utf-8", "surrogatepass"))
-            if may_repeat:
-                ids.add(item.id, item.where)
             rows += 1
-        taken = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the Scan
-        for row in ids.repeated():
-            if not allow_errors:
-                raise ValueError(f"{row.where}: {row.reason}")
-            taken.write(json.dumps([row.row, row.reason]).encode() + b"\n")
+            if may_repeat:
+                yield item.id, item.where
+
+    repeated = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the Scan
+    for row, where, reason in repeated_ids(ids()):
+        if not allow_errors:
+            raise ValueError(f"{where}: {reason}")
+        repeated.write(json.dumps([row, reason]).encode() + b"\n")
     if bad is not None:
         raise ValueError(bad)
     if not rows:
         raise ValueError(f"{source}: nothing to embed")
     for file in files:
         if file.suffix.lower() == ".parquet":
-            digest.update(repr(parquet_sizes(file)).encode())
-    return Scan(rows, digest.hexdigest(), taken)
+            digest.update(parquet_footer(file))
+    return Scan(rows, digest.hexdigest(), repeated)
 
 
 def iterate_items(

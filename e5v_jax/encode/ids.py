@@ -1,84 +1,53 @@
 """Finds ids that are there twice, on disk, so that any number of them takes no memory."""
 
 import sqlite3
-from collections.abc import Iterator
-from types import TracebackType
-from typing import NamedTuple, Self
+from collections.abc import Iterable, Iterator
+from contextlib import closing
 
-_WAITING = 4096  # rows that are written at a time
-
-
-class Repeated(NamedTuple):
-    """A row whose id an earlier row has."""
-
-    row: int
-    """From 0."""
-    id: str
-    where: str
-    first: str
-    """Where the first row with this id is."""
-
-    @property
-    def reason(self) -> str:
-        """What is wrong with the row."""
-        return f"id {self.id!r} is taken: see {self.first}"
+_FIND = """
+    SELECT later.row, later.id, later.place, earlier.place
+    FROM (SELECT id, min(row) AS row FROM ids GROUP BY id HAVING count(*) > 1) AS taken
+    JOIN ids AS earlier ON earlier.row = taken.row
+    JOIN ids AS later ON later.id = taken.id AND later.row > taken.row
+    ORDER BY later.row
+"""
 
 
-class IdTable:
-    """The ids of all rows and their places, in a temporary file that SQLite deletes.
+def repeated_ids(rows: Iterable[tuple[str, str]]) -> Iterator[tuple[int, str, str]]:
+    """Find every row but the first of each id.
 
-    Its folder is that of the environment variable ``SQLITE_TMPDIR`` or ``TMPDIR``, else /var/tmp.
-    Errors are raised as ``OSError``: the disk is full or the like.
+    The ids are in a temporary file, which SQLite makes in the folder that the environment variable
+    ``SQLITE_TMPDIR`` or ``TMPDIR`` names, else in /var/tmp, and deletes.
+
+    Args:
+        rows: the id of each row, and where a person finds it.
+
+    Yields:
+        The number of such a row, from 0, where it is, and what is wrong with it; in order, when all
+        rows are read.
+
+    Raises:
+        OSError: the disk is full or the like.
     """
-
-    def __init__(self) -> None:
-        """Make an empty table."""
-        self._database = sqlite3.connect("")
-        self._waiting: list[tuple[int, bytes, bytes]] = []
-        self._rows = 0
-        for setting in ("journal_mode = OFF", "synchronous = OFF", "cache_size = -8192"):  # KiB
-            self._database.execute(f"PRAGMA {setting}")
-        self._database.execute("CREATE TABLE ids (row INTEGER PRIMARY KEY, id BLOB, place BLOB)")
-
-    def __enter__(self) -> Self:
-        """Give the table itself."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType
-    ) -> None:
-        """Delete the file; an error of SQLite becomes one of the system."""
-        self._database.close()
-        if isinstance(error, sqlite3.Error):
-            raise OSError(f"temporary table of ids: {error}; TMPDIR names its folder") from error
-
-    def add(self, id: str, where: str) -> None:
-        """Append a row."""
-        self._waiting.append((self._rows, _bytes(id), _bytes(where)))
-        self._rows += 1
-        if len(self._waiting) == _WAITING:
-            self._write()
-
-    def repeated(self) -> Iterator[Repeated]:
-        """Every row but the first of each id, in order."""
-        self._write()
-        self._database.execute("CREATE INDEX IF NOT EXISTS by_id ON ids (id, row)")
-        found = self._database.execute(
-            """
-            SELECT later.row, later.id, later.place, earlier.place
-            FROM (SELECT id, min(row) AS row FROM ids GROUP BY id HAVING count(*) > 1) AS taken
-            JOIN ids AS earlier ON earlier.row = taken.row
-            JOIN ids AS later ON later.id = taken.id AND later.row > taken.row
-            ORDER BY later.row
-            """
-        )
-        for row, *words in found:
-            yield Repeated(row, *(word.decode("utf-8", "surrogatepass") for word in words))
-
-    def _write(self) -> None:
-        self._database.executemany("INSERT INTO ids VALUES (?, ?, ?)", self._waiting)
-        self._waiting.clear()
+    encoded = ((row, _encode(id), _encode(where)) for row, (id, where) in enumerate(rows))
+    try:
+        with closing(sqlite3.connect("")) as database:
+            for setting in ("journal_mode = OFF", "synchronous = OFF", "cache_size = -8192"):  # KiB
+                database.execute(f"PRAGMA {setting}")
+            database.execute("CREATE TABLE ids (row INTEGER PRIMARY KEY, id BLOB, place BLOB)")
+            database.executemany("INSERT INTO ids VALUES (?, ?, ?)", encoded)
+            database.execute("CREATE INDEX by_id ON ids (id, row)")
+            for row, *words in database.execute(_FIND):
+                id, where, first = (word.decode("utf-8", "surrogatepass") for word in words)
+                yield row, where, taken(id, first)
+    except sqlite3.Error as error:
+        raise OSError(f"temporary file of ids: {error}; TMPDIR names its folder") from error
 
 
-def _bytes(words: str) -> bytes:
+def taken(id: str, first: str) -> str:
+    """Say that an ``id`` is that of an earlier row, and where that one is."""
+    return f"id {id!r} is taken: see {first}"
+
+
+def _encode(words: str) -> bytes:
     return words.encode("utf-8", "surrogatepass")  # json can say "\ud800"
