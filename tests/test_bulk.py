@@ -214,12 +214,14 @@ def test_ugly_images(command: Command, model: E5V, tmp_path: Path) -> None:
 def test_bad_rows_are_listed_by_place(command: Command, tmp_path: Path) -> None:
     rows = ['{"text": "a"}', '{"text": 5}', "{", '{"text": "a <image>"}', '{"image": "no.png"}']
     rows += ['{"id": "1", "text": "b"}', '{"text": "c"}', '{"image": "http://x/y.png"}']
+    rows += [r'{"id": "\ud800", "text": "d"}', r'{"text": "\ud800"}']
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     code, _, err = command("--input", "a.jsonl", "--on-error", "skip")
     assert code == 0, err
     failed = [json.loads(line) for line in Path("out/failed.jsonl").read_text().splitlines()]
-    assert [row["where"] for row in failed] == [f"a.jsonl:{i}" for i in (2, 3, 4, 5, 6, 8)]
+    assert [row["where"] for row in failed] == [f"a.jsonl:{i}" for i in (2, 3, 4, 5, 6, 8, 9, 10)]
     reasons = ["of type int", "broken json", "'<image>'", "no such file", "is taken", "not fetched"]
+    reasons += ["id has half a character", "text has half a character"]
     for row, reason in zip(failed, reasons, strict=True):
         assert reason in row["reason"], row
     assert read_embeddings(Path("out"))[0] == ["1", "7"]

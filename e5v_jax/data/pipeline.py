@@ -100,7 +100,7 @@ def epoch_order(premise_ids: Rows, batch_size: int, seed: int, epoch: int) -> Ro
 
 
 def _ranks(sorted_keys: Rows) -> Rows:
-    """Position within its run of equal keys, for each element. int64 [N]."""
+    """Tell each element's position within its run of equal keys, int64 [N]."""
     starts = np.flatnonzero(np.diff(sorted_keys, prepend=-1))
     return np.arange(len(sorted_keys)) - np.repeat(starts, np.diff(starts, append=len(sorted_keys)))
 
@@ -128,7 +128,7 @@ def _place_elsewhere(
     table: list[list[int]] = order.tolist()
 
     def from_anywhere(count: int) -> Iterator[int]:
-        """0 to count - 1, starting at a random one."""
+        """Count from a random number below ``count`` to the last, then on from 0."""
         start = int(random.random_raw()) % count
         return (i % count for i in range(start, start + count))
 
@@ -155,7 +155,7 @@ def _place_elsewhere(
 
 
 class _Batches:
-    """Random access to the batches of all epochs, for Grain."""
+    """Gives Grain random access to the batches of all epochs."""
 
     def __init__(
         self, premise_ids: Rows, *, batch_size: int, seed: int, num_epochs: int, columns: slice
@@ -187,7 +187,7 @@ def make_batches(
     process_count: int = 1,
     transform: Callable[[Rows], Any] = lambda rows: rows,
 ) -> BatchIterator[Any]:
-    """This process's part of each global batch of the run, as row numbers or what becomes of them.
+    """Give this process's part of each global batch, as row numbers or what becomes of them.
 
     Rows are shuffled anew each epoch, see :func:`epoch_order`; the global batches depend on
     ``seed`` and the data, not on the number of processes. The state is the number of batches taken,

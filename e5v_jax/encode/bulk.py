@@ -51,7 +51,7 @@ class BulkOptions:
 
 @dataclass(frozen=True)
 class Share:
-    """Which of the processes that share the work this one is."""
+    """Says which of the processes that share the work this one is."""
 
     index: int = 0
     count: int = 1
@@ -65,7 +65,7 @@ def check_output(output: Path, manifest: dict[str, Any]) -> None:
     """
     path = output / "manifest.json"
     if not path.exists():
-        if output.exists() and any(not is_temporary(entry) for entry in output.iterdir()):
+        if output.exists() and any(not _is_temporary(entry) for entry in output.iterdir()):
             raise ValueError(f"{output}: not empty and no output of this command; choose another")
     else:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -119,7 +119,7 @@ def start_output(output: Path, manifest: dict[str, Any], scan: Scan) -> None:
     """Make the folder with its manifest, if it is not there; what a kill left there is removed."""
     if not in_bucket(output):
         output.mkdir(parents=True, exist_ok=True)
-        for entry in filter(is_temporary, output.iterdir()):
+        for entry in filter(_is_temporary, output.iterdir()):
             entry.unlink()
     path = output / "manifest.json"
     if not path.exists():
@@ -129,8 +129,8 @@ def start_output(output: Path, manifest: dict[str, Any], scan: Scan) -> None:
         write_whole(output / _REPEATED, lambda file: shutil.copyfileobj(scan.repeated, file))
 
 
-def is_temporary(path: Path) -> bool:
-    """Whether a killed run may have left this half-written."""
+def _is_temporary(path: Path) -> bool:
+    """Say whether a killed run may have left this half-written."""
     return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
@@ -198,7 +198,7 @@ def _mark_repeated(items: Iterator[Item | None], file: Path) -> Iterator[Item | 
 
 
 def shard_path(output: Path, number: int, options: BulkOptions) -> Path:
-    """The file whose presence says that shard ``number`` is whole."""
+    """Name the file whose presence says that shard ``number`` is whole."""
     return output / f"shard-{number:05d}.{options.format}"
 
 
@@ -252,7 +252,7 @@ def _failed_path(shard: Path) -> Path:
 
 
 def finish_output(output: Path, rows: int, options: BulkOptions) -> dict[str, int]:
-    """When all processes are through: join what failed, and complete the manifest.
+    """Join what failed and complete the manifest, when all processes are through.
 
     Returns:
         Rows, embedded rows, failed rows and shards.
@@ -285,14 +285,14 @@ def finish_output(output: Path, rows: int, options: BulkOptions) -> dict[str, in
 
 
 def describe(options: BulkOptions, **about: Any) -> dict[str, Any]:
-    """The manifest of a run."""
+    """Make the manifest of a run."""
     versions = {name: version(name) for name in ("jax", "numpy", "pillow", "transformers")}
     versions["e5v_jax"] = __version__
     return {"format_version": FORMAT_VERSION, **about, **asdict(options), "versions": versions}
 
 
 def read_embeddings(output: str | Path) -> tuple[list[str], np.ndarray]:
-    """All ids and vectors [N, D] of a finished or unfinished output folder, in input order.
+    """Read all ids and vectors [N, D] of a finished or unfinished output folder, in input order.
 
     Raises:
         ValueError: no shard is there.
@@ -302,7 +302,8 @@ def read_embeddings(output: str | Path) -> tuple[list[str], np.ndarray]:
     found = as_path(output).glob("shard-*")
     for path in sorted(found, key=lambda path: (len(path.name), path.name)):  # 99999 before 100000
         if path.suffix == ".npy":
-            ids += json.loads(path.with_suffix(".ids.json").read_text(encoding="utf-8"))
+            names = path.with_suffix(".ids.json").read_bytes()
+            ids += json.loads(names.decode("utf-8", "surrogatepass"))
             with path.open("rb") as file:
                 parts.append(np.load(file))
         elif path.suffix == ".parquet":

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from e5v_jax.data.rows import SUFFIXES, parquet_footer, read_rows
 from e5v_jax.encode.ids import repeated_ids, taken
@@ -17,7 +17,7 @@ from e5v_jax.storage import in_bucket
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """What a folder is searched for; an image named by path may have any suffix."""
-COLUMNS = ("id", "text", "image")
+_COLUMNS = ("id", "text", "image")
 _WITH_IDS = (".jsonl", ".csv", ".parquet")
 """Files whose rows may have ids of their own; file names and line numbers cannot repeat."""
 
@@ -255,22 +255,20 @@ def _item(where: str, id: str, values: dict[str, object] | ValueError, folder: P
     try:
         if isinstance(values, ValueError):
             raise values
-        given = {key: _cell(key, value) for key, value in values.items() if value is not None}
-        found = given.get("id", id)
-        assert isinstance(found, str)
-        if not found.strip():
+        given: dict[str, Any] = {
+            key: _cell(key, value) for key, value in values.items() if value is not None
+        }
+        if not given.get("id", id).strip():
             raise ValueError("the id is empty")
-        id = found
-        text = given.get("text")
-        assert text is None or isinstance(text, str)
-        return Item(where, id, _value(text, given.get("image"), folder))
+        id = given.get("id", id)
+        return Item(where, id, _value(given.get("text"), given.get("image"), folder))
     except ValueError as error:
         return Item(where, id, {}, str(error))
 
 
 def _cell(key: str, value: object) -> str | bytes:
-    if key not in COLUMNS:  # not ignored: a misspelt one would change the embedding
-        raise ValueError(f"unknown key {key!r}, expected {', '.join(COLUMNS)}")
+    if key not in _COLUMNS:  # not ignored: a misspelt one would change the embedding
+        raise ValueError(f"unknown key {key!r}, expected {', '.join(_COLUMNS)}")
     if key == "id" and type(value) is int:
         return str(value)
     if key == "image" and isinstance(value, dict) and set(value) == {"bytes", "path"}:
@@ -285,9 +283,9 @@ def _check_columns(where: str, header: list[str]) -> list[str]:
     if "text" not in header and "image" not in header:
         raise ValueError(f"{where}: no column text or image; found {header}")
     for column in header:
-        if column not in COLUMNS:
+        if column not in _COLUMNS:
             raise ValueError(
-                f"{where}: unknown column {column!r}, expected {', '.join(COLUMNS)}: rename or "
+                f"{where}: unknown column {column!r}, expected {', '.join(_COLUMNS)}: rename or "
                 "remove it"
             )
         if header.count(column) > 1:

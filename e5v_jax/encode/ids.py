@@ -50,4 +50,4 @@ def taken(id: str, first: str) -> str:
 
 
 def _encode(words: str) -> bytes:
-    return words.encode("utf-8", "surrogatepass")  # json can say "\ud800"
+    return words.encode("utf-8", "surrogatepass")  # names of files may not be UTF-8
