@@ -4,6 +4,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -244,11 +245,8 @@ def _iterate_file(
             for column, other in (("text", "image"), ("image", "text")):
                 if not values.get(column) and values.get(other):
                     values.pop(column, None)
-        yield (
-            None
-            if values is None
-            else _item(f"{file}:{number}", f"{prefix}{number}", values, folder)
-        )
+        where, id = f"{file}:{number}", f"{prefix}{number}"
+        yield None if values is None else _item(where, id, values, folder)
 
 
 def _item(where: str, id: str, values: dict[str, object] | ValueError, folder: Path) -> Item:
@@ -258,9 +256,12 @@ def _item(where: str, id: str, values: dict[str, object] | ValueError, folder: P
         given: dict[str, Any] = {
             key: _cell(key, value) for key, value in values.items() if value is not None
         }
-        if not given.get("id", id).strip():
+        found = given.get("id", id)
+        if not found.strip():
             raise ValueError("the id is empty")
-        id = given.get("id", id)
+        if not found.isascii() and re.search("[\ud800-\udfff]", found):  # it could not be written
+            raise ValueError("the id has half a character (a lone surrogate)")
+        id = found
         return Item(where, id, _value(given.get("text"), given.get("image"), folder))
     except ValueError as error:
         return Item(where, id, {}, str(error))
