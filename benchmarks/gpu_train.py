@@ -39,7 +39,7 @@ class Args:
     quantize: Literal["nf4", "int8"] | None = None
     """Storage of the base."""
     batch_size: int = 768
-    """Triplets of a step."""
+    """TrainingPairs of a step."""
     chunk_size: int | None = 96
     """Sentences in the model at a time."""
     length: int = 64

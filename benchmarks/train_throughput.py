@@ -1,4 +1,4 @@
-"""Triplets a second in training: our step and torch + peft, in turns, on the same batches.
+"""TrainingPairs a second in training: our step and torch + peft, in turns, on the same batches.
 
     python benchmarks/train_throughput.py --model BASE --data triplets_snli.csv --batch-size 24 \
         --length-groups 8
@@ -44,7 +44,7 @@ class Args:
     data: tuple[Path, ...]
     """csv files with columns sent0, sent1, hard_neg."""
     batch_size: int = 64
-    """Triplets a step."""
+    """TrainingPairs a step."""
     turns: int = 2
     """Of each side."""
     steps: int = 3

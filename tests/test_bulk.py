@@ -1,8 +1,10 @@
 """The encode command into a folder: inputs of every kind, shards, resuming, rows that fail."""
 
+import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +24,10 @@ from e5v_jax import E5V, cli
 from e5v_jax.checkpoints import from_hf
 from e5v_jax.encode.__main__ import encode
 from e5v_jax.encode.bulk import read_embeddings
+from e5v_jax.encode.encoder import Statistics
+from e5v_jax.encode.files import iterate_items, scan_items
 from e5v_jax.encode.options import Args
+from e5v_jax.encode.progress import bulk_progress
 
 Command = Callable[..., tuple[int, str, str]]
 TEXTS = [f"Text number {i}: {'very ' * (i % 7)}short." for i in range(23)]
@@ -209,12 +214,14 @@ def test_ugly_images(command: Command, model: E5V, tmp_path: Path) -> None:
 def test_bad_rows_are_listed_by_place(command: Command, tmp_path: Path) -> None:
     rows = ['{"text": "a"}', '{"text": 5}', "{", '{"text": "a <image>"}', '{"image": "no.png"}']
     rows += ['{"id": "1", "text": "b"}', '{"text": "c"}', '{"image": "http://x/y.png"}']
+    rows += [r'{"id": "\ud800", "text": "d"}', r'{"text": "\ud800"}']
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
     code, _, err = command("--input", "a.jsonl", "--on-error", "skip")
     assert code == 0, err
     failed = [json.loads(line) for line in Path("out/failed.jsonl").read_text().splitlines()]
-    assert [row["where"] for row in failed] == [f"a.jsonl:{i}" for i in (2, 3, 4, 5, 6, 8)]
+    assert [row["where"] for row in failed] == [f"a.jsonl:{i}" for i in (2, 3, 4, 5, 6, 8, 9, 10)]
     reasons = ["of type int", "broken json", "'<image>'", "no such file", "is taken", "not fetched"]
+    reasons += ["id has half a character", "lone surrogate '\\ud800'"]
     for row, reason in zip(failed, reasons, strict=True):
         assert reason in row["reason"], row
     assert read_embeddings(Path("out"))[0] == ["1", "7"]
@@ -227,6 +234,127 @@ def test_raise_keeps_the_shards_before(command: Command, texts: Path) -> None:
     assert code == 1
     assert err.splitlines()[-1].startswith(f"error: {texts}:16: the text contains '<image>'")
     assert sorted(contents(Path("out"))) == ["manifest.json", "shard-00000.parquet"]
+
+
+def jsonl(file: Path, rows: list[dict[str, object]]) -> Path:
+    file.write_text("\n".join(map(json.dumps, rows)))
+    return file
+
+
+def test_repeated_ids(command: Command, tmp_path: Path) -> None:
+    """Only the first row of an id is embedded, whatever shards the others are in."""
+    ids = ["a", "b", "a", "c", "ü", "b", "a", "ü", "d"]
+    rows = [{"id": id, "text": text} for id, text in zip(ids, TEXTS, strict=False)]
+    source = jsonl(tmp_path / "a.jsonl", rows)
+    flags = ("--input", "a.jsonl", "--shard-size", "2", "--format", "npy")
+    code, _, err = command(*flags)
+    assert code == 1 and err.endswith("a.jsonl:3: id 'a' is taken: see a.jsonl:1\n")
+    assert not Path("out").exists()
+    assert command(*flags, "--on-error", "skip")[0] == 0
+    whole = contents(Path("out"))
+    assert read_embeddings(Path("out"))[0] == ["a", "b", "c", "ü", "d"]
+    failed = [json.loads(line) for line in whole["failed.jsonl"].splitlines()]
+    assert [(row["where"], row["reason"]) for row in failed] == [
+        (f"a.jsonl:{row}", f"id {ids[row - 1]!r} is taken: see a.jsonl:{first}")
+        for row, first in ((3, 1), (6, 2), (7, 1), (8, 5))
+    ]
+    Path("out/shard-00002.npy").unlink()
+    Path("out/.repeated.tmp").write_text('[0, "what a kill left"]\n')
+    assert command(*flags, "--on-error", "skip")[0] == 0
+    assert contents(Path("out")) == whole
+    source.write_text("{\n" + source.read_text())  # the first bad row is the one that is told
+    assert "a.jsonl:1: broken json" in command(*flags)[2]
+
+
+def test_rows_without_text_and_image_in_parquet(command: Command, tmp_path: Path) -> None:
+    """The scan, which reads no images, does not find them; the run does."""
+    table = pa.table({"text": ["a", None], "image": pa.array([None, None], pa.binary())})
+    pq.write_table(table, tmp_path / "a.parquet")
+    code, _, err = command("--input", "a.parquet")
+    assert code == 1 and err.endswith("error: a.parquet:2: neither text nor image is given\n")
+    shutil.rmtree("out")
+    assert command("--input", "a.parquet", "--on-error", "skip")[0] == 0
+    assert read_embeddings(Path("out"))[0] == ["1"]
+
+
+# --- what is read --------------------------------------------------------------------------------
+
+
+def destroy(file: Path, group: int, column: int) -> None:
+    """Overwrite the values of a column in a row group of a Parquet file."""
+    chunk = pq.read_metadata(file).row_group(group).column(column)
+    data = bytearray(file.read_bytes())
+    start = chunk.dictionary_page_offset or chunk.data_page_offset
+    data[start : start + chunk.total_compressed_size] = b"\xff" * chunk.total_compressed_size
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl", ".csv", ".parquet"])
+def test_rows_that_are_not_wanted_are_not_read(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"rows{suffix}"
+    if suffix == ".txt":
+        file.write_text("a\n\n\nb\n")
+    elif suffix == ".jsonl":
+        file.write_text('{"text": "a"}\n\n{\n{"image": "none.png"}\n{"text": "b"}\n')
+    elif suffix == ".csv":
+        file.write_text("text,image\na,\n,\n\n,none.png,\nb,\n")
+    else:
+        pq.write_table(pa.table({"text": list("axyb")}), file, row_group_size=1)
+        destroy(file, 1, 0)
+        destroy(file, 2, 0)
+    items = list(iterate_items(file, iter([True, False, False, True])))
+    assert [item and item.value for item in items] == [{"text": "a"}, None, None, {"text": "b"}]
+    chosen = list(iterate_items(tmp_path / "*.*", iter([False, False, False, True])))
+    assert [item and item.id for item in chosen[:3]] == [None] * 3
+    assert chosen[3] is not None and items[3] is not None
+    assert chosen[3].id == f"{file}:{items[3].id}"
+
+
+def test_scan_reads_no_images(tmp_path: Path) -> None:
+    """Of Parquet, only the footer tells it of images that are bytes; their paths it reads."""
+    file = tmp_path / "a.parquet"
+
+    def write(image: pa.Array) -> str:
+        pq.write_table(pa.table({"image": image}), file, compression=None)
+        fingerprint = scan_items(file, allow_errors=False).fingerprint
+        destroy(file, 0, 0)
+        assert scan_items(file, allow_errors=False).fingerprint == fingerprint
+        with pytest.raises(ValueError, match=r"a\.parquet: broken parquet"):
+            list(iterate_items(file))
+        return fingerprint
+
+    found = {write(pa.array([b"image", b"other"])), write(pa.array([b"image", b"another"]))}
+    for path in ("a.png", "b.png"):
+        found.add(
+            write(pa.array([{"bytes": b"image", "path": path}, {"bytes": b"", "path": None}]))
+        )
+    assert len(found) == 4
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow(tmp_path: Path) -> None:
+    """A scan and a pass over a million rows take what those over a tenth take."""
+    code = """
+import resource, sys
+from pathlib import Path
+from e5v_jax.encode.files import iterate_items, scan_items
+rows = scan_items(Path(sys.argv[1]), allow_errors=True).rows
+assert rows == sum(1 for item in iterate_items(Path(sys.argv[1])))
+print(rows, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+    memory = {}
+    for rows in (100_000, 1_000_000):
+        file = tmp_path / f"{rows}.jsonl"
+        with file.open("w") as lines:
+            for i in range(rows):
+                id = hashlib.sha256(str(i // 2 if i % 100 == 1 else i).encode()).hexdigest()
+                lines.write(json.dumps({"id": id, "text": f"Text number {i}."}) + "\n")
+        done = subprocess.run(
+            [sys.executable, "-c", code, file], check=True, capture_output=True, text=True
+        )
+        found, memory[rows] = map(int, done.stdout.split())
+        assert found == rows
+    assert memory[1_000_000] - memory[100_000] < 40_000  # KiB
 
 
 # --- resuming ------------------------------------------------------------------------------------
@@ -277,6 +405,17 @@ def test_changed_input_is_refused(command: Command, texts: Path) -> None:
     assert code == 1 and "begun with input_sha256" in err
 
 
+def test_an_older_format_is_refused(command: Command, texts: Path) -> None:
+    assert command("--input", texts)[0] == 0
+    manifest = json.loads(Path("out/manifest.json").read_text())
+    Path("out/manifest.json").write_text(json.dumps({**manifest, "format_version": 1}))
+    code, _, err = command("--input", texts)
+    assert code == 1
+    assert err.splitlines()[-1].startswith(
+        "error: out: begun by another version of e5v_jax (format 1"
+    )
+
+
 def test_a_folder_of_something_else_is_refused(command: Command, texts: Path) -> None:
     Path("out").mkdir()
     Path("out/notes.txt").write_text("mine")
@@ -297,6 +436,22 @@ def test_a_folder_of_something_else_is_refused(command: Command, texts: Path) ->
 def test_wrong_usage(command: Command, texts: Path, words: list[str], message: str) -> None:
     code, _, err = command(*words)
     assert code == 2 and err.splitlines()[-1].startswith(f"error: {message}"), err
+
+
+def test_long_resume_without_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A log line comes before anything is embedded, when a run goes past many shards."""
+    clock = iter(range(0, 1000, 31))
+    monkeypatch.setattr("e5v_jax.encode.progress.time.monotonic", lambda: float(next(clock)))
+    monkeypatch.setattr("sys.stderr", io.StringIO())
+    caplog.set_level("INFO", "e5v_jax")
+    with bulk_progress(100, Statistics()) as progress:
+        progress.passed(40)
+        progress.encoded(10)
+    first, second = caplog.messages
+    assert first.startswith("40 of 100 rows, 0.0 items/s") and "left" not in first
+    assert second.startswith("50 of 100 rows") and second.endswith(" s left")
 
 
 # --- killed for real -----------------------------------------------------------------------------
@@ -382,10 +537,8 @@ def test_killed_ten_times(model_folder: Path, mixed: Path, whole: Path, tmp_path
     check_killed_run(model_folder, mixed, whole, tmp_path, kills=10, seconds=0.5)
 
 
-def test_two_processes_and_workers(
-    model_folder: Path, mixed: Path, whole: Path, tmp_path: Path
-) -> None:
-    """Two processes of jax.distributed, each with worker processes: the same bytes."""
+def start_two(*args: Any) -> list[subprocess.Popen[str]]:
+    """:func:`start` as process 0 and process 1 of jax.distributed."""
     port = 20000 + os.getpid() % 20000
     processes = []
     for index in range(2):
@@ -394,15 +547,37 @@ def test_two_processes_and_workers(
             JAX_NUM_PROCESSES="2",
             JAX_PROCESS_ID=str(index),
         )
-        processes.append(
-            start(model_folder, mixed, tmp_path / "shared", "--distributed", "--num-workers", "1")
-        )
+        processes.append(start(*args, "--distributed"))
     for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
         del os.environ[name]
-    for process in processes:
+    return processes
+
+
+def test_two_processes_and_workers(
+    model_folder: Path, mixed: Path, whole: Path, tmp_path: Path
+) -> None:
+    """Two processes of jax.distributed, each with worker processes: the same bytes."""
+    for process in start_two(model_folder, mixed, tmp_path / "shared", "--num-workers", "1"):
         _, err = process.communicate(timeout=180)
         assert process.returncode == 0, err
     assert contents(tmp_path / "shared") == contents(whole)
+
+
+def test_two_processes_know_of_repeated_ids(model_folder: Path, tmp_path: Path) -> None:
+    """Only one of them looks for them; both leave them out of their shards, or both stop."""
+    rows = [{"id": str(i % 7), "text": text} for i, text in enumerate(TEXTS)]
+    source = jsonl(tmp_path / "a.jsonl", rows)
+    for process in start_two(model_folder, source, tmp_path / "out", "--on-error", "raise"):
+        _, err = process.communicate(timeout=180)
+        assert process.returncode == 1
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert lines == [f"error: {source}:8: id '0' is taken: see {source}:1"]
+    for process in start_two(model_folder, source, tmp_path / "out"):
+        _, err = process.communicate(timeout=180)
+        assert process.returncode == 0, err
+    assert read_embeddings(tmp_path / "out")[0] == [str(i) for i in range(7)]
+    failed = [json.loads(line)["where"] for line in (tmp_path / "out/failed.jsonl").open()]
+    assert failed == [f"{source}:{row}" for row in range(8, 24)]
 
 
 def test_nothing_to_read(tmp_path: Path) -> None:

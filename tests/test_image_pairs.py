@@ -13,7 +13,7 @@ from hf_models import Case, Recipe, build_llava, picture
 from training_runs import read_metrics
 
 from e5v_jax.checkpoints import from_hf
-from e5v_jax.data.pairs import load_triplets
+from e5v_jax.data.pairs import load_pairs
 from e5v_jax.data.text import truncate_texts
 from e5v_jax.nn.layers import LoRAConfig, l2_normalize
 from e5v_jax.runtime import Runtime
@@ -71,7 +71,7 @@ def feed_of(case: Case, file: Path, chunk_size: int | None = None) -> tuple[Feed
         chunk_size=chunk_size,
     )
     mesh = make_mesh(data=-1, fsdp=1)
-    feed = open_feed(cfg, load_triplets(file), case.e5v.processor, Runtime.on(mesh))
+    feed = open_feed(cfg, load_pairs(file), case.e5v.processor, Runtime.on(mesh))
     batch = next(feed.batches)
     rows = [f"{file}:{i + 1}" for i in batch.rows]
     assert len(rows) == BATCH

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from e5v_jax.data.nli import load_tfds, triplets_from_nli
-from e5v_jax.data.pairs import Triplets, load_triplets
+from e5v_jax.data.pairs import TrainingPairs, load_pairs
 
 ROWS = [
     ("A dog sits.", "An animal sits.", "A dog runs."),
@@ -41,17 +41,15 @@ def write(path: Path, rows: Sequence[Sequence[str]], columns: Sequence[str] = CO
     return path
 
 
-def as_rows(triplets: Triplets) -> list[tuple[str, ...]]:
-    columns = [triplets.sent0, triplets.sent1]
-    if triplets.hard_neg is not None:
-        columns.append(triplets.hard_neg)
-    return list(zip(*columns, strict=True))
+def as_rows(triplets: TrainingPairs) -> list[tuple[str, ...]]:
+    assert [side.column for side in triplets.sides] == list(COLUMNS[: len(triplets.sides)])
+    return list(zip(*(side.texts or () for side in triplets.sides), strict=True))
 
 
 def error_of(path: Path | Sequence[Path]) -> str:
     """The one-line message of the ValueError that reading ``path`` must raise."""
     with pytest.raises(ValueError) as info:
-        load_triplets(path)
+        load_pairs(path)
     message = str(info.value)
     assert "\n" not in message
     return message
@@ -59,28 +57,28 @@ def error_of(path: Path | Sequence[Path]) -> str:
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 def test_formats_agree(tmp_path: Path, suffix: str) -> None:
-    triplets = load_triplets(write(tmp_path / f"a{suffix}", ROWS))
+    triplets = load_pairs(write(tmp_path / f"a{suffix}", ROWS))
     assert as_rows(triplets) == ROWS
     assert len(triplets) == 3
-    assert triplets.fingerprint == load_triplets(write(tmp_path / "b.csv", ROWS)).fingerprint
+    assert triplets.fingerprint == load_pairs(write(tmp_path / "b.csv", ROWS)).fingerprint
 
 
 def test_row_ids_are_where_an_editor_shows_the_row(tmp_path: Path) -> None:
     # the second row has a newline inside quotes, so the third starts on line 5, header included
     a = write(tmp_path / "a.csv", ROWS)
-    assert load_triplets(a).row_ids == [f"{a}:2", f"{a}:3", f"{a}:5"]
+    assert load_pairs(a).row_ids == [f"{a}:2", f"{a}:3", f"{a}:5"]
     b = write(tmp_path / "b.jsonl", ROWS)
-    assert load_triplets(b).row_ids == [f"{b}:1", f"{b}:2", f"{b}:3"]
+    assert load_pairs(b).row_ids == [f"{b}:1", f"{b}:2", f"{b}:3"]
     c = write(tmp_path / "c.parquet", ROWS)
-    assert load_triplets(c).row_ids == [f"{c}:1", f"{c}:2", f"{c}:3"]
+    assert load_pairs(c).row_ids == [f"{c}:1", f"{c}:2", f"{c}:3"]
     blank = tmp_path / "blank.csv"
     blank.write_text("\nsent0,sent1\n\na,b\n\nc,d\n\n")
-    assert load_triplets(blank).row_ids == [f"{blank}:4", f"{blank}:6"]
+    assert load_pairs(blank).row_ids == [f"{blank}:4", f"{blank}:6"]
 
 
 def test_fingerprint_is_of_the_content(tmp_path: Path) -> None:
     def of(rows: Sequence[Sequence[str]], columns: Sequence[str] = COLUMNS) -> str:
-        return load_triplets(write(tmp_path / "x.csv", rows, columns)).fingerprint
+        return load_pairs(write(tmp_path / "x.csv", rows, columns)).fingerprint
 
     seen = {of(ROWS), of(ROWS[::-1]), of(ROWS[:2]), of([("ab", "c", "d")]), of([("a", "bc", "d")])}
     seen |= {of([("a", "b", "c")]), of([("a", "b")], COLUMNS[:2]), of([("b", "a", "c")])}
@@ -90,13 +88,13 @@ def test_fingerprint_is_of_the_content(tmp_path: Path) -> None:
 def test_csv_with_bom_crlf_and_other_column_order(tmp_path: Path) -> None:
     path = tmp_path / "excel.csv"
     path.write_bytes('\ufeffhard_neg,sent0,sent1\r\nn,"a ""q"", x","b\r\nc"\r\n'.encode())
-    assert as_rows(load_triplets(path)) == [('a "q", x', "b\r\nc", "n")]
+    assert as_rows(load_pairs(path)) == [('a "q", x', "b\r\nc", "n")]
 
 
 def test_jsonl_with_bom_and_blank_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes('\ufeff{"sent0": "a", "sent1": "b"}\r\n\n{"sent1":"d","sent0":"c"}'.encode())
-    triplets = load_triplets(path)
+    triplets = load_pairs(path)
     assert as_rows(triplets) == [("a", "b"), ("c", "d")]
     assert triplets.row_ids == [f"{path}:1", f"{path}:3"]
 
@@ -112,14 +110,17 @@ def test_parquet_string_types_and_folder_names(tmp_path: Path) -> None:
         }
     )
     pq.write_table(table, folder / "a.parquet")
-    assert as_rows(load_triplets(folder / "a.parquet")) == [("a", "x"), ("b", "y"), ("a", "z")]
+    assert as_rows(load_pairs(folder / "a.parquet")) == [("a", "x"), ("b", "y"), ("a", "z")]
+    more = table.append_column("hard_neg", table["sent1"]).append_column("length", [[1, 2, 3]])
+    pq.write_table(more, folder / "b.parquet")
+    assert len(load_pairs(folder / "b.parquet")) == 3  # a column passed over is of any type
 
 
 def test_pairs_and_several_files(tmp_path: Path) -> None:
     a = write(tmp_path / "a.csv", [("a", "b")], COLUMNS[:2])
     b = write(tmp_path / "b.parquet", [("c", "d"), ("e", "f")], COLUMNS[:2])
-    both = load_triplets([a, b])
-    assert both.hard_neg is None
+    both = load_pairs([a, b])
+    assert len(both.sides) == 2
     assert as_rows(both) == [("a", "b"), ("c", "d"), ("e", "f")]
     assert both.row_ids == [f"{a}:2", f"{b}:1", f"{b}:2"]
 
@@ -132,7 +133,7 @@ def test_column_errors(tmp_path: Path, suffix: str) -> None:
     message = error_of(write(path, ROWS, ["sent0", "sent1", "hard_negative"]))
     assert str(path) in message and "unknown column 'hard_negative' and no hard_neg" in message
     more = [("scene", *row) for row in ROWS]
-    assert as_rows(load_triplets(write(path, more, ["scene", *COLUMNS]))) == ROWS
+    assert as_rows(load_pairs(write(path, more, ["scene", *COLUMNS]))) == ROWS
 
 
 def test_repeated_columns(tmp_path: Path) -> None:
@@ -246,15 +247,13 @@ def test_bad_paths(tmp_path: Path) -> None:
     assert error_of([good, good]).startswith(f"{good}: given twice")
     for missing in (tmp_path / "no.csv", tmp_path / "no.jsonl", tmp_path / "no.parquet"):
         with pytest.raises(FileNotFoundError, match=f"^{re.escape(str(missing))}: no such file$"):
-            load_triplets(missing)
+            load_pairs(missing)
 
 
 def test_shared_triplets(shared: Path) -> None:
-    triplets = load_triplets(
-        [shared / "data/nli/triplets.csv", shared / "data/nli/triplets_snli.csv"]
-    )
+    triplets = load_pairs([shared / "data/nli/triplets.csv", shared / "data/nli/triplets_snli.csv"])
     assert len(triplets) == 17_188 + 5_883
-    assert triplets.sent1[0].startswith("It was a close fight, ending")
+    assert as_rows(triplets)[0][1].startswith("It was a close fight, ending")
     assert triplets.row_ids[17_188].endswith("triplets_snli.csv:2")
 
 
@@ -324,8 +323,8 @@ def test_load_tfds(prepared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         if q == p and other == "contradiction"
     }
     assert set(as_rows(triplets)) <= allowed
-    assert sorted(triplets.sent0) == ["A cat.", "A man eats."]
-    assert triplets.hard_neg is not None
+    assert sorted(row[0] for row in as_rows(triplets)) == ["A cat.", "A man eats."]
+    assert len(triplets.sides) == 3
     assert all(row.startswith("snli/1.1.0/train:") for row in triplets.row_ids)
     assert load_tfds("snli", data_dir=prepared) == triplets
     monkeypatch.setenv("TFDS_DATA_DIR", str(prepared))

@@ -7,27 +7,33 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from e5v_jax.data.pairs import Triplets, load_triplets
+from e5v_jax.data.pairs import Side, TrainingPairs, load_pairs
 from e5v_jax.data.pipeline import (
     Rows,
     batches_per_epoch,
     epoch_order,
     make_batches,
-    number_texts,
+    number_inputs,
 )
 
 
-def triplets_of(premises: list[str]) -> Triplets:
-    return Triplets(
-        sent0=premises,
-        sent1=["positive"] * len(premises),
-        hard_neg=None,
+def number_texts(texts: list[str]) -> Rows:
+    return number_inputs([Side("", texts, None)])
+
+
+def triplets_of(premises: list[str]) -> TrainingPairs:
+    return TrainingPairs(
+        sides=(
+            Side("sent0", premises, None),
+            Side("sent1", ["positive"] * len(premises), None),
+        ),
         row_ids=[f"f:{i + 1}" for i in range(len(premises))],
         fingerprint="",
     )
 
 
-THREES = triplets_of([f"premise {i // 3}" for i in range(100)])  # each premise three times
+PREMISES = [f"premise {i // 3}" for i in range(100)]
+THREES = triplets_of(PREMISES)  # each premise three times
 
 
 def check_order(ids: Rows, batch_size: int, seed: int = 0, epoch: int = 0) -> Rows:
@@ -73,7 +79,7 @@ def test_no_premise_twice_whatever_the_data() -> None:
 @pytest.mark.parametrize("batch_size", [2, 24, 33])
 def test_every_row_once_per_epoch(batch_size: int) -> None:
     # 34 premises, so 33 of 34 in each batch is as tight as it gets
-    ids = number_texts(THREES.sent0)
+    ids = number_texts(PREMISES)
     left_out = set()
     for epoch in range(3):
         order = check_order(ids, batch_size, epoch=epoch)
@@ -104,7 +110,7 @@ def test_batches_cover_each_epoch_in_order() -> None:
     batches = list(make_batches(THREES, batch_size=12, seed=7, num_epochs=3))
     assert len(batches) == 3 * 8
     assert all(batch.dtype == np.int64 and batch.shape == (12,) for batch in batches)
-    ids = number_texts(THREES.sent0)
+    ids = number_texts(PREMISES)
     expected = np.concatenate([epoch_order(ids, 12, 7, epoch) for epoch in range(3)])
     assert np.array_equal(np.stack(batches), expected)
 
@@ -160,13 +166,13 @@ def test_resume_with_another_number_of_processes() -> None:
 
 def test_transform_gets_the_rows_and_may_fail() -> None:
     def sentences(rows: Rows) -> tuple[Rows, list[str]]:
-        return rows, [THREES.sent0[row] for row in rows]
+        return rows, [PREMISES[row] for row in rows]
 
     plain = make_batches(THREES, batch_size=12, seed=1, num_epochs=1)
     batches = make_batches(THREES, batch_size=12, seed=1, num_epochs=1, transform=sentences)
     for expected, (rows, texts) in zip(plain, batches, strict=True):
         assert np.array_equal(rows, expected)
-        assert texts == [THREES.sent0[row] for row in expected]
+        assert texts == [PREMISES[row] for row in expected]
 
     def fails(rows: Rows) -> Rows:
         if rows[0] == third[0]:
@@ -226,14 +232,16 @@ def test_bad_arguments(changed: dict[str, int], message: str) -> None:
 
 
 def test_shared_triplets_have_no_premise_twice(shared: Path) -> None:
-    triplets = load_triplets(shared / "data/nli/triplets.csv")
+    triplets = load_pairs(shared / "data/nli/triplets.csv")
+    sent0 = triplets.sides[0].texts
+    assert sent0 is not None
     for batches in (
         make_batches(triplets, batch_size=768, seed=42, num_epochs=2),
         make_batches(triplets, batch_size=24, seed=42, num_epochs=1),
     ):
         seen = []
         for rows in batches:
-            premises = {triplets.sent0[row].strip().casefold() for row in rows}
+            premises = {sent0[row].strip().casefold() for row in rows}
             assert len(premises) == len(rows)
             seen.extend(rows.tolist())
         per_epoch = 17_188 // len(rows) * len(rows)

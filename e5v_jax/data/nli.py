@@ -5,14 +5,14 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from e5v_jax.data.pairs import Triplets, make_triplets
+from e5v_jax.data.pairs import TrainingPairs, make_pairs
 
 NLI_LABELS = ("entailment", "neutral", "contradiction")
 UNLABELLED = "-"
 """SNLI's and MultiNLI's mark for a pair whose annotators did not agree."""
 
 
-def triplets_from_nli(rows: Iterable[tuple[str, str, str]], source: str) -> Triplets:
+def triplets_from_nli(rows: Iterable[tuple[str, str, str]], source: str) -> TrainingPairs:
     """Turn (premise, hypothesis, label) rows into triplets, one per premise, after SimCSE.
 
     For each premise that has both, sent1 is its first entailment and hard_neg its first
@@ -43,16 +43,19 @@ def triplets_from_nli(rows: Iterable[tuple[str, str, str]], source: str) -> Trip
     premises = [premise for premise in entailments if premise in contradictions]
     if not premises:
         raise ValueError(f"{source}: no premise has both an entailment and a contradiction")
-    return make_triplets(
-        ("sent0", "sent1", "hard_neg"),
-        [(p, entailments[p][1], contradictions[p]) for p in premises],
+    return make_pairs(
+        {
+            "sent0": premises,
+            "sent1": [entailments[p][1] for p in premises],
+            "hard_neg": [contradictions[p] for p in premises],
+        },
         [f"{source}:{entailments[p][0]}" for p in premises],
     )
 
 
 def load_tfds(
     name: Literal["snli", "multi_nli"], split: str = "train", data_dir: Path | None = None
-) -> Triplets:
+) -> TrainingPairs:
     """Triplets of a prepared tensorflow-datasets NLI corpus, read without TensorFlow.
 
     Args:

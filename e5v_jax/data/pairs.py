@@ -7,10 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from e5v_jax.data.rows import read_rows
+from e5v_jax.data.rows import read_rows, shortened
 from e5v_jax.storage import in_bucket
 
 # The sides of the loss and the columns that fill them: texts, images, or both in each row.
@@ -38,47 +35,24 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Triplets:
+class TrainingPairs:
     """Training rows: an anchor, its positive and, for all rows or none, a hard negative.
 
     Each is a text, an image, or an image with a text, the same in all rows.
     """
 
-    sent0: list[str] | None
-    sent1: list[str] | None
-    hard_neg: list[str] | None
-    """None for plain pairs."""
+    sides: tuple[Side, ...]
+    """Anchors, positives and, if there are any, hard negatives."""
     row_ids: list[str]
-    """``file:row``, where a person finds the row: see :func:`load_triplets`."""
+    """``file:row``, where a person finds the row: see :func:`load_pairs`."""
     fingerprint: str
     """sha256 (hex) over the columns in order; the same in any file format and folder."""
-    image0: list[Path] | None = None
-    image1: list[Path] | None = None
-    hard_neg_image: list[Path] | None = None
 
     def __len__(self) -> int:
         return len(self.row_ids)
 
-    @property
-    def sides(self) -> list[Side]:
-        """Anchors, positives and, if there are any, hard negatives."""
-        found = [
-            (self.sent0, self.image0),
-            (self.sent1, self.image1),
-            (self.hard_neg, self.hard_neg_image),
-        ]
-        return [
-            Side(text if images is None else image, texts, images)
-            for (text, image), (texts, images) in zip(SIDES.values(), found, strict=True)
-            if texts is not None or images is not None
-        ]
 
-
-# One row of a file: where it is ("file:row") and its values by column.
-_Row = tuple[str, dict[str, object]]
-
-
-def load_triplets(path: Path | Sequence[Path]) -> Triplets:
+def load_pairs(path: Path | Sequence[Path]) -> TrainingPairs:
     """Read training rows from .csv, .jsonl or .parquet files, concatenated in the given order.
 
     Columns are those of SimCSE's nli_for_simcse.csv: ``sent0``, ``sent1`` and, for triplets,
@@ -99,50 +73,48 @@ def load_triplets(path: Path | Sequence[Path]) -> Triplets:
     paths = list(path) if isinstance(path, Sequence) else [path]
     if not paths:
         raise ValueError("no training file given: expected .csv, .jsonl or .parquet files")
-    rows: list[tuple[str | Path, ...]] = []
+    columns: dict[str, list[Any]] = {}
     row_ids: list[str] = []
-    expected: tuple[str, ...] = ()
     for i, file in enumerate(paths):
         if file in paths[:i]:
             raise ValueError(f"{file}: given twice; its rows would be each other's negatives")
-        before = len(rows)
+        before = len(row_ids)
         for where, values in _read(file):
-            columns = _ordered(where, values.keys())
-            row = tuple(_value(where, column, values[column], file) for column in columns)
-            if rows and columns != expected:
-                only = next(c for c in _COLUMNS if (c in columns) != (c in expected))
-                has, has_not = (where, row_ids[0]) if only in columns else (row_ids[0], where)
+            names = _ordered(where, values.keys())
+            if row_ids and names != tuple(columns):
+                only = next(c for c in _COLUMNS if (c in names) != (c in columns))
+                has, has_not = (where, row_ids[0]) if only in names else (row_ids[0], where)
                 raise ValueError(
                     f"{where}: {has} has a {only} and {has_not} has none: "
                     "train on rows that all have the same columns"
                 )
-            expected = columns
-            rows.append(row)
+            for name in names:
+                value = _value(where, name, values[name], file)
+                columns.setdefault(name, []).append(value)
             row_ids.append(where)
-        if len(rows) == before:
+        if len(row_ids) == before:
             raise ValueError(f"{file}: no rows")
-    return make_triplets(expected, rows, row_ids)
+    return make_pairs(columns, row_ids)
 
 
-def make_triplets(
-    names: Sequence[str], rows: Sequence[tuple[str | Path, ...]], row_ids: list[str]
-) -> Triplets:
-    """Rows of the given columns (``SIDES``) as Triplets."""
-    columns: dict[str, list[Any]] = {
-        name: list(column) for name, column in zip(names, zip(*rows, strict=True), strict=True)
-    }
+def make_pairs(columns: dict[str, list[Any]], row_ids: list[str]) -> TrainingPairs:
+    """Put columns named as in ``SIDES``, and in that order, together as training pairs.
+
+    Args:
+        columns: texts (str) or images (Path), one of each row.
+        row_ids: where each row is from.
+    """
     for_hash: Any = list(columns.values())
-    if any(name in _IMAGE_COLUMNS for name in names):  # the names tell which are images
+    if any(name in _IMAGE_COLUMNS for name in columns):  # the names tell which are images
         for_hash = [[name, [str(x) for x in column]] for name, column in columns.items()]
-    return Triplets(
-        sent0=columns.get("sent0"),
-        sent1=columns.get("sent1"),
-        hard_neg=columns.get("hard_neg"),
+    return TrainingPairs(
+        sides=tuple(
+            Side(image if image in columns else text, columns.get(text), columns.get(image))
+            for text, image in SIDES.values()
+            if text in columns or image in columns
+        ),
         row_ids=row_ids,
         fingerprint=hashlib.sha256(json.dumps(for_hash).encode()).hexdigest(),
-        image0=columns.get("image0"),
-        image1=columns.get("image1"),
-        hard_neg_image=columns.get("hard_neg_image"),
     )
 
 
@@ -166,22 +138,8 @@ def _ordered(where: str, names: Iterable[str]) -> tuple[str, ...]:
 
 
 def _value(where: str, column: str, value: object, file: Path) -> str | Path:
-    text = _sentence(where, column, value)
-    if column not in _IMAGE_COLUMNS:
-        return text
-    if in_bucket(file):
-        raise ValueError(f"{where}: {column}: images are not read from a bucket: mount it")
-    return file.parent / text
-
-
-def _sentence(where: str, column: str, value: object) -> str:
-    if isinstance(value, bytes):
-        try:
-            value = value.decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{where}: {column} is not UTF-8 (byte {error.start})") from None
     if not isinstance(value, str):
-        raise ValueError(f"{where}: {column} is {_short(value)}, expected a string")
+        raise ValueError(f"{where}: {column} is {shortened(value)}, expected a string")
     if not value.strip():
         raise ValueError(f"{where}: {column} is empty")
     if not value.isascii():
@@ -191,44 +149,22 @@ def _sentence(where: str, column: str, value: object) -> str:
             raise ValueError(
                 f"{where}: {column} has half a character (lone surrogate) at {error.start}"
             ) from None
-    return value
+    if column not in _IMAGE_COLUMNS:
+        return value
+    if in_bucket(file):
+        raise ValueError(f"{where}: {column}: images are not read from a bucket: mount it")
+    return file.parent / value
 
 
-def _read(file: Path) -> Iterator[_Row]:
+def _read(file: Path) -> Iterator[tuple[str, dict[str, object]]]:
     if file.suffix.lower() not in _SUFFIXES:
         raise ValueError(f"{file}: unknown suffix {file.suffix!r}, expected {', '.join(_SUFFIXES)}")
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")
-    if file.suffix.lower() == ".parquet":
-        yield from _read_parquet(file)
-        return
-    for number, values in read_rows(file, _ordered):
+    for number, values in read_rows(file, _ordered, strings_only=True):
         where = f"{file}:{number}"
+        assert values is not None  # all rows are wanted
         if isinstance(values, ValueError):
             raise ValueError(f"{where}: {values}")
         _ordered(where, values.keys())
         yield where, values
-
-
-def _short(value: object) -> str:
-    text = json.dumps(value)
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
-def _read_parquet(file: Path) -> Iterator[_Row]:
-    try:
-        with file.open("rb") as content:
-            table = pq.ParquetFile(content).read()
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file}: broken parquet: {str(error).splitlines()[0]}") from None
-    _ordered(str(file), table.column_names)
-    columns = []
-    for name in table.column_names:
-        kind = table.schema.field(name).type
-        text = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (pa.types.is_string(text) or pa.types.is_large_string(text)):
-            raise ValueError(f"{file}: column {name} is of type {kind}, expected string")
-        # as bytes, so that bad UTF-8 is found where the row is known
-        columns.append(table[name].cast(pa.large_string()).cast(pa.large_binary()).to_pylist())
-    for number, values in enumerate(zip(*columns, strict=True), start=1):
-        yield f"{file}:{number}", dict(zip(table.column_names, values, strict=True))

@@ -4,16 +4,15 @@ import logging
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar, overload
+from typing import Any, Protocol, Self, TypeVar
 
 import grain
 import numpy as np
 from numpy.typing import NDArray
 
-from e5v_jax.data.pairs import Side, Triplets
+from e5v_jax.data.pairs import Side, TrainingPairs
 
 Rows = NDArray[np.int64]
-T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 _logger = logging.getLogger(__name__)
 
@@ -32,11 +31,6 @@ class BatchIterator(Protocol[T_co]):
     def set_state(self, state: dict[str, Any]) -> None:
         """Go to a position: the next batch is the one after those taken then."""
         ...
-
-
-def number_texts(texts: Sequence[str]) -> Rows:
-    """Number the texts: equal after strip and casefold is equal number. int64 [N]."""
-    return number_inputs([Side("", list(texts), None)])
 
 
 def number_inputs(sides: Sequence[Side]) -> Rows:
@@ -77,7 +71,7 @@ def epoch_order(premise_ids: Rows, batch_size: int, seed: int, epoch: int) -> Ro
     or more if a premise has more rows than there are batches (:func:`batches_per_epoch`).
 
     Args:
-        premise_ids: int64 [N], from :func:`number_texts`.
+        premise_ids: int64 [N], from :func:`number_inputs`.
         batch_size: rows of a global batch, B.
         seed: not negative.
         epoch: from 0.
@@ -106,7 +100,7 @@ def epoch_order(premise_ids: Rows, batch_size: int, seed: int, epoch: int) -> Ro
 
 
 def _ranks(sorted_keys: Rows) -> Rows:
-    """Position within its run of equal keys, for each element. int64 [N]."""
+    """Tell each element's position within its run of equal keys, int64 [N]."""
     starts = np.flatnonzero(np.diff(sorted_keys, prepend=-1))
     return np.arange(len(sorted_keys)) - np.repeat(starts, np.diff(starts, append=len(sorted_keys)))
 
@@ -134,7 +128,7 @@ def _place_elsewhere(
     table: list[list[int]] = order.tolist()
 
     def from_anywhere(count: int) -> Iterator[int]:
-        """0 to count - 1, starting at a random one."""
+        """Count from a random number below ``count`` to the last, then on from 0."""
         start = int(random.random_raw()) % count
         return (i % count for i in range(start, start + count))
 
@@ -161,7 +155,7 @@ def _place_elsewhere(
 
 
 class _Batches:
-    """Random access to the batches of all epochs, for Grain."""
+    """Gives Grain random access to the batches of all epochs."""
 
     def __init__(
         self, premise_ids: Rows, *, batch_size: int, seed: int, num_epochs: int, columns: slice
@@ -183,47 +177,25 @@ class _Batches:
         return self._order[batch, self._columns].copy()
 
 
-@overload
 def make_batches(
-    triplets: Triplets,
-    *,
-    batch_size: int,
-    seed: int,
-    num_epochs: int,
-    process_index: int = ...,
-    process_count: int = ...,
-    transform: None = ...,
-) -> BatchIterator[Rows]: ...
-@overload
-def make_batches(
-    triplets: Triplets,
-    *,
-    batch_size: int,
-    seed: int,
-    num_epochs: int,
-    process_index: int = ...,
-    process_count: int = ...,
-    transform: Callable[[Rows], T],
-) -> BatchIterator[T]: ...
-def make_batches(
-    triplets: Triplets,
+    pairs: TrainingPairs,
     *,
     batch_size: int,
     seed: int,
     num_epochs: int,
     process_index: int = 0,
     process_count: int = 1,
-    transform: Callable[[Rows], Any] | None = None,
+    transform: Callable[[Rows], Any] = lambda rows: rows,
 ) -> BatchIterator[Any]:
-    """This process's part of each global batch of the run, as row numbers or what becomes of them.
+    """Give this process's part of each global batch, as row numbers or what becomes of them.
 
     Rows are shuffled anew each epoch, see :func:`epoch_order`; the global batches depend on
     ``seed`` and the data, not on the number of processes. The state is the number of batches taken,
     so a run may resume with other processes. It says nothing of the data: resume with the same
-    triplets (``Triplets.fingerprint``), batch_size and seed.
+    pairs (``TrainingPairs.fingerprint``), batch_size and seed.
 
     Args:
-        triplets: the training rows.
+        pairs: the training rows.
         batch_size: rows of a global batch.
         seed: of the shuffle, not negative.
         num_epochs: times each row is seen, but for the remainder.
@@ -244,12 +216,12 @@ def make_batches(
         raise ValueError(f"process_index {process_index}, expected 0 to {process_count - 1}")
     if batch_size % process_count:
         raise ValueError(f"batch_size {batch_size} is no multiple of {process_count} processes")
-    premises = number_inputs(triplets.sides[:1])
+    premises = number_inputs(pairs.sides[:1])
     used = batches_per_epoch(premises, batch_size) * batch_size
     if not used:
         raise ValueError(
             f"{len(premises)} rows with {len(np.unique(premises))} different "
-            f"{triplets.sides[0].column} do not fill a batch of {batch_size} without repeating "
+            f"{pairs.sides[0].column} do not fill a batch of {batch_size} without repeating "
             "one: lower batch_size or add data"
         )
     if used < len(premises) // batch_size * batch_size:
@@ -260,7 +232,7 @@ def make_batches(
             len(premises) - used,
             len(premises),
             np.count_nonzero(premises == commonest),
-            triplets.row_ids[int(np.argmax(premises == commonest))],
+            pairs.row_ids[int(np.argmax(premises == commonest))],
         )
     share = batch_size // process_count
     source = _Batches(
@@ -270,9 +242,7 @@ def make_batches(
         num_epochs=num_epochs,
         columns=slice(process_index * share, (process_index + 1) * share),
     )
-    batches = grain.MapDataset.source(source)
-    if transform is not None:
-        batches = batches.map(transform)
+    batches = grain.MapDataset.source(source).map(transform)
     # One thread: the rows are in memory, and _Batches is then only used by one.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
     return iter(batches.to_iter_dataset(options))

@@ -1,37 +1,63 @@
-"""Rows of .csv, .jsonl and .parquet files, one at a time, with the place of each for messages."""
+"""Rows of .txt, .csv, .jsonl and .parquet files, one at a time, with the place of each."""
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice, repeat
 from pathlib import Path
+from typing import Any
 
-CheckColumns = Callable[[str, list[str]], object]
-"""Gets where the columns are named and their names; raises ValueError if they do not serve."""
-Row = tuple[int, "dict[str, object] | ValueError"]
-"""Its number, and its values by column or what is wrong with it (without file and number)."""
+SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
+CheckColumns = Callable[[str, list[str]], Iterable[str]]
+"""Gets where the columns are named and their names, and returns those to read; raises ValueError if
+they do not serve."""
+Row = tuple[int, "dict[str, object] | ValueError | None"]
+"""Its number, and its values by column, or what is wrong with it (without file and number), or None
+if it is not wanted."""
 
 
-def read_rows(file: Path, check_columns: CheckColumns) -> Iterator[Row]:
-    """Rows in order; a file of any size, as only a part of it is in memory.
+def read_rows(
+    file: Path,
+    check_columns: CheckColumns,
+    wanted: Iterator[bool] | None = None,
+    *,
+    strings_only: bool = False,
+    without_bytes: bool = False,
+) -> Iterator[Row]:
+    """Read the rows in order, of a file of any size, as only a part of it is in memory.
 
-    Numbers count from 1: for csv and jsonl the line of the file on which the row starts (so the
-    first row of a csv file is at line 2), for parquet the row. Blank lines are skipped.
+    Numbers count from 1: for txt, csv and jsonl the line of the file on which the row starts (so
+    the first row of a csv file is at line 2), for parquet the row. Blank lines are skipped, but for
+    txt, where every line is a row with one column, ``text``.
 
     Args:
-        file: its suffix tells the format.
+        file: its suffix, one of ``SUFFIXES``, tells the format.
         check_columns: for csv and parquet; of jsonl, each row has its own keys.
+        wanted: says of each row whether to parse it; by default all are. A row group of a parquet
+            file with no such row is not read.
+        strings_only: refuse columns of a parquet file that hold something else.
+        without_bytes: do not read binary columns of a parquet file, nor binary fields of structs;
+            their values are then ``b""``.
 
     Raises:
-        ValueError: one line naming the file, and the line if it has one: an unknown suffix, columns
-            that ``check_columns`` refuses, text that is not UTF-8, broken csv or parquet.
+        ValueError: one line naming the file, and the line if it has one: columns that
+            ``check_columns`` refuses, text that is not UTF-8, broken csv or parquet.
     """
-    reader = _READERS.get(file.suffix.lower())
-    if reader is None:
-        raise ValueError(f"{file}: unknown suffix {file.suffix!r}, expected {', '.join(_READERS)}")
-    return reader(file, check_columns)
+    wanted = repeat(True) if wanted is None else wanted
+    suffix = file.suffix.lower()
+    if suffix == ".parquet":
+        yield from _read_parquet(file, check_columns, wanted, strings_only, without_bytes)
+    elif suffix == ".csv":
+        yield from _read_csv(file, check_columns, wanted)
+    else:
+        parse = _text if suffix == ".txt" else _json_row
+        for number, line in _read_lines(file):
+            if suffix == ".txt" or line.strip():
+                yield number, parse(line) if next(wanted) else None
 
 
-def read_lines(file: Path) -> Iterator[tuple[int, str]]:
+def _read_lines(file: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines, each with its end; only newlines end one, not all that str.splitlines knows.
 
     Raises:
@@ -49,9 +75,13 @@ def read_lines(file: Path) -> Iterator[tuple[int, str]]:
                 ) from None
 
 
-def _read_csv(file: Path, check_columns: CheckColumns) -> Iterator[Row]:
+def _text(line: str) -> dict[str, object]:
+    return {"text": line.removesuffix("\n").removesuffix("\r")}
+
+
+def _read_csv(file: Path, check_columns: CheckColumns, wanted: Iterator[bool]) -> Iterator[Row]:
     # strict: otherwise a stray quote silently swallows or merges what follows it
-    reader = csv.reader((line for _, line in read_lines(file)), strict=True)
+    reader = csv.reader((line for _, line in _read_lines(file)), strict=True)
     header: list[str] | None = None
     while True:
         number = reader.line_num + 1
@@ -66,31 +96,12 @@ def _read_csv(file: Path, check_columns: CheckColumns) -> Iterator[Row]:
         if header is None:
             header = row
             check_columns(f"{file}:{number}", header)
+        elif not next(wanted):
+            yield number, None
         elif len(row) != len(header):
             yield number, ValueError(f"{len(row)} fields, expected {len(header)}: {header}")
         else:
             yield number, dict(zip(header, row, strict=True))
-
-
-def _read_jsonl(file: Path, check_columns: CheckColumns) -> Iterator[Row]:
-    for number, line in read_lines(file):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.strip(), object_pairs_hook=_json_object)
-        except json.JSONDecodeError as error:
-            yield number, ValueError(f"broken json: {error.msg}, character {error.colno}")
-        except _RepeatedKey as error:
-            yield number, error
-        except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
-            yield number, ValueError(f"broken json: {error}")
-        else:
-            if isinstance(row, dict):
-                yield number, row
-            else:
-                text = json.dumps(row)
-                found = text if len(text) <= 40 else text[:37] + "..."
-                yield number, ValueError(f"found {found}, expected an object")
 
 
 class _RepeatedKey(ValueError):
@@ -106,26 +117,116 @@ def _json_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return values
 
 
-def _read_parquet(file: Path, check_columns: CheckColumns) -> Iterator[Row]:
+_JSON = json.JSONDecoder(object_pairs_hook=_json_object)
+
+
+def _json_row(line: str) -> dict[str, object] | ValueError:
+    try:
+        row = _JSON.decode(line.strip())
+    except json.JSONDecodeError as error:
+        return ValueError(f"broken json: {error.msg}, character {error.colno}")
+    except _RepeatedKey as error:
+        return error
+    except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
+        return ValueError(f"broken json: {error}")
+    if isinstance(row, dict):
+        return row
+    return ValueError(f"found {shortened(row)}, expected an object")
+
+
+def shortened(value: object) -> str:
+    """A value as json of at most 40 characters, for messages."""
+    text = json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _read_parquet(
+    file: Path,
+    check_columns: CheckColumns,
+    wanted: Iterator[bool],
+    strings_only: bool,
+    without_bytes: bool,
+) -> Iterator[Row]:
     # here and not above: the import takes a while and other formats do not need it
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
-        # read_table would take columns from folder names
-        with file.open("rb") as content, pq.ParquetFile(content) as table:
-            check_columns(str(file), table.schema_arrow.names)
+        # read_table would take columns from folder names; a buffer lets it read piece by piece
+        with file.open("rb") as content, pq.ParquetFile(content, buffer_size=2**20) as table:
+            columns = set(check_columns(str(file), table.schema_arrow.names))
+            if strings_only:
+                _check_strings(file, [f for f in table.schema_arrow if f.name in columns])
+            leaves = [table.schema.column(i) for i in range(len(table.schema))]
+            leaves = [leaf for leaf in leaves if leaf.path.partition(".")[0] in columns]
+            left_out = [leaf.path for leaf in leaves if without_bytes and _is_binary(leaf)]
+            paths = [leaf.path for leaf in leaves if leaf.path not in left_out]
             number = 0
-            for batch in table.iter_batches(batch_size=256):  # rows may hold images
-                for row in batch.to_pylist():
-                    number += 1
-                    yield number, row
+            for group in range(table.num_row_groups):
+                flags = bytes(islice(wanted, table.metadata.row_group(group).num_rows))
+                if not any(flags):
+                    yield from ((number + i, None) for i in range(1, len(flags) + 1))
+                    number += len(flags)
+                    continue
+                flag = iter(flags)
+                # few rows at a time, as they may hold images
+                for batch in table.iter_batches(256, row_groups=[group], columns=paths):
+                    chosen = bytes(islice(flag, len(batch)))
+                    rows = _batch_rows(batch, left_out) if any(chosen) else [None] * len(batch)
+                    for is_chosen, row in zip(chosen, rows, strict=True):
+                        number += 1
+                        yield number, row if is_chosen else None
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"{file}: broken parquet: {str(error).splitlines()[0]}") from None
 
 
-_READERS: dict[str, Callable[[Path, CheckColumns], Iterator[Row]]] = {
-    ".csv": _read_csv,
-    ".jsonl": _read_jsonl,
-    ".parquet": _read_parquet,
-}
+def _check_strings(file: Path, fields: list[Any]) -> None:
+    import pyarrow as pa
+
+    for field in fields:
+        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+            raise ValueError(
+                f"{file}: column {field.name} is of type {field.type}, expected string"
+            )
+
+
+def _is_binary(leaf: Any) -> bool:
+    return "BYTE_ARRAY" in leaf.physical_type and leaf.logical_type.type == "NONE"
+
+
+def _batch_rows(batch: Any, left_out: list[str]) -> list[dict[str, Any] | ValueError]:
+    rows: list[dict[str, Any] | ValueError]
+    try:
+        rows = batch.to_pylist()
+    except UnicodeDecodeError:  # Arrow does not check when it reads
+        rows = [_checked_row(batch.slice(i, 1)) for i in range(len(batch))]
+    for path in left_out:
+        column, _, field = path.partition(".")
+        for row in rows:
+            if isinstance(row, ValueError):
+                continue
+            if not field:
+                row[column] = b""
+            elif row.setdefault(column, {}) is not None:
+                row[column][field] = b""
+    return rows
+
+
+def _checked_row(batch: Any) -> dict[str, Any] | ValueError:
+    row = {}
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        try:
+            row[name] = column[0].as_py()
+        except UnicodeDecodeError as error:
+            return ValueError(f"{name} is not UTF-8 (byte {error.start})")
+    return row
+
+
+def parquet_footer(file: Path) -> bytes:
+    """Read the end of a Parquet file, which tells the sizes of its columns in every row group."""
+    with file.open("rb") as content:
+        content.seek(-8, os.SEEK_END)
+        size = int.from_bytes(content.read(4), "little")
+        content.seek(-8 - size, os.SEEK_END)
+        return content.read(size)

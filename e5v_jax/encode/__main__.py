@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from e5v_jax import cli
-from e5v_jax.encode.files import Item, list_folder, make_item, read_items, scan_items
+from e5v_jax.encode.files import Item, list_folder, make_item, read_items
 from e5v_jax.encode.options import Args
 from e5v_jax.encode.vectors import check_output, write_vectors
 
@@ -82,7 +82,6 @@ def encode_to_folder(args: Args) -> None:
     cli.show_log()
     if args.input.is_dir():
         tell_left_out(args.input, list_folder(args.input)[1])
-    scan = scan_items(args.input, allow_errors=args.on_error == "skip")
 
     from e5v_jax.distributed import initialize, is_first, wait_for_all
 
@@ -93,6 +92,7 @@ def encode_to_folder(args: Args) -> None:
     from e5v_jax.encode import bulk
     from e5v_jax.encode.progress import bulk_progress
 
+    scan = bulk.scan_once(args.input, allow_errors=args.on_error == "skip")
     how = bulk.BulkOptions(args.shard_size, args.format, args.embedding_dtype, args.on_error)
     arguments = options(args)
     manifest = bulk.describe(
@@ -108,7 +108,7 @@ def encode_to_folder(args: Args) -> None:
     bulk.check_output(args.output, manifest)
     model = load_model(args)
     if is_first():
-        bulk.start_output(args.output, manifest)
+        bulk.start_output(args.output, manifest, scan)
     wait_for_all("the output folder is there")
     share = bulk.Share(jax.process_index(), jax.process_count())
     with (

@@ -3,26 +3,30 @@
     manifest.json        what was embedded, how, and with what; at the end, how many rows
     shard-00000.parquet  columns id and embedding; or .npy, with the ids in shard-00000.ids.json
     failed.jsonl         with --on-error skip: id, place and reason of each row left out
+    .repeated.tmp        during the run: rows whose id an earlier row has
 
 A shard is a fixed range of input rows, embedded by itself and renamed when whole. So its bytes do
-not depend on where a run was killed, nor on how many processes shared the work.
+not depend on where a run was killed, nor on how many processes shared the work. The first process
+reads the input once before, for what needs all of it: the number of rows, the hash, repeated ids.
 """
 
+import io
 import json
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import Executor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
-from itertools import islice
+from itertools import count, islice, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
 import numpy as np
 
 from e5v_jax import __version__
 from e5v_jax.atomic import write_whole
 from e5v_jax.data.inputs import InputError
-from e5v_jax.encode.files import Item, iterate_items
+from e5v_jax.encode.files import Item, Scan, iterate_items, scan_items
 from e5v_jax.encode.progress import BulkProgress
 from e5v_jax.encode.vectors import write_json, write_vectors
 from e5v_jax.storage import as_path, in_bucket
@@ -30,7 +34,8 @@ from e5v_jax.storage import as_path, in_bucket
 if TYPE_CHECKING:
     from e5v_jax import E5V
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # in 1, input_sha256 was over the sizes of images in Parquet
+_REPEATED = ".repeated.tmp"
 _NOT_COMPARED = ("versions", "result")
 
 
@@ -47,7 +52,7 @@ class BulkOptions:
 
 @dataclass(frozen=True)
 class Share:
-    """Which of the processes that share the work this one is."""
+    """Says which of the processes that share the work this one is."""
 
     index: int = 0
     count: int = 1
@@ -61,10 +66,16 @@ def check_output(output: Path, manifest: dict[str, Any]) -> None:
     """
     path = output / "manifest.json"
     if not path.exists():
-        if output.exists() and any(not is_temporary(entry) for entry in output.iterdir()):
+        if output.exists() and any(not _is_temporary(entry) for entry in output.iterdir()):
             raise ValueError(f"{output}: not empty and no output of this command; choose another")
     else:
         found = json.loads(path.read_text(encoding="utf-8"))
+        if found.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{output}: begun by another version of e5v_jax (format "
+                f"{found.get('format_version')}, this one writes {FORMAT_VERSION}); finish it with "
+                "that version, or choose another --output or delete it"
+            )
         for key in sorted((found.keys() | manifest.keys()) - set(_NOT_COMPARED)):
             if found.get(key) != manifest.get(key):
                 raise ValueError(
@@ -73,19 +84,54 @@ def check_output(output: Path, manifest: dict[str, Any]) -> None:
                 )
 
 
-def start_output(output: Path, manifest: dict[str, Any]) -> None:
+def scan_once(source: Path, *, allow_errors: bool) -> Scan:
+    """Scan the input in the first process; the others get its rows and fingerprint from it.
+
+    Raises:
+        FileNotFoundError, OSError, ValueError: as :func:`e5v_jax.encode.files.scan_items`; in the
+            other processes a ValueError of the same line.
+    """
+    import jax  # here, not above: reading an output folder does not need it
+    from jax.experimental import multihost_utils
+
+    from e5v_jax.distributed import wait_for_all
+
+    if jax.process_count() == 1:
+        return scan_items(source, allow_errors=allow_errors)
+    # Processes give up on each other after 30 s when they first connect. Once connected, they wait
+    # for as long as the scan takes.
+    wait_for_all("all processes are there")
+    scan, failure, told = None, None, b""
+    if jax.process_index() == 0:
+        try:
+            scan = scan_items(source, allow_errors=allow_errors)
+            told = json.dumps([scan.rows, scan.fingerprint]).encode()
+        except (OSError, ValueError) as error:  # the others must not wait for ever
+            failure, told = error, b"!" + str(error).encode("utf-8", "replace")
+    message = np.frombuffer(told[:4096].ljust(4096, b"\0"), np.uint8)
+    told = bytes(multihost_utils.broadcast_one_to_all(message)).rstrip(b"\0")
+    if told.startswith(b"!"):
+        raise failure or ValueError(told[1:].decode("utf-8", "replace"))
+    rows, fingerprint = json.loads(told)
+    return scan or Scan(rows, fingerprint, io.BytesIO())
+
+
+def start_output(output: Path, manifest: dict[str, Any], scan: Scan) -> None:
     """Make the folder with its manifest, if it is not there; what a kill left there is removed."""
     if not in_bucket(output):
         output.mkdir(parents=True, exist_ok=True)
-        for entry in filter(is_temporary, output.iterdir()):
+        for entry in filter(_is_temporary, output.iterdir()):
             entry.unlink()
     path = output / "manifest.json"
     if not path.exists():
         write_json(path, manifest)
+    if scan.repeated.tell():
+        scan.repeated.seek(0)
+        write_whole(output / _REPEATED, lambda file: shutil.copyfileobj(scan.repeated, file))
 
 
-def is_temporary(path: Path) -> bool:
-    """Whether a killed run may have left this half-written."""
+def _is_temporary(path: Path) -> bool:
+    """Say whether a killed run may have left this half-written."""
     return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
@@ -116,24 +162,45 @@ def encode_shards(
         ValueError: without ``on_error`` skip, the first bad row; shards before it are kept.
         OSError: the disk is full or the like.
     """
-    for number, items in enumerate(_chunks(iterate_items(source), options.shard_size)):
-        if number % share.count != share.index:
-            continue
-        path = shard_path(output, number, options)
-        if path.exists():
-            progress.found(len(items))
-        else:
+    size = options.shard_size
+
+    def is_mine(number: int) -> bool:
+        return number % share.count == share.index
+
+    def wanted() -> Iterator[bool]:
+        for number in count():
+            mine = is_mine(number) and not shard_path(output, number, options).exists()
+            yield from repeat(mine, size)
+
+    rows = _mark_repeated(iterate_items(source, wanted()), output / _REPEATED)
+    for number in count():
+        chunk = list(islice(rows, size))
+        items = [item for item in chunk if item is not None]
+        if not chunk:
+            return
+        if items:
+            path = shard_path(output, number, options)
             _encode_shard(model, items, path, options, encode, progress, pool)
+        elif is_mine(number):
+            progress.passed(len(chunk))
+
+
+def _mark_repeated(items: Iterator[Item | None], file: Path) -> Iterator[Item | None]:
+    """Give items whose id the scan found taken an error, if they have none."""
+    with file.open("rb") if file.exists() else io.BytesIO() as lines:
+        repeated = map(json.loads, lines)
+        row, reason = next(repeated, (-1, ""))
+        for number, item in enumerate(items):
+            if number == row:
+                if item is not None:
+                    item = replace(item, value={}, error=item.error or reason)
+                row, reason = next(repeated, (-1, ""))
+            yield item
 
 
 def shard_path(output: Path, number: int, options: BulkOptions) -> Path:
-    """The file whose presence says that shard ``number`` is whole."""
+    """Name the file whose presence says that shard ``number`` is whole."""
     return output / f"shard-{number:05d}.{options.format}"
-
-
-def _chunks(items: Iterator[Item], size: int) -> Iterator[list[Item]]:
-    while chunk := list(islice(items, size)):
-        yield chunk
 
 
 def _encode_shard(
@@ -166,7 +233,7 @@ def _encode_shard(
     if reasons and not skip:
         row = min(reasons)
         raise ValueError(f"{items[row].where}: {reasons[row]}")
-    progress.failed(len(reasons))
+    progress.passed(len(reasons))
     if reasons:
         lines = [
             json.dumps({"id": items[row].id, "where": items[row].where, "reason": reason}) + "\n"
@@ -186,7 +253,7 @@ def _failed_path(shard: Path) -> Path:
 
 
 def finish_output(output: Path, rows: int, options: BulkOptions) -> dict[str, int]:
-    """When all processes are through: join what failed, and complete the manifest.
+    """Join what failed and complete the manifest, when all processes are through.
 
     Returns:
         Rows, embedded rows, failed rows and shards.
@@ -195,21 +262,23 @@ def finish_output(output: Path, rows: int, options: BulkOptions) -> dict[str, in
         RuntimeError: a shard is missing.
     """
     shards = -(-rows // options.shard_size)
-    failed: list[bytes] = []
-    for number in range(shards):
-        path = shard_path(output, number, options)
+    paths = [shard_path(output, number, options) for number in range(shards)]
+    for path in paths:
         if not path.exists():
             raise RuntimeError(f"{path}: missing; start the command again to make it")
-        if _failed_path(path).exists():
-            failed += _failed_path(path).read_bytes().splitlines(keepends=True)
+    failed = 0
+
+    def join(file: BinaryIO) -> None:
+        nonlocal failed
+        for path in map(_failed_path, paths):
+            lines = path.read_bytes() if path.exists() else b""
+            failed += lines.count(b"\n")
+            file.write(lines)
+
     if options.on_error == "skip":
-        write_whole(output / "failed.jsonl", lambda file: file.write(b"".join(failed)))
-    result = {
-        "rows": rows,
-        "embedded": rows - len(failed),
-        "failed": len(failed),
-        "shards": shards,
-    }
+        write_whole(output / "failed.jsonl", join)
+    (output / _REPEATED).unlink(missing_ok=True)
+    result = {"rows": rows, "embedded": rows - failed, "failed": failed, "shards": shards}
     path = output / "manifest.json"
     manifest = json.loads(path.read_text(encoding="utf-8"))
     write_json(path, {**manifest, "result": result})
@@ -217,23 +286,25 @@ def finish_output(output: Path, rows: int, options: BulkOptions) -> dict[str, in
 
 
 def describe(options: BulkOptions, **about: Any) -> dict[str, Any]:
-    """The manifest of a run."""
+    """Make the manifest of a run."""
     versions = {name: version(name) for name in ("jax", "numpy", "pillow", "transformers")}
     versions["e5v_jax"] = __version__
     return {"format_version": FORMAT_VERSION, **about, **asdict(options), "versions": versions}
 
 
 def read_embeddings(output: str | Path) -> tuple[list[str], np.ndarray]:
-    """All ids and vectors [N, D] of a finished or unfinished output folder, in input order.
+    """Read all ids and vectors [N, D] of a finished or unfinished output folder, in input order.
 
     Raises:
         ValueError: no shard is there.
     """
     ids: list[str] = []
     parts: list[np.ndarray] = []
-    for path in sorted(as_path(output).glob("shard-*")):
+    found = as_path(output).glob("shard-*")
+    for path in sorted(found, key=lambda path: (len(path.name), path.name)):  # 99999 before 100000
         if path.suffix == ".npy":
-            ids += json.loads(path.with_suffix(".ids.json").read_text(encoding="utf-8"))
+            names = path.with_suffix(".ids.json").read_bytes()
+            ids += json.loads(names.decode("utf-8", "surrogatepass"))
             with path.open("rb") as file:
                 parts.append(np.load(file))
         elif path.suffix == ".parquet":

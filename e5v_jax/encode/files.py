@@ -2,18 +2,25 @@
 
 import glob
 import hashlib
+import json
 import os
+import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from pathlib import Path
+from typing import IO, Any
 
-from e5v_jax.data.rows import read_lines, read_rows
+from e5v_jax.data.rows import SUFFIXES, parquet_footer, read_rows
+from e5v_jax.encode.ids import repeated_ids, taken
 from e5v_jax.storage import in_bucket
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 """What a folder is searched for; an image named by path may have any suffix."""
-COLUMNS = ("id", "text", "image")
-_TABLES = (".txt", ".jsonl", ".csv", ".parquet")
+_COLUMNS = ("id", "text", "image")
+_WITH_IDS = (".jsonl", ".csv", ".parquet")
+"""Files whose rows may have ids of their own; file names and line numbers cannot repeat."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +42,10 @@ class Scan:
 
     rows: int
     fingerprint: str
-    """sha256 (hex) over ids, texts, image paths and the sizes of images given as bytes."""
+    """sha256 (hex) over ids, texts and image paths, and the footers of Parquet files."""
+    repeated: IO[bytes]
+    """A temporary file of rows whose id is taken, a line of json for each, in order: the number of
+    the row, from 0, and what is wrong with it."""
 
 
 def make_item(
@@ -83,38 +93,73 @@ def _value(
 
 
 def read_items(source: Path) -> tuple[list[Item], list[str]]:
-    """All inputs of ``source`` in memory, and the names of a folder's other entries.
+    """Read all inputs of ``source`` into memory.
+
+    Returns:
+        The inputs, and the names of a folder's other entries.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`iterate_items`, and for a bad row too.
+        FileNotFoundError, ValueError: as :func:`iterate_items`, and for a bad row, a repeated id
+            and no input too.
     """
-    items = []
-    for item in iterate_items(source):
-        if item.error is not None:
-            raise ValueError(f"{item.where}: {item.error}")
-        items.append(item)
-    return items, list_folder(source)[1] if source.is_dir() else []
+    items: dict[str, Item] = {}
+    for item in filter(None, iterate_items(source)):
+        error = item.error
+        if error is None and item.id in items:
+            error = taken(item.id, items[item.id].where)
+        if error is not None:
+            raise ValueError(f"{item.where}: {error}")
+        items[item.id] = item
+    if not items:
+        raise ValueError(f"{source}: nothing to embed")
+    return list(items.values()), list_folder(source)[1] if source.is_dir() else []
 
 
 def scan_items(source: Path, *, allow_errors: bool) -> Scan:
-    """Read all inputs once; with ``allow_errors`` bad rows count as rows.
+    """Read all inputs once, but for images in Parquet files; with ``allow_errors`` bad rows count.
+
+    It takes a few MB however many inputs there are, and room on the disk for their ids. A row of
+    Parquet that has neither text nor image is not found yet if its images would be bytes.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`iterate_items`, and without ``allow_errors`` for a
-            bad row too.
+        FileNotFoundError, ValueError: as :func:`iterate_items`, for no input too, and without
+            ``allow_errors`` for a bad row or a repeated id.
+        OSError: the disk is full or the like.
     """
-    digest, rows = hashlib.sha256(), 0
-    for item in iterate_items(source):
-        if item.error is not None and not allow_errors:
-            raise ValueError(f"{item.where}: {item.error}")
-        image = item.value.get("image")
-        parts = (item.id, item.value.get("text"), len(image) if isinstance(image, bytes) else image)
-        digest.update(repr(tuple(map(str, parts))).encode("utf-8", "surrogatepass"))
-        rows += 1
-    return Scan(rows, digest.hexdigest())
+    digest, rows, bad = hashlib.sha256(), 0, None
+    files = _files(source)
+    may_repeat = any(file.suffix.lower() in _WITH_IDS for file in files)
+
+    def ids() -> Iterator[tuple[str, str]]:
+        nonlocal rows, bad
+        for item in filter(None, iterate_items(source, without_bytes=True)):
+            if item.error is not None and not allow_errors:
+                bad = f"{item.where}: {item.error}"
+                return
+            parts = (item.id, item.value.get("text"), item.value.get("image"))
+            digest.update(repr(tuple(map(str, parts))).encode("utf-8", "surrogatepass"))
+            rows += 1
+            if may_repeat:
+                yield item.id, item.where
+
+    repeated = tempfile.TemporaryFile()  # noqa: SIM115 - closed with the Scan
+    for row, where, reason in repeated_ids(ids()):
+        if not allow_errors:
+            raise ValueError(f"{where}: {reason}")
+        repeated.write(json.dumps([row, reason]).encode() + b"\n")
+    if bad is not None:
+        raise ValueError(bad)
+    if not rows:
+        raise ValueError(f"{source}: nothing to embed")
+    for file in files:
+        if file.suffix.lower() == ".parquet":
+            digest.update(parquet_footer(file))
+    return Scan(rows, digest.hexdigest(), repeated)
 
 
-def iterate_items(source: Path) -> Iterator[Item]:
+def iterate_items(
+    source: Path, wanted: Iterator[bool] | None = None, *, without_bytes: bool = False
+) -> Iterator[Item | None]:
     """Inputs of a folder of images, of a file, or of all that a glob pattern matches, in order.
 
     - .txt: one text a line.
@@ -128,46 +173,48 @@ def iterate_items(source: Path) -> Iterator[Item]:
     which it starts is the id of a row that has none. In a folder, the file name is the id. What a
     pattern (say ``photos/**/*.jpg``) matches is sorted; ids are paths, of rows path:number.
 
+    Args:
+        source: the folder, file or pattern.
+        wanted: says of each row in turn whether to read and check it; for others comes None.
+        without_bytes: take it that rows of Parquet have an image if images there are bytes, and do
+            not read them.
+
     Raises:
         FileNotFoundError: no such file or folder.
         ValueError: one line naming file and line, and what is wrong there with the file as a whole;
             what is wrong with one row only is the ``error`` of its item.
     """
-    places: dict[str, str] = {}
-    for item in _iterate(source):
-        if item.id in places:
-            reason = f"id {item.id!r} is taken: see {places[item.id]}"
-            yield Item(item.where, item.id, {}, item.error or reason)
-        else:
-            places[item.id] = item.where
-            yield item
-    if not places:
-        raise ValueError(f"{source}: nothing to embed")
-
-
-def _iterate(source: Path) -> Iterator[Item]:
+    wanted = repeat(True) if wanted is None else wanted
     if source.is_dir():
         for name in list_folder(source)[0]:
-            yield Item(str(source), name, {"image": source / name})
-    elif source.exists() or in_bucket(source) or not glob.has_magic(str(source)):
-        yield from _iterate_file(source, prefix="")
-    else:
-        for match in map(Path, sorted(glob.glob(str(source), recursive=True))):
-            if match.suffix.lower() in _TABLES:
-                yield from _iterate_file(match, prefix=f"{match}:")
-            elif match.name.lower().endswith(IMAGE_SUFFIXES):
-                yield Item(str(source), str(match), {"image": match})
+            yield Item(str(source), name, {"image": source / name}) if next(wanted) else None
+        return
+    for file in _files(source):
+        prefix = "" if file == source else f"{file}:"
+        if file == source or file.suffix.lower() in SUFFIXES:
+            yield from _iterate_file(file, prefix, wanted, without_bytes)
+        elif file.name.lower().endswith(IMAGE_SUFFIXES):
+            yield Item(str(source), str(file), {"image": file}) if next(wanted) else None
+
+
+def _files(source: Path) -> list[Path]:
+    """Give the file that ``source`` is, or what it matches; of a folder nothing."""
+    if source.is_dir():
+        return []
+    if source.exists() or in_bucket(source) or not glob.has_magic(str(source)):
+        return [source]
+    return [Path(match) for match in sorted(glob.glob(str(source), recursive=True))]
 
 
 def list_folder(folder: Path) -> tuple[list[str], list[str]]:
-    """Names of a folder's images and of its other entries, hidden ones left out, sorted.
+    """Give the names of a folder's images and of its other entries, without hidden ones, sorted.
 
     Raises:
         ValueError: there is no image, or the folder is in a bucket.
     """
     if in_bucket(folder):
         raise ValueError(
-            f"{folder}: in a bucket, expected one file of {', '.join(_TABLES)}; mount the bucket "
+            f"{folder}: in a bucket, expected one file of {', '.join(SUFFIXES)}; mount the bucket "
             "for folders of images and patterns"
         )
     images: list[str] = []
@@ -181,66 +228,67 @@ def list_folder(folder: Path) -> tuple[list[str], list[str]]:
     return images, others
 
 
-def _iterate_file(file: Path, *, prefix: str) -> Iterator[Item]:
+def _iterate_file(
+    file: Path, prefix: str, wanted: Iterator[bool], without_bytes: bool
+) -> Iterator[Item | None]:
     if not file.exists():
         raise FileNotFoundError(f"{file}: no such file or folder")
     suffix = file.suffix.lower()
-    if suffix not in _TABLES:
+    if suffix not in SUFFIXES:
         raise ValueError(
-            f"{file}: unknown suffix {file.suffix!r}, expected {', '.join(_TABLES)} or a "
+            f"{file}: unknown suffix {file.suffix!r}, expected {', '.join(SUFFIXES)} or a "
             "folder of images"
         )
-    if suffix == ".txt":
-        for number, line in read_lines(file):
-            text = line.removesuffix("\n").removesuffix("\r")
-            yield _item(file, number, {"text": text}, prefix)
-        return
-    for number, values in read_rows(file, _check_columns):
+    folder = file.parent
+    for number, values in read_rows(file, _check_columns, wanted, without_bytes=without_bytes):
         if suffix == ".csv" and isinstance(values, dict):
             for column, other in (("text", "image"), ("image", "text")):
                 if not values.get(column) and values.get(other):
                     values.pop(column, None)
-        yield _item(file, number, values, prefix)
+        where, id = f"{file}:{number}", f"{prefix}{number}"
+        yield None if values is None else _item(where, id, values, folder)
 
 
-def _item(file: Path, number: int, values: dict[str, object] | ValueError, prefix: str) -> Item:
-    where, id = f"{file}:{number}", f"{prefix}{number}"
+def _item(where: str, id: str, values: dict[str, object] | ValueError, folder: Path) -> Item:
     try:
         if isinstance(values, ValueError):
             raise values
-        given = {key: _cell(key, value) for key, value in values.items() if value is not None}
+        given: dict[str, Any] = {
+            key: _cell(key, value) for key, value in values.items() if value is not None
+        }
         found = given.get("id", id)
-        assert isinstance(found, str)
         if not found.strip():
             raise ValueError("the id is empty")
+        if not found.isascii() and re.search("[\ud800-\udfff]", found):  # it could not be written
+            raise ValueError("the id has half a character (a lone surrogate)")
         id = found
-        text = given.get("text")
-        assert text is None or isinstance(text, str)
-        return Item(where, id, _value(text, given.get("image"), file.parent))
+        return Item(where, id, _value(given.get("text"), given.get("image"), folder))
     except ValueError as error:
         return Item(where, id, {}, str(error))
 
 
 def _cell(key: str, value: object) -> str | bytes:
-    if key not in COLUMNS:  # not ignored: a misspelt one would change the embedding
-        raise ValueError(f"unknown key {key!r}, expected {', '.join(COLUMNS)}")
+    if key not in _COLUMNS:  # not ignored: a misspelt one would change the embedding
+        raise ValueError(f"unknown key {key!r}, expected {', '.join(_COLUMNS)}")
     if key == "id" and type(value) is int:
         return str(value)
     if key == "image" and isinstance(value, dict) and set(value) == {"bytes", "path"}:
-        value = value["path"] if value["bytes"] is None else value["bytes"]
+        # bytes that were not read are b"": their path stands for them in the fingerprint
+        value = value["path"] if value["bytes"] is None else value["bytes"] or str(value).encode()
     if isinstance(value, str) or (key == "image" and isinstance(value, bytes)):
         return value
     raise ValueError(f"{key} is of type {type(value).__name__}, not a string")
 
 
-def _check_columns(where: str, header: list[str]) -> None:
+def _check_columns(where: str, header: list[str]) -> list[str]:
     if "text" not in header and "image" not in header:
         raise ValueError(f"{where}: no column text or image; found {header}")
     for column in header:
-        if column not in COLUMNS:
+        if column not in _COLUMNS:
             raise ValueError(
-                f"{where}: unknown column {column!r}, expected {', '.join(COLUMNS)}: rename or "
+                f"{where}: unknown column {column!r}, expected {', '.join(_COLUMNS)}: rename or "
                 "remove it"
             )
         if header.count(column) > 1:
             raise ValueError(f"{where}: column {column} is there twice")
+    return header

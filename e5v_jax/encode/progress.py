@@ -16,7 +16,7 @@ _EVERY = 30.0  # seconds between log lines where there is no terminal
 
 
 class BulkProgress:
-    """Counts rows; ``statistics`` are the model's."""
+    """The count of this process's rows; the model's ``statistics`` give tokens and padding."""
 
     def __init__(self, progress: Progress, rows: int, statistics: Statistics) -> None:
         """Start counting ``rows`` of this process."""
@@ -27,21 +27,26 @@ class BulkProgress:
         self._start = self._logged = time.monotonic()
         self._rows, self._done, self._encoded = rows, 0, 0
 
-    def found(self, rows: int) -> None:
-        """Rows of a shard that an earlier run made."""
-        self._advance(rows)
-
-    def failed(self, rows: int) -> None:
-        """Rows that cannot be embedded."""
-        self._advance(rows)
-
     def encoded(self, rows: int) -> None:
-        """Rows of a finished batch."""
+        """Count the rows of a finished batch."""
         self._encoded += rows
-        self._advance(rows)
+        self.passed(rows)
+
+    def passed(self, rows: int) -> None:
+        """Count rows that cannot be embedded, or that an earlier run embedded."""
+        self._done += rows
+        self._progress.update(self._task, advance=rows, rates=self.summary())
+        now = time.monotonic()
+        if self._progress.disable and now - self._logged >= _EVERY:
+            self._logged = now
+            left = ""
+            if self._encoded:  # nothing is, while a resumed run goes past what is there
+                seconds = (now - self._start) / self._encoded * (self._rows - self._done)
+                left = f", {seconds:.0f} s left"
+            _logger.info("%d of %d rows, %s%s", self._done, self._rows, self.summary(), left)
 
     def summary(self) -> str:
-        """Items and tokens a second, and the part of all positions that was padding."""
+        """Say how many items and tokens a second, and what part of all positions was padding."""
         seconds = max(time.monotonic() - self._start, 1e-9)
         tokens = self._statistics.tokens - self._tokens
         return (
@@ -49,21 +54,10 @@ class BulkProgress:
             f"{100 * self._statistics.padding:.1f} % padding"
         )
 
-    def _advance(self, rows: int) -> None:
-        self._done += rows
-        self._progress.update(self._task, advance=rows, rates=self.summary())
-        now = time.monotonic()
-        if self._progress.disable and now - self._logged >= _EVERY:
-            self._logged = now
-            left = (now - self._start) / self._encoded * (self._rows - self._done)
-            _logger.info(
-                "%d of %d rows, %s, %.0f s left", self._done, self._rows, self.summary(), left
-            )
-
 
 @contextmanager
 def bulk_progress(rows: int, statistics: Statistics) -> Iterator[BulkProgress]:
-    """A bar on a terminal, else a log line every half minute."""
+    """Show a bar on a terminal, else a log line every half minute."""
     columns = (
         TextColumn("{task.completed} of {task.total}"),
         BarColumn(),

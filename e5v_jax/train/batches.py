@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from e5v_jax.data.inputs import Input, InputError
-from e5v_jax.data.pairs import Side, Triplets
+from e5v_jax.data.pairs import Side, TrainingPairs
 from e5v_jax.data.pipeline import number_inputs
 from e5v_jax.families.base import Batch, BatchShape, Measured, Processor
 from e5v_jax.prompts import IMAGE_PLACEHOLDER, PLAIN, PROMPTS, PromptChoice
@@ -37,7 +37,7 @@ class PairTokens:
         return [column for column in range(self.columns) if column not in self.image_shapes]
 
 
-def tokenize_pairs(pairs: Triplets, processor: Processor, cfg: DataConfig) -> PairTokens:
+def tokenize_pairs(pairs: TrainingPairs, processor: Processor, cfg: DataConfig) -> PairTokens:
     """Cut each sentence to ``cfg.max_tokens``, fill the prompt, tokenise (paper section 4.1).
 
     Images get the prompts of images.

@@ -111,7 +111,7 @@ class TrainConfig:
     """Low-rank adaptation of every decoder linear map; None, which only a configuration file can
     say, trains all decoder weights."""
     batch_size: int = 768
-    """Triplets per optimizer step, over all devices; all are negatives of each other."""
+    """TrainingPairs per optimizer step, over all devices; all are negatives of each other."""
     num_epochs: int = 2
     max_steps: int | None = None
     """Stop here instead of after num_epochs; the schedule then ends here too."""

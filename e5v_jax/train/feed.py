@@ -7,7 +7,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from e5v_jax.data.nli import load_tfds
-from e5v_jax.data.pairs import Triplets, load_triplets
+from e5v_jax.data.pairs import TrainingPairs, load_pairs
 from e5v_jax.data.pipeline import BatchIterator, make_batches
 from e5v_jax.families.base import Processor
 from e5v_jax.runtime import Runtime
@@ -35,7 +35,7 @@ class Feed(NamedTuple):
     has_images: bool
 
 
-def load_data(cfg: DataConfig) -> Triplets:
+def load_data(cfg: DataConfig) -> TrainingPairs:
     """The training pairs that ``cfg`` names.
 
     Raises:
@@ -45,7 +45,7 @@ def load_data(cfg: DataConfig) -> Triplets:
         raise ValueError("data: give either --data.path or --data.tfds")
     if cfg.tfds is not None:
         return load_tfds(cfg.tfds, data_dir=cfg.tfds_dir)
-    return load_triplets(cfg.path)
+    return load_pairs(cfg.path)
 
 
 def group_multiple(cfg: TrainConfig, runtime: Runtime) -> int:
@@ -64,7 +64,9 @@ def group_multiple(cfg: TrainConfig, runtime: Runtime) -> int:
     return multiple
 
 
-def open_feed(cfg: TrainConfig, triplets: Triplets, processor: Processor, runtime: Runtime) -> Feed:
+def open_feed(
+    cfg: TrainConfig, pairs: TrainingPairs, processor: Processor, runtime: Runtime
+) -> Feed:
     """Every sentence tokenised once; batches in an order fixed by the seed.
 
     Every process goes through the same global batches, whose texts are small; :func:`place` gives
@@ -74,7 +76,7 @@ def open_feed(cfg: TrainConfig, triplets: Triplets, processor: Processor, runtim
         ValueError: one line naming file, row and column, or the field of ``cfg``.
     """
     multiple = group_multiple(cfg, runtime)
-    tokens = tokenize_pairs(triplets, processor, cfg.data)
+    tokens = tokenize_pairs(pairs, processor, cfg.data)
     if tokens.image_shapes and cfg.batch_size % min(multiple, cfg.batch_size):
         raise ValueError(
             f"batch_size: {cfg.batch_size} images of a step cannot be split into parts of "
@@ -86,7 +88,7 @@ def open_feed(cfg: TrainConfig, triplets: Triplets, processor: Processor, runtim
         "seed": cfg.seed,
         "num_epochs": cfg.num_epochs,
     }
-    order = list(make_batches(triplets, **batching))
+    order = list(make_batches(pairs, **batching))
     total_steps = len(order) if cfg.max_steps is None else min(cfg.max_steps, len(order))
     lengths = group_lengths(
         tokens.lengths[tokens.text_columns],
@@ -100,7 +102,7 @@ def open_feed(cfg: TrainConfig, triplets: Triplets, processor: Processor, runtim
         lengths=lengths,
         multiple=multiple,
         wanted=local_rows(cfg.batch_size, runtime.mesh),
-        row_ids=triplets.row_ids,
+        row_ids=pairs.row_ids,
         pool=ThreadPoolExecutor(),  # starts no thread before there is an image
     )
 
@@ -108,7 +110,7 @@ def open_feed(cfg: TrainConfig, triplets: Triplets, processor: Processor, runtim
         return HostBatch(rows, make_batch(rows), int(tokens.lengths[:, rows].sum()))
 
     return Feed(
-        make_batches(triplets, **batching, transform=host_batch),
+        make_batches(pairs, **batching, transform=host_batch),
         total_steps,
         tokens.columns,
         lengths + tuple(shape.length for shape in tokens.image_shapes.values()),

@@ -6,7 +6,7 @@ from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
 from e5v_jax.checkpoints.converted import ConvertedFolder
-from e5v_jax.data.pairs import Triplets
+from e5v_jax.data.pairs import TrainingPairs
 from e5v_jax.distributed import initialize, is_first, wait_for_all
 from e5v_jax.encode.encoder import Encoder
 from e5v_jax.storage import remove_folder
@@ -77,7 +77,7 @@ def train(cfg: TrainConfig) -> None:
 def _take_steps(
     cfg: TrainConfig,
     training: Training,
-    triplets: Triplets,
+    triplets: TrainingPairs,
     validation: Validation | None,
     checkpointer: ocp.training.Checkpointer,
 ) -> bool:
@@ -142,7 +142,7 @@ def _check_finite(
     step: int,
     metrics: Metrics,
     batch: HostBatch,
-    triplets: Triplets,
+    triplets: TrainingPairs,
     checkpointer: ocp.training.Checkpointer,
 ) -> None:
     """Stop before anything of a step that went wrong is saved."""

@@ -11,7 +11,7 @@ from flax import nnx
 from e5v_jax.checkpoints.converted import ConvertedFolder
 from e5v_jax.checkpoints.loading import load_model
 from e5v_jax.checkpoints.tokenizer import load_tokenizer
-from e5v_jax.data.pairs import Triplets
+from e5v_jax.data.pairs import TrainingPairs
 from e5v_jax.families.base import Processor
 from e5v_jax.nn.layers import Build, Precision
 from e5v_jax.runtime import Runtime
@@ -43,7 +43,7 @@ class Training:
         return metrics
 
 
-def set_up(cfg: TrainConfig, base: ConvertedFolder, triplets: Triplets) -> Training:
+def set_up(cfg: TrainConfig, base: ConvertedFolder, triplets: TrainingPairs) -> Training:
     """Tokenise ``triplets``, load ``base`` onto the mesh, and make the step.
 
     Raises:

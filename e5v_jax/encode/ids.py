@@ -1,0 +1,53 @@
+"""Finds ids that are there twice, on disk, so that any number of them takes no memory."""
+
+import sqlite3
+from collections.abc import Iterable, Iterator
+from contextlib import closing
+
+_FIND = """
+    SELECT later.row, later.id, later.place, earlier.place
+    FROM (SELECT id, min(row) AS row FROM ids GROUP BY id HAVING count(*) > 1) AS taken
+    JOIN ids AS earlier ON earlier.row = taken.row
+    JOIN ids AS later ON later.id = taken.id AND later.row > taken.row
+    ORDER BY later.row
+"""
+
+
+def repeated_ids(rows: Iterable[tuple[str, str]]) -> Iterator[tuple[int, str, str]]:
+    """Find every row but the first of each id.
+
+    The ids are in a temporary file, which SQLite makes in the folder that the environment variable
+    ``SQLITE_TMPDIR`` or ``TMPDIR`` names, else in /var/tmp, and deletes.
+
+    Args:
+        rows: the id of each row, and where a person finds it.
+
+    Yields:
+        The number of such a row, from 0, where it is, and what is wrong with it; in order, when all
+        rows are read.
+
+    Raises:
+        OSError: the disk is full or the like.
+    """
+    encoded = ((row, _encode(id), _encode(where)) for row, (id, where) in enumerate(rows))
+    try:
+        with closing(sqlite3.connect("")) as database:
+            for setting in ("journal_mode = OFF", "synchronous = OFF", "cache_size = -8192"):  # KiB
+                database.execute(f"PRAGMA {setting}")
+            database.execute("CREATE TABLE ids (row INTEGER PRIMARY KEY, id BLOB, place BLOB)")
+            database.executemany("INSERT INTO ids VALUES (?, ?, ?)", encoded)
+            database.execute("CREATE INDEX by_id ON ids (id, row)")
+            for row, *words in database.execute(_FIND):
+                id, where, first = (word.decode("utf-8", "surrogatepass") for word in words)
+                yield row, where, taken(id, first)
+    except sqlite3.Error as error:
+        raise OSError(f"temporary file of ids: {error}; TMPDIR names its folder") from error
+
+
+def taken(id: str, first: str) -> str:
+    """Say that an ``id`` is that of an earlier row, and where that one is."""
+    return f"id {id!r} is taken: see {first}"
+
+
+def _encode(words: str) -> bytes:
+    return words.encode("utf-8", "surrogatepass")  # names of files may not be UTF-8
