@@ -34,10 +34,10 @@ from e5v_jax.prompts import (
     detect_template,
     forbidden_pattern,
 )
+from e5v_jax.run_folder import find_run, read_run_adapter, read_run_info
 from e5v_jax.sharding import make_mesh
 from e5v_jax.storage import as_path
 from e5v_jax.tokenizer import load_tokenizer, with_image_token
-from e5v_jax.train.checkpoint import find_run, read_run_adapter, read_run_info
 
 _logger = logging.getLogger(__name__)
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -270,7 +270,7 @@ def load_adapter(folder: Path, config: ModelConfig) -> Adapter:
     run = find_run(folder)
     if run is not None:
         path, step = run
-        prompt = read_run_info(path)["config"]["data"]["prompt"]
+        prompt = read_run_info(path)["config"]["data"].get("prompt", "text")
         if prompt not in ("text", "released"):
             _logger.warning("%s was trained with data.prompt %r: encode with it too", path, prompt)
         if step is None and is_peft(path / "adapter"):

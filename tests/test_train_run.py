@@ -35,8 +35,9 @@ from training_runs import (
 from convert import from_hf
 from e5v_jax import E5V
 from e5v_jax.converted import ConvertedFolder
+from e5v_jax.run_folder import read_run_info
 from e5v_jax.train.__main__ import main
-from e5v_jax.train.checkpoint import check_same_run, read_run_info
+from e5v_jax.train.checkpoint import check_same_run
 from e5v_jax.train.config import OptimizerConfig, TrainConfig
 from e5v_jax.train.loop import train
 
@@ -179,6 +180,15 @@ def test_adapter_of_a_run_in_every_form(folder: Path, finished: Path, tmp_path: 
     case = build_text(RECIPE, tmp_path / "hf")
     theirs = peft_embed(case, finished / "adapter", SENTENCES)
     assert np.abs(theirs - whole).max() <= 1e-5
+
+
+def test_encoding_imports_nothing_of_training() -> None:
+    program = "import sys, e5v_jax.encode.__main__; print(*sys.modules, sep='\\n')"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "e5v_jax.run_folder" in done.stdout.split()
+    assert not [name for name in done.stdout.split() if name.startswith("e5v_jax.train")]
 
 
 def test_vision_is_neither_read_nor_placed(

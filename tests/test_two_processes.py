@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from training_runs import STEPS, command, make_folder, read_metrics, start, words
 
 from e5v_jax.converted import ConvertedFolder
-from e5v_jax.train.checkpoint import read_run_adapter
+from e5v_jax.run_folder import read_run_adapter
 
 ARGV = ["--lora.dropout", "0", "--mesh.data", "2", "--mesh.fsdp", "1"]
 

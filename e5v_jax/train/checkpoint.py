@@ -14,23 +14,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
-from convert.peft import Adapter
-from e5v_jax.config import ModelConfig
 from e5v_jax.converted import new_folder
 from e5v_jax.distributed import is_first, wait_for_all
-from e5v_jax.loading import build, dotted
-from e5v_jax.model.layers import LoRAConfig, LoRAParam, Precision
+from e5v_jax.run_folder import CHECKPOINTS, read_run_info
 from e5v_jax.storage import absolute, as_path, remove_folder, write_whole
 from e5v_jax.train.config import TrainConfig
 
 _logger = logging.getLogger(__name__)
-CHECKPOINTS = "checkpoints"
 SCORE = "stsb_dev"
 
 
@@ -234,47 +229,3 @@ def write_run_info(run: Path, info: dict[str, Any]) -> None:
         else:
             write_whole(run / "run.json", lambda file: file.write(text.encode()))
     wait_for_all("run.json")
-
-
-def find_run(folder: Path) -> tuple[Path, int | None] | None:
-    """(run folder, step) of a run folder (step None) or a RUN/checkpoints/STEP."""
-    folder = absolute(folder)
-    if (folder / "run.json").is_file():
-        return folder, None
-    run = folder.parent.parent
-    if folder.parent.name == CHECKPOINTS and folder.name.isdigit() and find_run(run):
-        return run, int(folder.name)
-    return None
-
-
-def read_run_info(run: Path) -> dict[str, Any]:
-    """Read ``run.json``."""
-    info: dict[str, Any] = json.loads((run / "run.json").read_text())
-    return info
-
-
-def read_run_adapter(run: Path, step: int | None, cfg: ModelConfig) -> Adapter:
-    """LoRA factors of a run's checkpoint after ``step`` (None: the newest), on the host.
-
-    Raises:
-        ValueError: the run trained all weights, or there is no such checkpoint.
-    """
-    lora_fields = read_run_info(run)["config"]["lora"]
-    if lora_fields is None:
-        raise ValueError(f"{run}: this run trained all weights (lora None): it has no adapter")
-    lora = LoRAConfig(**lora_fields)
-    precision = Precision(param=np.float32, compute=np.float32)
-    model = jax.eval_shape(lambda: build(cfg, precision=precision, lora=lora, load_vision=False))
-    shapes = nnx.split(model, LoRAParam, ...)[1]
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    folder = absolute(run / CHECKPOINTS)
-    with ocp.training.Checkpointer(folder, context=context) as checkpointer:
-        steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
-        if not steps or (step is not None and step not in steps):
-            wanted = "" if step is None else f" of step {step}"
-            raise ValueError(f"{folder}: no checkpoint{wanted}; found steps {steps}")
-        like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
-        state = checkpointer.load(steps[-1] if step is None else step, {"trainable": like})
-    values = nnx.to_flat_state(state["trainable"])
-    return Adapter(lora, {dotted(path): np.asarray(leaf[...]) for path, leaf in values})
