@@ -183,7 +183,7 @@ def test_adapter_of_a_run_in_every_form(folder: Path, finished: Path, tmp_path: 
 
 
 def test_encoding_imports_nothing_of_training() -> None:
-    program = "import sys, e5v_jax.encode.__main__; print(*sys.modules, sep='\\n')"
+    program = "import sys, e5v_jax.embedder; print(*sys.modules, sep='\\n')"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
