@@ -1,6 +1,7 @@
 """Two processes (gloo between them) are one run: same losses, parameters and files."""
 
 import json
+import shutil
 import socket
 import subprocess
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from training_runs import STEPS, command, make_folder, read_metrics, start, words
+from training_runs import STEPS, assert_same_end, command, make_folder, read_metrics, start, words
 
 from e5v_jax.converted import ConvertedFolder
 from e5v_jax.run_folder import read_run_adapter
@@ -81,6 +82,27 @@ def test_two_processes_are_one_run(folder: Path, expected: Path, tmp_path: Path)
     assert set(two) == set(one)
     for name, value in one.items():
         assert np.abs(two[name] - value).max() <= 1e-6, name
+
+
+def test_all_take_the_newest_that_all_can_read(folder: Path, tmp_path: Path) -> None:
+    """Half of the factors are process 1's: only it finds the newest checkpoint damaged."""
+    run, cache = folder / "halves", tmp_path
+    argv = [*words(folder, run), *ARGV[:2], "--mesh.data", "1", "--mesh.fsdp", "2"]
+    for done in together(argv, cache):
+        assert done.returncode == 0, done.stderr
+    shutil.copytree(run, folder / "whole")
+    shutil.rmtree(run / "adapter")
+    for file in (run / "checkpoints" / str(STEPS) / "state" / "ocdbt.process_1" / "d").iterdir():
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+    first, second = together([*argv, "--resume"], cache)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    damaged = f"checkpoint of step {STEPS} is damaged ("
+    assert f"{damaged}another process cannot read it): falling back" in first.stderr
+    assert f"{damaged}OUT_OF_RANGE: " in second.stderr
+    assert f"from step {STEPS - 1}\n" in first.stdout
+    assert (run / f"damaged-{STEPS}").is_dir()
+    assert_same_end(run, folder / "whole", STEPS)
 
 
 def test_a_process_alone_says_what_it_lacks(folder: Path, tmp_path: Path) -> None:

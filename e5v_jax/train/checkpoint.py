@@ -10,12 +10,15 @@ The base model stays where it is; ``run.json`` names it by content hash.
 import dataclasses
 import json
 import logging
+from json import JSONDecodeError
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
@@ -24,6 +27,7 @@ from e5v_jax.distributed import is_first, wait_for_all
 from e5v_jax.run_folder import CHECKPOINTS, read_run_info
 from e5v_jax.storage import absolute, as_path, remove_folder, write_whole
 from e5v_jax.train.config import TrainConfig
+from e5v_jax.train.optimizer import as_saved, carry_over, implied_accumulation
 
 _logger = logging.getLogger(__name__)
 SCORE = "stsb_dev"
@@ -70,6 +74,7 @@ def save(
     opt_state: optax.OptState,
     iterator_state: dict[str, Any],
     *,
+    accumulate_steps: int = 1,
     last: bool = False,
     score: float | None = None,
 ) -> None:
@@ -79,7 +84,7 @@ def save(
         {"trainable": trainable, "opt_state": opt_state},
         force=last,
         metrics=None if score is None else {SCORE: score},
-        custom_metadata={"iterator": iterator_state},
+        custom_metadata={"iterator": iterator_state, "accumulate_steps": accumulate_steps},
     )
 
 
@@ -108,47 +113,144 @@ def restore(
     trainable: nnx.State,
     opt_state: optax.OptState,
     mesh: Mesh,
+    *,
+    accumulate_steps: int = 1,
 ) -> Restored | None:
-    """The newest whole checkpoint, whatever mesh it was written on; None without any.
+    """The newest checkpoint that every process can read, whatever mesh it was written on.
 
-    A damaged one is moved out of the way, to RUN/damaged-STEP, and said so.
+    ``opt_state`` is the fresh state of this run's optimizer, which accumulates over
+    ``accumulate_steps``; a state saved with another number is converted (:func:`carry_over`).
+    Damaged checkpoints are moved out of the way, to RUN/damaged-STEP, once all processes agree on
+    an older one; without any checkpoint the result is None.
 
     Raises:
-        ValueError: there are checkpoints, and none is whole.
+        ValueError: there are checkpoints and none is whole; or the newest could not be read for
+            another reason than damage, or does not fit this run: it stays where it is.
     """
-    like = abstract({"trainable": trainable, "opt_state": opt_state}, mesh)
-    steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
-    for step in reversed(steps):
+    steps = {checkpoint.step for checkpoint in checkpointer.checkpoints}
+    damaged: list[int] = []
+    while True:
+        mine = max(steps.difference(damaged), default=-1)
+        step = int(_of_all_processes(mine).max())
+        if step < 0:
+            break
+        stored, error = None, None
+        folder = as_path(checkpointer.directory) / str(step)
         try:
-            state = checkpointer.load(step, like)
-            metadata = checkpointer.metadata(step).custom_metadata
-            position = metadata["iterator"]
-        except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
-            _logger.warning(
-                "checkpoint of step %d is damaged (%s): falling back to the one before",
-                step,
-                str(error).strip().split("\n")[0][:200],
+            if step != mine:
+                raise OSError("other processes see it, this one does not; all must share a storage")
+            stored = _load_alone(checkpointer, step, trainable, opt_state, mesh)
+        except Exception as caught:  # any of many types: _is_damage tells them apart
+            error = _root(caught)
+        verdict = _WHOLE if error is None else _DAMAGED if _is_damage(error) else _UNREADABLE
+        worst = _of_all_processes(verdict).max()
+        reason = "another process cannot read it" if error is None else _reason(error)
+        if worst == _UNREADABLE:
+            raise ValueError(f"{folder}: {reason}; it stays as it is: mend that, then --resume")
+        if stored is not None and worst == _WHOLE:
+            _set_aside(checkpointer, damaged)
+            state, position = stored
+            saved = state["opt_state"]
+            before = position.get("accumulate_steps") or implied_accumulation(
+                saved, step, accumulate_steps
             )
-            continue
-        _set_aside(checkpointer, [s for s in steps if s > step])
-        return Restored(step, state["trainable"], state["opt_state"], position)
-    if steps:
+            carried = carry_over(saved, opt_state, step=step, before=before, now=accumulate_steps)
+            return Restored(step, state["trainable"], carried, position["iterator"])
+        _logger.warning(
+            "checkpoint of step %d is damaged (%s): falling back to the one before", step, reason
+        )
+        damaged.append(step)
+    if damaged:
         raise ValueError(
-            f"{checkpointer.directory}: none of the checkpoints of steps {steps} can be read"
+            f"{checkpointer.directory}: none of the checkpoints of steps {sorted(damaged)} can be "
+            "read"
         )
     return None
 
 
+_WHOLE, _DAMAGED, _UNREADABLE = range(3)
+
+
+def _of_all_processes(value: int) -> np.ndarray:
+    """The ``value`` of every process, int32 [processes]."""
+    return np.ravel(multihost_utils.process_allgather(np.int32(value)))
+
+
+def _root(error: BaseException) -> BaseException:
+    """What Orbax reports as its cause: it raises a KeyError of its own for everything."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _reason(error: BaseException) -> str:
+    """The message in one line, without the details that TensorStore appends in brackets."""
+    message = str(error).strip() or type(error).__name__
+    return message.split("\n")[0].split(" [")[0][:1000]
+
+
+def _is_damage(error: BaseException) -> bool:
+    """Whether files are missing, cut short or not what was written, as against out of reach.
+
+    TensorStore begins its messages with a status: for network, permissions and memory another one.
+    """
+    if isinstance(error, FileNotFoundError | JSONDecodeError | UnicodeDecodeError):
+        return True
+    if isinstance(error, ocp.errors.InvalidLayoutError):  # no arrays, or no description of them
+        return True
+    return str(error).startswith(("DATA_LOSS:", "NOT_FOUND:", "OUT_OF_RANGE:"))
+
+
+def _load_alone(
+    checkpointer: ocp.training.Checkpointer,
+    step: int,
+    trainable: nnx.State,
+    opt_state: optax.OptState,
+    mesh: Mesh,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(arrays, position) of a checkpoint; no process waits for one that finds an error.
+
+    Raises:
+        ValueError: the arrays are not those of this run.
+        Exception: of Orbax, about anything else.
+    """
+    context, process = ocp.Context(), jax.process_index()
+    context.multiprocessing.primary_host = process
+    context.multiprocessing.active_processes = {process}
+    context.multiprocessing.barrier_sync_key_prefix = f"process-{process}"
+    with context:
+        metadata = checkpointer.metadata(step)
+        position = metadata.custom_metadata or {}
+        if "iterator" not in position:  # of an unreadable file Orbax only logs why
+            json.loads((as_path(metadata.path) / "_CHECKPOINT_METADATA").read_text())
+            raise ValueError("it does not say where in the data it stands; it is of no training")
+        saved = metadata.metadata or {}  # again: the load below says why
+        opt_state = as_saved(saved.get("opt_state"), opt_state, trainable)
+        like = abstract({"trainable": trainable, "opt_state": opt_state}, mesh)
+        found, wanted = _shapes(saved), _shapes(like)
+        for name in sorted(found.keys() | wanted.keys()) if saved else ():
+            if found.get(name) != wanted.get(name):
+                raise ValueError(
+                    f"{name} has shape {found.get(name)} in it and {wanted.get(name)} in this run "
+                    "(None is missing); go back to the model and recipe it was begun with"
+                )
+        return checkpointer.load(step, like), position
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x.shape for path, x in leaves}
+
+
 def _set_aside(checkpointer: ocp.training.Checkpointer, damaged: list[int]) -> None:
+    """Move checkpoints to RUN/damaged-STEP; all processes have stopped reading them."""
     if not damaged:
         return
-    wait_for_all("restored")  # before the first process moves what another still reads
-    for step in damaged:
-        folder = as_path(checkpointer.directory)
-        if is_first():
-            target = folder.parent / f"damaged-{step}"
-            remove_folder(target)
-            (folder / str(step)).rename(target)
+    folder = as_path(checkpointer.directory)
+    for step in damaged if is_first() else ():
+        target = folder.parent / f"damaged-{step}"
+        remove_folder(target)
+        (folder / str(step)).rename(target)
     wait_for_all("damaged checkpoints moved")
     checkpointer.reload()
 

@@ -89,7 +89,14 @@ def _take_steps(
     """From the newest checkpoint to the last step; False when preempted before it."""
     feed = training.feed
     start = 0
-    restored = restore(checkpointer, training.trainable, training.opt_state, training.mesh)
+    accumulate_steps = cfg.optimizer.accumulate_steps
+    restored = restore(
+        checkpointer,
+        training.trainable,
+        training.opt_state,
+        training.mesh,
+        accumulate_steps=accumulate_steps,
+    )
     if restored is not None:
         start, training.trainable, training.opt_state, position = restored
         feed.batches.set_state(position)
@@ -132,6 +139,7 @@ def _take_steps(
                 training.trainable,
                 training.opt_state,
                 feed.batches.get_state(),
+                accumulate_steps=accumulate_steps,
                 last=last or preempted,
                 score=score,
             )
