@@ -1,17 +1,12 @@
 """Training checkpoints: trainable parameters, optimizer state, position in the data.
 
-    RUN/run.json           the resolved configuration and the base model's content hash
-    RUN/checkpoints/STEP/  Orbax, written asynchronously and renamed when whole
-    RUN/metrics.jsonl      one line every log_every steps
-
-The base model stays where it is; ``run.json`` names it by content hash.
+They are in RUN/checkpoints/STEP, written by Orbax asynchronously and renamed when whole. The base
+model stays where it is; ``run.json`` names it by content hash.
 """
 
-import dataclasses
 import json
 import logging
 from json import JSONDecodeError
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -22,31 +17,14 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
-from e5v_jax.converted import new_folder
 from e5v_jax.distributed import is_first, wait_for_all
-from e5v_jax.run_folder import CHECKPOINTS, read_run_info
-from e5v_jax.storage import absolute, as_path, remove_folder, write_whole
+from e5v_jax.run_folder import CHECKPOINTS
+from e5v_jax.storage import absolute, as_path, remove_folder
 from e5v_jax.train.config import TrainConfig
 from e5v_jax.train.optimizer import as_saved, carry_over, implied_accumulation
 
 _logger = logging.getLogger(__name__)
 SCORE = "stsb_dev"
-
-
-def check_run_folder(cfg: TrainConfig) -> None:
-    """Refuse an output that would be written over. Nothing is created yet.
-
-    Raises:
-        FileExistsError: it holds something and ``cfg.resume`` is off.
-        ValueError: resuming a folder that is no run.
-    """
-    if cfg.output.exists() and any(cfg.output.iterdir()):
-        if not cfg.resume:
-            raise FileExistsError(
-                f"{cfg.output}: already exists; pass --resume to continue it, or choose another"
-            )
-        if not (cfg.output / "run.json").is_file():
-            raise ValueError(f"{cfg.output}: cannot resume, there is no run.json in it")
 
 
 def open_checkpointer(cfg: TrainConfig) -> ocp.training.Checkpointer:
@@ -269,65 +247,3 @@ def load_best(
     with context:
         state = checkpointer.load(step, abstract({"trainable": trainable}, mesh))
     return step, score, state["trainable"]
-
-
-def run_info(cfg: TrainConfig, base_hash: str, data_fingerprint: str) -> dict[str, Any]:
-    """The contents of ``run.json``."""
-    info = {
-        "config": dataclasses.asdict(cfg),
-        "base_hash": base_hash,
-        "data_fingerprint": data_fingerprint,
-    }
-    plain: dict[str, Any] = json.loads(json.dumps(info, default=str))
-    return plain
-
-
-def check_same_run(run: Path, info: dict[str, Any], *, allowed: tuple[str, ...] = ()) -> None:
-    """Refuse to resume with what makes the saved state mean something else. A new run passes.
-
-    ``allowed`` names fields that may differ all the same.
-
-    Raises:
-        ValueError: a field that differs, or one of ``allowed`` that is none.
-    """
-    if not (run / "run.json").is_file():
-        return
-    before, now = _identity(read_run_info(run)), _identity(info)
-    for name in allowed:
-        if name not in now or name == "lora":  # the saved arrays would not fit
-            fields = ", ".join(x for x in now if x != "lora")
-            raise ValueError(f"--allow-change {name}: expected one of {fields}")
-    for name, value in now.items():
-        if value != before[name] and name not in allowed:
-            raise ValueError(
-                f"{run}: cannot resume: {name} was {before[name]} and is now {value}; "
-                "go back to that, or choose another output"
-                + ("" if name == "lora" else f", or accept it with --allow-change {name}")
-            )
-
-
-_IDENTITY = ("lora", "batch_size", "num_epochs", "max_steps", "seed", "quantize")
-
-
-def _identity(info: dict[str, Any]) -> dict[str, Any]:
-    config, data = info["config"], info["config"]["data"]
-    return {
-        "base_hash": info["base_hash"],
-        "data_fingerprint": info["data_fingerprint"],
-        **{name: config[name] for name in _IDENTITY},
-        **{f"data.{name}": data[name] for name in ("max_tokens", "prompt", "template")},
-        **{f"loss.{name}": value for name, value in config["loss"].items()},
-        **{f"optimizer.{name}": value for name, value in config["optimizer"].items()},
-    }
-
-
-def write_run_info(run: Path, info: dict[str, Any]) -> None:
-    """Create the run folder with its ``run.json``, or renew that of a resumed run."""
-    if is_first():
-        text = json.dumps(info, indent=1) + "\n"
-        if not (run / "run.json").is_file():
-            with new_folder(run) as folder:  # so that a run folder always has its run.json
-                (folder / "run.json").write_text(text)
-        else:
-            write_whole(run / "run.json", lambda file: file.write(text.encode()))
-    wait_for_all("run.json")

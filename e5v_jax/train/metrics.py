@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from e5v_jax.distributed import is_first
+from e5v_jax.run_folder import read_run_info
 from e5v_jax.storage import in_bucket, upload, write_whole
 
 
@@ -152,7 +153,7 @@ def _open_wandb(project: str, run: Path) -> Any:
         wandb = importlib.import_module("wandb")  # optional: most runs do without
     except ImportError:
         raise ImportError("wandb_project is set, but wandb is missing: pip install wandb") from None
-    return wandb.init(project=project, name=run.name, id=run.name, resume="allow")
+    return wandb.init(project=project, name=run.name, id=read_run_info(run)["id"], resume="allow")
 
 
 def _step_of(line: str) -> float:
