@@ -112,7 +112,7 @@ def restore(
         step = int(_of_all_processes(mine).max())
         if step < 0:
             break
-        stored, error = None, None
+        stored = error = None
         folder = as_path(checkpointer.directory) / str(step)
         try:
             if step != mine:
@@ -124,7 +124,9 @@ def restore(
         worst = _of_all_processes(verdict).max()
         reason = "another process cannot read it" if error is None else _reason(error)
         if worst == _UNREADABLE:
-            raise ValueError(f"{folder}: {reason}; it stays as it is: mend that, then --resume")
+            raise ValueError(
+                f"{folder}: {reason}; it stays as it is: mend that, then --resume"
+            ) from error
         if stored is not None and worst == _WHOLE:
             _set_aside(checkpointer, damaged)
             state, position = stored
