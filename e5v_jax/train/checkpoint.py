@@ -6,8 +6,10 @@ model stays where it is; ``run.json`` names it by content hash.
 
 import json
 import logging
+from collections.abc import Callable
+from functools import partial
 from json import JSONDecodeError
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
@@ -25,6 +27,7 @@ from e5v_jax.train.optimizer import as_saved, carry_over, implied_accumulation
 
 _logger = logging.getLogger(__name__)
 SCORE = "stsb_dev"
+_T = TypeVar("_T")
 
 
 def open_checkpointer(cfg: TrainConfig) -> ocp.training.Checkpointer:
@@ -112,30 +115,26 @@ def restore(
         step = int(_of_all_processes(mine).max())
         if step < 0:
             break
-        stored = error = None
         folder = as_path(checkpointer.directory) / str(step)
-        try:
-            if step != mine:
-                raise OSError("other processes see it, this one does not; all must share a storage")
-            stored = _load_alone(checkpointer, step, trainable, opt_state, mesh)
-        except Exception as caught:  # any of many types: _is_damage tells them apart
-            error = _root(caught)
-        verdict = _WHOLE if error is None else _DAMAGED if _is_damage(error) else _UNREADABLE
-        worst = _of_all_processes(verdict).max()
+        found, error, worst = _together(
+            partial(_examine, checkpointer, step, trainable, opt_state, mesh)
+        )
+        stored: Any = None
+        if found is not None and worst == _WHOLE:
+            stored, error, worst = _together(partial(_load_alone, checkpointer, step, found.like))
         reason = "another process cannot read it" if error is None else _reason(error)
         if worst == _UNREADABLE:
             raise ValueError(
                 f"{folder}: {reason}; it stays as it is: mend that, then --resume"
             ) from error
-        if stored is not None and worst == _WHOLE:
+        if found is not None and worst == _WHOLE:
             _set_aside(checkpointer, damaged)
-            state, position = stored
-            saved = state["opt_state"]
+            saved, position = stored["opt_state"], found.position
             before = position.get("accumulate_steps") or implied_accumulation(
                 saved, step, accumulate_steps
             )
             carried = carry_over(saved, opt_state, step=step, before=before, now=accumulate_steps)
-            return Restored(step, state["trainable"], carried, position["iterator"])
+            return Restored(step, stored["trainable"], carried, position["iterator"])
         _logger.warning(
             "checkpoint of step %d is damaged (%s): falling back to the one before", step, reason
         )
@@ -154,6 +153,17 @@ _WHOLE, _DAMAGED, _UNREADABLE = range(3)
 def _of_all_processes(value: int) -> np.ndarray:
     """The ``value`` of every process, int32 [processes]."""
     return np.ravel(multihost_utils.process_allgather(np.int32(value)))
+
+
+def _together(action: Callable[[], _T]) -> tuple[_T | None, BaseException | None, int]:
+    """(result, error, worst verdict of all processes) of what each of them does alone."""
+    result, error, verdict = None, None, _WHOLE
+    try:
+        result = action()
+    except Exception as caught:  # any of many types: _is_damage tells them apart
+        error = _root(caught)
+        verdict = _DAMAGED if _is_damage(error) else _UNREADABLE
+    return result, error, int(_of_all_processes(verdict).max())
 
 
 def _root(error: BaseException) -> BaseException:
@@ -181,40 +191,56 @@ def _is_damage(error: BaseException) -> bool:
     return str(error).startswith(("DATA_LOSS:", "NOT_FOUND:", "OUT_OF_RANGE:"))
 
 
-def _load_alone(
+class _Examined(NamedTuple):
+    like: dict[str, Any]  # what to load it into
+    position: dict[str, Any]
+
+
+def _examine(
     checkpointer: ocp.training.Checkpointer,
     step: int,
     trainable: nnx.State,
     opt_state: optax.OptState,
     mesh: Mesh,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(arrays, position) of a checkpoint; no process waits for one that finds an error.
+) -> _Examined:
+    """What a checkpoint says of itself, before any array is read.
 
     Raises:
         ValueError: the arrays are not those of this run.
         Exception: of Orbax, about anything else.
+    """
+    if step not in [checkpoint.step for checkpoint in checkpointer.checkpoints]:
+        raise OSError("other processes see it, this one does not; all must share a storage")
+    metadata = checkpointer.metadata(step)
+    position = metadata.custom_metadata or {}
+    if "iterator" not in position:  # of an unreadable file Orbax only logs why
+        json.loads((as_path(metadata.path) / "_CHECKPOINT_METADATA").read_text())
+        raise ValueError("it does not say where in the data it stands; it is of no training")
+    saved = metadata.metadata or {}  # of an unreadable one the load says why
+    opt_state = as_saved(saved.get("opt_state"), opt_state, trainable)
+    like = abstract({"trainable": trainable, "opt_state": opt_state}, mesh)
+    found, wanted = _shapes(saved), _shapes(like)
+    for name in sorted(found.keys() | wanted.keys()) if saved else ():
+        if found.get(name) != wanted.get(name):
+            raise ValueError(
+                f"{name} has shape {found.get(name)} in it and {wanted.get(name)} in this run "
+                "(None is missing); go back to the model and recipe it was begun with"
+            )
+    return _Examined(like, position)
+
+
+def _load_alone(checkpointer: ocp.training.Checkpointer, step: int, like: dict[str, Any]) -> Any:
+    """The arrays, read without waiting for other processes: one that fails leaves none waiting.
+
+    Orbax counts loads, and saves wait for each other by that number: all processes must call this
+    or none.
     """
     context, process = ocp.Context(), jax.process_index()
     context.multiprocessing.primary_host = process
     context.multiprocessing.active_processes = {process}
     context.multiprocessing.barrier_sync_key_prefix = f"process-{process}"
     with context:
-        metadata = checkpointer.metadata(step)
-        position = metadata.custom_metadata or {}
-        if "iterator" not in position:  # of an unreadable file Orbax only logs why
-            json.loads((as_path(metadata.path) / "_CHECKPOINT_METADATA").read_text())
-            raise ValueError("it does not say where in the data it stands; it is of no training")
-        saved = metadata.metadata or {}  # again: the load below says why
-        opt_state = as_saved(saved.get("opt_state"), opt_state, trainable)
-        like = abstract({"trainable": trainable, "opt_state": opt_state}, mesh)
-        found, wanted = _shapes(saved), _shapes(like)
-        for name in sorted(found.keys() | wanted.keys()) if saved else ():
-            if found.get(name) != wanted.get(name):
-                raise ValueError(
-                    f"{name} has shape {found.get(name)} in it and {wanted.get(name)} in this run "
-                    "(None is missing); go back to the model and recipe it was begun with"
-                )
-        return checkpointer.load(step, like), position
+        return checkpointer.load(step, like)
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
