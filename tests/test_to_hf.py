@@ -30,7 +30,7 @@ from e5v_jax.checkpoints.tokenizer import TOKENIZER_FILES
 from e5v_jax.nn.layers import Build, LoRAConfig, LoRAParam, Precision
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh
-from e5v_jax.train import checkpoint
+from e5v_jax.train import checkpoint, identity
 from e5v_jax.train.config import TrainConfig
 
 Llava = Callable[[str], Case]
@@ -311,7 +311,7 @@ def test_adapter_of_a_training_run(llava: Llava, tmp_path: Path, peft: bool) -> 
     ours = import_(case.folder, tmp_path / "ours")
     adapter = random_adapter(ours)
     run = TrainConfig(model=ours, output=tmp_path / "run", lora=adapter.lora)
-    checkpoint.write_run_info(run.output, checkpoint.run_info(run, "hash", "data"))
+    identity.write_run_info(run.output, identity.run_info(run, "hash", "data"))
     with checkpoint.open_checkpointer(run) as checkpointer:
         flat = [(tuple(p.split(".")), LoRAParam(v)) for p, v in adapter.values.items()]
         state = nnx.from_flat_state(flat)

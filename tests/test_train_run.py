@@ -8,8 +8,10 @@ import signal
 import struct
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import types
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -34,11 +36,14 @@ from training_runs import (
 
 from e5v_jax import E5V
 from e5v_jax.checkpoints import from_hf
+from e5v_jax.checkpoints.adapters import read_run_info
 from e5v_jax.checkpoints.converted import ConvertedFolder
+from e5v_jax.nn.layers import LoRAConfig
 from e5v_jax.train.__main__ import main
-from e5v_jax.train.checkpoint import check_same_run, read_run_info
 from e5v_jax.train.config import OptimizerConfig, TrainConfig
+from e5v_jax.train.identity import check_same_run, run_info, write_run_info
 from e5v_jax.train.loop import train
+from e5v_jax.train.metrics import MetricsLog
 
 SENTENCES = ["A dog sits.", "the cat sleeps all day", "seven"]
 
@@ -179,6 +184,15 @@ def test_adapter_of_a_run_in_every_form(folder: Path, finished: Path, tmp_path: 
     case = build_text(RECIPE, tmp_path / "hf")
     theirs = peft_embed(case, finished / "adapter", SENTENCES)
     assert np.abs(theirs - whole).max() <= 1e-5
+
+
+def test_encoding_imports_nothing_of_training() -> None:
+    program = "import sys, e5v_jax.encode.e5v; print(*sys.modules, sep='\\n')"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "e5v_jax.checkpoints.adapters" in done.stdout.split()
+    assert not [name for name in done.stdout.split() if name.startswith("e5v_jax.train")]
 
 
 def test_vision_is_neither_read_nor_placed(
@@ -397,3 +411,85 @@ def test_a_prompt_of_its_own_is_told(
     train(config(folder, tmp_path / "run", data=data, max_steps=1))
     E5V.from_pretrained(folder / "base", dtype="float32", adapter=tmp_path / "run")
     assert "was trained with data.prompt '<sent>\\nTopic: '" in caplog.text
+
+
+# --- run.json of other versions, and what wandb knows a run by ---
+
+
+def edit_run_info(run: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    info = json.loads((run / "run.json").read_text())
+    change(info)
+    (run / "run.json").write_text(json.dumps(info))
+
+
+def begin(output: Path, **changes: Any) -> dict[str, Any]:
+    """Write the run.json of a run, and return what another start would compare with it."""
+    info = run_info(TrainConfig(model=Path("base"), output=output, **changes), "hash", "data")
+    write_run_info(output, info)
+    return info
+
+
+def test_a_field_that_came_later_had_its_default(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    info = begin(run, lora=LoRAConfig(rank=4, alpha=8.0))
+
+    def forget(old: dict[str, Any]) -> None:
+        del old["config"]["quantize"], old["config"]["optimizer"]["accumulate_steps"]
+        del old["config"]["data"]["prompt"], old["config"]["loss"], old["config"]["lora"]["dropout"]
+
+    edit_run_info(run, forget)
+    check_same_run(run, info)
+    for group, name, value in (("loss", "temperature", 0.1), ("data", "prompt", "released")):
+        other = json.loads(json.dumps(info))
+        other["config"][group][name] = value
+        with pytest.raises(ValueError, match=rf"{group}\.{name} was .* and is now {value}"):
+            check_same_run(run, other)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "not JSON"),
+        ('{"config": {', "not JSON"),
+        ("[]", "expected an object with a run's"),
+        ('{"config": []}', "expected an object with a run's"),
+        ('{"config": {"data": {}}, "base_hash": "hash"}', "expected base_hash, data_fingerprint"),
+        (
+            '{"config": {"data": {}, "loss": 1}, "base_hash": "h", "data_fingerprint": "d"}',
+            "expected base_hash, data_fingerprint",
+        ),
+        ('{"config": {"data": {}, "lora": {"size": 1}}}', "config.lora cannot be read"),
+    ],
+)
+def test_a_malformed_run_info_is_named(tmp_path: Path, text: str, message: str) -> None:
+    run = tmp_path / "run"
+    info = begin(run)
+    (run / "run.json").write_text(text)
+    with pytest.raises(ValueError) as error:
+        check_same_run(run, info)
+    assert str(error.value).startswith(f"{run / 'run.json'}: {message}")
+    assert "\n" not in str(error.value)
+
+
+def test_wandb_knows_runs_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By an id that stays over resumes and moves; runs from before there were ids keep theirs."""
+    ids: list[str] = []
+    wandb = types.SimpleNamespace(
+        init=lambda **options: ids.append(options["id"]) or types.SimpleNamespace(finish=int)
+    )
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+
+    def start(run: Path) -> None:
+        begin(run)
+        with MetricsLog(run, 0, 1, wandb_project="project"):
+            pass
+
+    for name in ("a", "b", "a"):
+        start(tmp_path / name / "run")
+    (tmp_path / "a").rename(tmp_path / "c")
+    start(tmp_path / "c" / "run")
+    edit_run_info(tmp_path / "b" / "run", lambda info: info.pop("id"))
+    start(tmp_path / "b" / "run")
+    first, other, resumed, moved, old = ids
+    assert first == resumed == moved != other
+    assert old == "run"

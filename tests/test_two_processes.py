@@ -1,6 +1,7 @@
 """Two processes (gloo between them) are one run: same losses, parameters and files."""
 
 import json
+import shutil
 import socket
 import subprocess
 from pathlib import Path
@@ -10,14 +11,19 @@ import pytest
 from safetensors.numpy import load_file
 from training_runs import STEPS, command, make_folder, read_metrics, start, words
 
+from e5v_jax.checkpoints.adapters import read_run_adapter
 from e5v_jax.checkpoints.converted import ConvertedFolder
-from e5v_jax.train.checkpoint import read_run_adapter
 
 ARGV = ["--lora.dropout", "0", "--mesh.data", "2", "--mesh.fsdp", "1"]
 
 
-def together(argv: list[str], cache: Path) -> list[subprocess.CompletedProcess[str]]:
-    """The command as process 0 and process 1 of two."""
+Done = list[subprocess.CompletedProcess[str]]
+
+
+def together(
+    argv: list[str], cache: Path, blind_to: tuple[int | None, int | None] = (None, None)
+) -> Done:
+    """The command as process 0 and process 1 of two; each may be ``blind_to`` a checkpoint."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -25,6 +31,7 @@ def together(argv: list[str], cache: Path) -> list[subprocess.CompletedProcess[s
         start(
             argv,
             cache=cache,
+            blind_to=blind_to[index],
             env={
                 "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
                 "JAX_NUM_PROCESSES": "2",
@@ -56,9 +63,15 @@ def expected(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "one"
 
 
-def test_two_processes_are_one_run(folder: Path, expected: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def two(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Done:
+    """The run of two processes, in ``folder / "two"``."""
+    return together([*words(folder, folder / "two"), *ARGV], tmp_path_factory.mktemp("cache"))
+
+
+def test_two_processes_are_one_run(folder: Path, expected: Path, two: Done) -> None:
     run = folder / "two"
-    first, second = together([*words(folder, run), *ARGV], tmp_path)
+    first, second = two
     assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
     assert f"{run / 'adapter'}: written" in first.stdout
     assert "written" not in second.stdout and "rows" not in second.stdout  # one of them speaks
@@ -81,6 +94,24 @@ def test_two_processes_are_one_run(folder: Path, expected: Path, tmp_path: Path)
     assert set(two) == set(one)
     for name, value in one.items():
         assert np.abs(two[name] - value).max() <= 1e-6, name
+
+
+def test_all_take_the_newest_that_all_can_read(folder: Path, two: Done, tmp_path: Path) -> None:
+    assert [process.returncode for process in two] == [0, 0]
+    run = tmp_path / "run"
+    shutil.copytree(folder / "two", run)
+    shutil.rmtree(run / "adapter")
+    argv = [*words(folder, run), *ARGV, "--resume"]
+    first, second = together(argv, tmp_path, blind_to=(None, STEPS))
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    damaged = f"checkpoint of step {STEPS} is damaged ("
+    assert f"{damaged}another process cannot read it): falling back" in first.stderr
+    assert f"{damaged}DATA_LOSS: as if cut short): falling back" in second.stderr
+    assert f"from step {STEPS - 1}\n" in first.stdout
+    assert (run / f"damaged-{STEPS}").is_dir()
+    # to the bits of the run that never stopped
+    weights = "adapter/adapter_model.safetensors"
+    assert (run / weights).read_bytes() == (folder / "two" / weights).read_bytes()
 
 
 def test_a_process_alone_says_what_it_lacks(folder: Path, tmp_path: Path) -> None:

@@ -101,21 +101,44 @@ runpy.run_module("e5v_jax.train", run_name="__main__", alter_sys=True)
 """
 
 
+# Runs the command in a process to which the checkpoint of a step looks damaged.
+BLIND_TO = """
+import runpy, sys
+from orbax.checkpoint import v1 as ocp
+
+step, load = int(sys.argv[1]), ocp.training.Checkpointer.load
+
+def look(self, wanted, *rest):
+    loaded = load(self, wanted, *rest)
+    if wanted == step:
+        raise ValueError("DATA_LOSS: as if cut short")
+    return loaded
+
+ocp.training.Checkpointer.load = look
+sys.argv = ["train", *sys.argv[2:]]
+runpy.run_module("e5v_jax.train", run_name="__main__", alter_sys=True)
+"""
+
+
 def start(
     argv: Sequence[str],
     *,
     cache: Path,
     signal_at: tuple[str, str] | None = None,
     signal_number: int = signal.SIGKILL,
+    blind_to: int | None = None,
     env: Mapping[str, str] | None = None,
 ) -> subprocess.Popen[str]:
     """``python -m e5v_jax.train`` in a process of its own; compiled programs are shared.
 
-    With ``signal_at``, an audit event of Python and the end of its path, it signals itself there.
+    With ``signal_at``, an audit event of Python and the end of its path, it signals itself there;
+    with ``blind_to`` it finds the checkpoint of that step damaged.
     """
     program = ["-m", "e5v_jax.train"]
     if signal_at is not None:
         program = ["-c", SIGNALLED_AT, *signal_at, str(int(signal_number))]
+    if blind_to is not None:
+        program = ["-c", BLIND_TO, str(blind_to)]
     return subprocess.Popen(
         [sys.executable, *program, *argv],
         cwd=ROOT,

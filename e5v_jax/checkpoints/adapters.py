@@ -1,13 +1,93 @@
-"""Adapters by the folder that a user names: PEFT's, a training run's or a checkpoint's."""
+"""Adapters by the folder that a user names: PEFT's, a training run's or a checkpoint's of one."""
 
+import json
 import logging
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from orbax.checkpoint import v1 as ocp
 
 from e5v_jax.checkpoints.converted import WeightSource
-from e5v_jax.checkpoints.peft import Adapter, is_peft, read_adapter
-from e5v_jax.train.checkpoint import find_run, read_run_adapter, read_run_info
+from e5v_jax.checkpoints.loading import dotted
+from e5v_jax.checkpoints.peft import Adapter, is_peft, read_adapter, zero_factors
+from e5v_jax.nn.layers import LoRAConfig, LoRAParam
+from e5v_jax.storage import absolute
 
 _logger = logging.getLogger(__name__)
+CHECKPOINTS = "checkpoints"
+
+
+def find_run(folder: Path) -> tuple[Path, int | None] | None:
+    """(run folder, step) of a run folder (step None) or a RUN/checkpoints/STEP."""
+    folder = absolute(folder)
+    if (folder / "run.json").is_file():
+        return folder, None
+    run = folder.parent.parent
+    if folder.parent.name == CHECKPOINTS and folder.name.isdigit() and find_run(run):
+        return run, int(folder.name)
+    return None
+
+
+def read_run_info(run: Path) -> dict[str, Any]:
+    """Read ``run.json``. Fields that came later than the run may be missing.
+
+    Raises:
+        ValueError: the file is no JSON object with a ``config`` and, in it, ``data``.
+    """
+    file = run / "run.json"
+    try:
+        info = json.loads(file.read_text())
+    except ValueError as error:  # of JSON or of UTF-8
+        raise ValueError(f"{file}: not JSON ({error}); restore it from a copy") from error
+    match info:
+        case {"config": {"data": {}}}:
+            fields: dict[str, Any] = info
+            return fields
+    raise ValueError(f'{file}: expected an object with a run\'s "config"; restore it from a copy')
+
+
+def lora_of(run: Path, config: dict[str, Any]) -> LoRAConfig | None:
+    """The ``lora`` of a run's configuration; None trained all weights.
+
+    Raises:
+        ValueError: there is none, or its fields are not those of a :class:`LoRAConfig`.
+    """
+    try:
+        return None if config["lora"] is None else LoRAConfig(**config["lora"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"{run / 'run.json'}: config.lora cannot be read ({error}); restore it from a copy"
+        ) from error
+
+
+def read_run_adapter(run: Path, step: int | None, base: WeightSource) -> Adapter:
+    """LoRA factors of a run's checkpoint after ``step`` (None: the newest), on the host.
+
+    Raises:
+        ValueError: the run trained all weights, or there is no such checkpoint.
+    """
+    lora = lora_of(run, read_run_info(run)["config"])
+    if lora is None:
+        raise ValueError(f"{run}: this run trained all weights (lora None): it has no adapter")
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    folder = absolute(run / CHECKPOINTS)
+    with ocp.training.Checkpointer(folder, context=context) as checkpointer:
+        steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
+        if not steps or (step is not None and step not in steps):
+            wanted = "" if step is None else f" of step {step}"
+            raise ValueError(f"{folder}: no checkpoint{wanted}; found steps {steps}")
+        like = nnx.from_flat_state(
+            [
+                (tuple(path.split(".")), LoRAParam(zeros))
+                for path, zeros in zero_factors(base.table, lora).items()
+            ]
+        )
+        state = checkpointer.load(steps[-1] if step is None else step, {"trainable": like})
+    values = nnx.to_flat_state(state["trainable"])
+    return Adapter(lora, {dotted(path): np.asarray(leaf[...]) for path, leaf in values})
 
 
 def load_adapter(folder: Path, base: WeightSource) -> Adapter:
@@ -22,12 +102,12 @@ def load_adapter(folder: Path, base: WeightSource) -> Adapter:
     run = find_run(folder)
     if run is not None:
         path, step = run
-        prompt = read_run_info(path)["config"]["data"]["prompt"]
+        prompt = read_run_info(path)["config"]["data"].get("prompt", "text")
         if prompt not in ("text", "released"):
             _logger.warning("%s was trained with data.prompt %r: encode with it too", path, prompt)
-        if step is None and is_peft(path / "adapter"):
-            return read_adapter(path / "adapter", base.table)
-        return read_run_adapter(path, step, base)
+        if step is not None or not is_peft(path / "adapter"):
+            return read_run_adapter(path, step, base)
+        folder = path / "adapter"
     if is_peft(folder):
         return read_adapter(folder, base.table)
     raise FileNotFoundError(

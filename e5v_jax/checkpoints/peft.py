@@ -51,6 +51,16 @@ class Adapter:
     values: dict[str, np.ndarray]  # dotted path -> fp32 [L, in, r] (lora_a) or [L, r, out] (lora_b)
 
 
+def zero_factors(table: ParameterTable, lora: LoRAConfig) -> dict[str, np.ndarray]:
+    """Factors of zero, fp32 [L, in, r] and [L, r, out], for every linear map that takes them."""
+    values: dict[str, np.ndarray] = {}
+    for row in table.adapted:
+        (fan_in, fan_out), base = row.shape, row.path.removesuffix("kernel")
+        values[f"{base}lora_a"] = np.zeros((row.layers or 0, fan_in, lora.rank), np.float32)
+        values[f"{base}lora_b"] = np.zeros((row.layers or 0, lora.rank, fan_out), np.float32)
+    return values
+
+
 def is_peft(folder: Path) -> bool:
     """Whether ``folder`` holds a PEFT adapter."""
     return (folder / "adapter_config.json").is_file()
@@ -70,11 +80,7 @@ def read_adapter(folder: Path, table: ParameterTable) -> Adapter:
                 f"{folder / name}: missing; expected a PEFT LoRA adapter folder (safetensors)"
             )
     lora = _read_config(folder / "adapter_config.json")
-    values: dict[str, np.ndarray] = {}
-    for row in table.adapted:
-        (fan_in, fan_out), base = row.shape, row.path.removesuffix("kernel")
-        values[f"{base}lora_a"] = np.zeros((row.layers or 0, fan_in, lora.rank), np.float32)
-        values[f"{base}lora_b"] = np.zeros((row.layers or 0, lora.rank, fan_out), np.float32)
+    values = zero_factors(table, lora)
     file = folder / "adapter_model.safetensors"
     try:
         tensors = safetensors.numpy.load(file.read_bytes())

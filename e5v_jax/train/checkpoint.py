@@ -1,55 +1,33 @@
 """Training checkpoints: trainable parameters, optimizer state, position in the data.
 
-    RUN/run.json           the resolved configuration and the base model's content hash
-    RUN/checkpoints/STEP/  Orbax, written asynchronously and renamed when whole
-    RUN/metrics.jsonl      one line every log_every steps
-
-The base model stays where it is; ``run.json`` names it by content hash.
+They are in RUN/checkpoints/STEP, written by Orbax asynchronously and renamed when whole. The base
+model stays where it is; ``run.json`` names it by content hash.
 """
 
-import dataclasses
 import json
 import logging
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from json import JSONDecodeError
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 import optax
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import v1 as ocp
 
-from e5v_jax.atomic import new_folder, write_whole
-from e5v_jax.checkpoints.converted import WeightSource
-from e5v_jax.checkpoints.loading import abstract_model, dotted
-from e5v_jax.checkpoints.peft import Adapter
+from e5v_jax.checkpoints.adapters import CHECKPOINTS
 from e5v_jax.distributed import is_first, wait_for_all
-from e5v_jax.nn.layers import Build, LoRAConfig, LoRAParam, Precision
-from e5v_jax.runtime import Runtime
-from e5v_jax.sharding import make_mesh
 from e5v_jax.storage import absolute, as_path, remove_folder
 from e5v_jax.train.config import TrainConfig
+from e5v_jax.train.optimizer import as_saved, carry_over, implied_accumulation
 
 _logger = logging.getLogger(__name__)
-CHECKPOINTS = "checkpoints"
 SCORE = "stsb_dev"
-
-
-def check_run_folder(cfg: TrainConfig) -> None:
-    """Refuse an output that would be written over. Nothing is created yet.
-
-    Raises:
-        FileExistsError: it holds something and ``cfg.resume`` is off.
-        ValueError: resuming a folder that is no run.
-    """
-    if cfg.output.exists() and any(cfg.output.iterdir()):
-        if not cfg.resume:
-            raise FileExistsError(
-                f"{cfg.output}: already exists; pass --resume to continue it, or choose another"
-            )
-        if not (cfg.output / "run.json").is_file():
-            raise ValueError(f"{cfg.output}: cannot resume, there is no run.json in it")
+_T = TypeVar("_T")
 
 
 def open_checkpointer(cfg: TrainConfig) -> ocp.training.Checkpointer:
@@ -77,6 +55,7 @@ def save(
     opt_state: optax.OptState,
     iterator_state: dict[str, Any],
     *,
+    accumulate_steps: int = 1,
     last: bool = False,
     score: float | None = None,
 ) -> None:
@@ -86,7 +65,7 @@ def save(
         {"trainable": trainable, "opt_state": opt_state},
         force=last,
         metrics=None if score is None else {SCORE: score},
-        custom_metadata={"iterator": iterator_state},
+        custom_metadata={"iterator": iterator_state, "accumulate_steps": accumulate_steps},
     )
 
 
@@ -115,47 +94,169 @@ def restore(
     trainable: nnx.State,
     opt_state: optax.OptState,
     mesh: Mesh,
+    *,
+    accumulate_steps: int = 1,
 ) -> Restored | None:
-    """The newest whole checkpoint, whatever mesh it was written on; None without any.
+    """The newest checkpoint that every process can read, whatever mesh it was written on.
 
-    A damaged one is moved out of the way, to RUN/damaged-STEP, and said so.
+    ``opt_state`` is the fresh state of this run's optimizer, which accumulates over
+    ``accumulate_steps``; a state saved with another number is converted (:func:`carry_over`).
+    Damaged checkpoints are moved out of the way, to RUN/damaged-STEP, once all processes agree on
+    an older one; without any checkpoint the result is None.
 
     Raises:
-        ValueError: there are checkpoints, and none is whole.
+        ValueError: there are checkpoints and none is whole; or the newest could not be read for
+            another reason than damage, or does not fit this run: it stays where it is.
     """
-    like = abstract({"trainable": trainable, "opt_state": opt_state}, mesh)
-    steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
-    for step in reversed(steps):
-        try:
-            state = checkpointer.load(step, like)
-            metadata = checkpointer.metadata(step).custom_metadata
-            position = metadata["iterator"]
-        except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
-            _logger.warning(
-                "checkpoint of step %d is damaged (%s): falling back to the one before",
-                step,
-                str(error).strip().split("\n")[0][:200],
+    steps = {checkpoint.step for checkpoint in checkpointer.checkpoints}
+    damaged: list[int] = []
+    while True:
+        mine = max(steps.difference(damaged), default=-1)
+        step = int(_of_all_processes(mine).max())
+        if step < 0:
+            break
+        folder = as_path(checkpointer.directory) / str(step)
+        found, error, worst = _together(
+            partial(_examine, checkpointer, step, trainable, opt_state, mesh)
+        )
+        stored: Any = None
+        if found is not None and worst == _WHOLE:
+            stored, error, worst = _together(partial(_load_alone, checkpointer, step, found.like))
+        reason = "another process cannot read it" if error is None else _reason(error)
+        if worst == _UNREADABLE:
+            raise ValueError(
+                f"{folder}: {reason}; it stays as it is: mend that, then --resume"
+            ) from error
+        if found is not None and worst == _WHOLE:
+            _set_aside(checkpointer, damaged)
+            saved, position = stored["opt_state"], found.position
+            before = position.get("accumulate_steps") or implied_accumulation(
+                saved, step, accumulate_steps
             )
-            continue
-        _set_aside(checkpointer, [s for s in steps if s > step])
-        return Restored(step, state["trainable"], state["opt_state"], position)
-    if steps:
+            carried = carry_over(saved, opt_state, step=step, before=before, now=accumulate_steps)
+            return Restored(step, stored["trainable"], carried, position["iterator"])
+        _logger.warning(
+            "checkpoint of step %d is damaged (%s): falling back to the one before", step, reason
+        )
+        damaged.append(step)
+    if damaged:
         raise ValueError(
-            f"{checkpointer.directory}: none of the checkpoints of steps {steps} can be read"
+            f"{checkpointer.directory}: none of the checkpoints of steps {sorted(damaged)} can be "
+            "read"
         )
     return None
 
 
+_WHOLE, _DAMAGED, _UNREADABLE = range(3)
+
+
+def _of_all_processes(value: int) -> np.ndarray:
+    """The ``value`` of every process, int32 [processes]."""
+    return np.ravel(multihost_utils.process_allgather(np.int32(value)))
+
+
+def _together(action: Callable[[], _T]) -> tuple[_T | None, BaseException | None, int]:
+    """(result, error, worst verdict of all processes) of what each of them does alone."""
+    result, error, verdict = None, None, _WHOLE
+    try:
+        result = action()
+    except Exception as caught:  # any of many types: _is_damage tells them apart
+        error = _root(caught)
+        verdict = _DAMAGED if _is_damage(error) else _UNREADABLE
+    return result, error, int(_of_all_processes(verdict).max())
+
+
+def _root(error: BaseException) -> BaseException:
+    """What Orbax reports as its cause: it raises a KeyError of its own for everything."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _reason(error: BaseException) -> str:
+    """The message in one line, without the details that TensorStore appends in brackets."""
+    message = str(error).strip() or type(error).__name__
+    return message.split("\n")[0].split(" [")[0][:1000]
+
+
+def _is_damage(error: BaseException) -> bool:
+    """Whether files are missing, cut short or not what was written, as against out of reach.
+
+    TensorStore begins its messages with a status: for network, permissions and memory another one.
+    """
+    if isinstance(error, FileNotFoundError | JSONDecodeError | UnicodeDecodeError):
+        return True
+    if isinstance(error, ocp.errors.InvalidLayoutError):  # no arrays, or no description of them
+        return True
+    return str(error).startswith(("DATA_LOSS:", "NOT_FOUND:", "OUT_OF_RANGE:"))
+
+
+class _Examined(NamedTuple):
+    like: dict[str, Any]  # what to load it into
+    position: dict[str, Any]
+
+
+def _examine(
+    checkpointer: ocp.training.Checkpointer,
+    step: int,
+    trainable: nnx.State,
+    opt_state: optax.OptState,
+    mesh: Mesh,
+) -> _Examined:
+    """What a checkpoint says of itself, before any array is read.
+
+    Raises:
+        ValueError: the arrays are not those of this run.
+        Exception: of Orbax, about anything else.
+    """
+    if step not in [checkpoint.step for checkpoint in checkpointer.checkpoints]:
+        raise OSError("other processes see it, this one does not; all must share a storage")
+    metadata = checkpointer.metadata(step)
+    position = metadata.custom_metadata or {}
+    if "iterator" not in position:  # of an unreadable file Orbax only logs why
+        json.loads((as_path(metadata.path) / "_CHECKPOINT_METADATA").read_text())
+        raise ValueError("it does not say where in the data it stands; it is of no training")
+    saved = metadata.metadata or {}  # of an unreadable one the load says why
+    opt_state = as_saved(saved.get("opt_state"), opt_state, trainable)
+    like = abstract({"trainable": trainable, "opt_state": opt_state}, mesh)
+    found, wanted = _shapes(saved), _shapes(like)
+    for name in sorted(found.keys() | wanted.keys()) if saved else ():
+        if found.get(name) != wanted.get(name):
+            raise ValueError(
+                f"{name} has shape {found.get(name)} in it and {wanted.get(name)} in this run "
+                "(None is missing); go back to the model and recipe it was begun with"
+            )
+    return _Examined(like, position)
+
+
+def _load_alone(checkpointer: ocp.training.Checkpointer, step: int, like: dict[str, Any]) -> Any:
+    """The arrays, read without waiting for other processes: one that fails leaves none waiting.
+
+    Orbax counts loads, and saves wait for each other by that number: all processes must call this
+    or none.
+    """
+    context, process = ocp.Context(), jax.process_index()
+    context.multiprocessing.primary_host = process
+    context.multiprocessing.active_processes = {process}
+    context.multiprocessing.barrier_sync_key_prefix = f"process-{process}"
+    with context:
+        return checkpointer.load(step, like)
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): x.shape for path, x in leaves}
+
+
 def _set_aside(checkpointer: ocp.training.Checkpointer, damaged: list[int]) -> None:
+    """Move checkpoints to RUN/damaged-STEP; all processes have stopped reading them."""
     if not damaged:
         return
-    wait_for_all("restored")  # before the first process moves what another still reads
-    for step in damaged:
-        folder = as_path(checkpointer.directory)
-        if is_first():
-            target = folder.parent / f"damaged-{step}"
-            remove_folder(target)
-            (folder / str(step)).rename(target)
+    folder = as_path(checkpointer.directory)
+    for step in damaged if is_first() else ():
+        target = folder.parent / f"damaged-{step}"
+        remove_folder(target)
+        (folder / str(step)).rename(target)
     wait_for_all("damaged checkpoints moved")
     checkpointer.reload()
 
@@ -174,111 +275,3 @@ def load_best(
     with context:
         state = checkpointer.load(step, abstract({"trainable": trainable}, mesh))
     return step, score, state["trainable"]
-
-
-def run_info(cfg: TrainConfig, base_hash: str, data_fingerprint: str) -> dict[str, Any]:
-    """The contents of ``run.json``."""
-    info = {
-        "config": dataclasses.asdict(cfg),
-        "base_hash": base_hash,
-        "data_fingerprint": data_fingerprint,
-    }
-    plain: dict[str, Any] = json.loads(json.dumps(info, default=str))
-    return plain
-
-
-def check_same_run(run: Path, info: dict[str, Any], *, allowed: tuple[str, ...] = ()) -> None:
-    """Refuse to resume with what makes the saved state mean something else. A new run passes.
-
-    ``allowed`` names fields that may differ all the same.
-
-    Raises:
-        ValueError: a field that differs, or one of ``allowed`` that is none.
-    """
-    if not (run / "run.json").is_file():
-        return
-    before, now = _identity(read_run_info(run)), _identity(info)
-    for name in allowed:
-        if name not in now or name == "lora":  # the saved arrays would not fit
-            fields = ", ".join(x for x in now if x != "lora")
-            raise ValueError(f"--allow-change {name}: expected one of {fields}")
-    for name, value in now.items():
-        if value != before[name] and name not in allowed:
-            raise ValueError(
-                f"{run}: cannot resume: {name} was {before[name]} and is now {value}; "
-                "go back to that, or choose another output"
-                + ("" if name == "lora" else f", or accept it with --allow-change {name}")
-            )
-
-
-_IDENTITY = ("lora", "batch_size", "num_epochs", "max_steps", "seed", "quantize")
-
-
-def _identity(info: dict[str, Any]) -> dict[str, Any]:
-    config, data = info["config"], info["config"]["data"]
-    return {
-        "base_hash": info["base_hash"],
-        "data_fingerprint": info["data_fingerprint"],
-        **{name: config[name] for name in _IDENTITY},
-        **{f"data.{name}": data[name] for name in ("max_tokens", "prompt", "template")},
-        **{f"loss.{name}": value for name, value in config["loss"].items()},
-        **{f"optimizer.{name}": value for name, value in config["optimizer"].items()},
-    }
-
-
-def write_run_info(run: Path, info: dict[str, Any]) -> None:
-    """Create the run folder with its ``run.json``, or renew that of a resumed run."""
-    if is_first():
-        text = json.dumps(info, indent=1) + "\n"
-        if not (run / "run.json").is_file():
-            with new_folder(run) as folder:  # so that a run folder always has its run.json
-                (folder / "run.json").write_text(text)
-        else:
-            write_whole(run / "run.json", lambda file: file.write(text.encode()))
-    wait_for_all("run.json")
-
-
-def find_run(folder: Path) -> tuple[Path, int | None] | None:
-    """(run folder, step) of a run folder (step None) or a RUN/checkpoints/STEP."""
-    folder = absolute(folder)
-    if (folder / "run.json").is_file():
-        return folder, None
-    run = folder.parent.parent
-    if folder.parent.name == CHECKPOINTS and folder.name.isdigit() and find_run(run):
-        return run, int(folder.name)
-    return None
-
-
-def read_run_info(run: Path) -> dict[str, Any]:
-    """Read ``run.json``."""
-    info: dict[str, Any] = json.loads((run / "run.json").read_text())
-    return info
-
-
-def read_run_adapter(run: Path, step: int | None, base: WeightSource) -> Adapter:
-    """LoRA factors of a run's checkpoint after ``step`` (None: the newest), on the host.
-
-    Raises:
-        ValueError: the run trained all weights, or there is no such checkpoint.
-    """
-    lora_fields = read_run_info(run)["config"]["lora"]
-    if lora_fields is None:
-        raise ValueError(f"{run}: this run trained all weights (lora None): it has no adapter")
-    lora = LoRAConfig(**lora_fields)
-    precision = Precision(param=np.float32, compute=np.float32)
-    runtime = Runtime.on(make_mesh(devices=jax.local_devices()[:1]))
-    build = Build(precision, runtime, lora)
-    model = abstract_model(base.family, base.config, build, load_vision=False)
-    shapes = nnx.split(model, LoRAParam, ...)[1]
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    folder = absolute(run / CHECKPOINTS)
-    with ocp.training.Checkpointer(folder, context=context) as checkpointer:
-        steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
-        if not steps or (step is not None and step not in steps):
-            wanted = "" if step is None else f" of step {step}"
-            raise ValueError(f"{folder}: no checkpoint{wanted}; found steps {steps}")
-        like = jax.tree.map(lambda leaf: np.empty(leaf.shape, leaf.dtype), shapes)
-        state = checkpointer.load(steps[-1] if step is None else step, {"trainable": like})
-    values = nnx.to_flat_state(state["trainable"])
-    return Adapter(lora, {dotted(path): np.asarray(leaf[...]) for path, leaf in values})

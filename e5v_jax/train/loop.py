@@ -10,21 +10,13 @@ from e5v_jax.data.pairs import TrainingPairs
 from e5v_jax.distributed import initialize, is_first, wait_for_all
 from e5v_jax.encode.encoder import Encoder
 from e5v_jax.storage import remove_folder
-from e5v_jax.train.checkpoint import (
-    check_run_folder,
-    check_same_run,
-    load_best,
-    open_checkpointer,
-    restore,
-    run_info,
-    save,
-    write_run_info,
-)
+from e5v_jax.train.checkpoint import load_best, open_checkpointer, restore, save
 from e5v_jax.train.config import TrainConfig, check_counts
 from e5v_jax.train.export import export_adapter, export_model
 from e5v_jax.train.feed import HostBatch, load_data
+from e5v_jax.train.identity import check_run_folder, check_same_run, run_info, write_run_info
 from e5v_jax.train.metrics import Meter, MetricsLog
-from e5v_jax.train.preemption import Preemption
+from e5v_jax.train.preemption import preemption
 from e5v_jax.train.setup import Training, set_up
 from e5v_jax.train.step import Metrics
 from e5v_jax.train.validation import Validation
@@ -84,7 +76,14 @@ def _take_steps(
     """From the newest checkpoint to the last step; False when preempted before it."""
     feed = training.feed
     start = 0
-    restored = restore(checkpointer, training.trainable, training.opt_state, training.runtime.mesh)
+    accumulate_steps = cfg.optimizer.accumulate_steps
+    restored = restore(
+        checkpointer,
+        training.trainable,
+        training.opt_state,
+        training.runtime.mesh,
+        accumulate_steps=accumulate_steps,
+    )
     if restored is not None:
         start, training.trainable, training.opt_state, position = restored
         feed.batches.set_state(position)
@@ -99,7 +98,7 @@ def _take_steps(
         )
     dropout_key = jax.random.key(cfg.seed)
     log = MetricsLog(cfg.output, start, feed.total_steps, wandb_project=cfg.wandb_project)
-    with log, Preemption() as preemption:
+    with log, preemption() as noted:
         meter = Meter(start)
         for step in range(start + 1, feed.total_steps + 1):
             batch = next(feed.batches)
@@ -111,7 +110,7 @@ def _take_steps(
                 values = {name: float(value) for name, value in metrics._asdict().items()}
                 log.write(step, values, speed)
                 meter = Meter(step)
-            preempted = preemption.noted(step)
+            preempted = noted(step)
             last = step == feed.total_steps
             score = None
             saved = last or step % cfg.checkpoint_every == 0
@@ -127,6 +126,7 @@ def _take_steps(
                 training.trainable,
                 training.opt_state,
                 feed.batches.get_state(),
+                accumulate_steps=accumulate_steps,
                 last=last or preempted,
                 score=score,
             )

@@ -6,18 +6,18 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from e5v_jax.atomic import write_whole
+from e5v_jax.checkpoints.adapters import read_run_info
 from e5v_jax.distributed import is_first
 from e5v_jax.storage import in_bucket, upload
 
 
 class Speed(NamedTuple):
-    """Averages since the last line of the log."""
+    """These are averages since the last line of the log."""
 
     triplets_per_s: float
     tokens_per_s: float  # padding not counted
@@ -25,7 +25,7 @@ class Speed(NamedTuple):
 
 
 class Meter:
-    """Counts from its creation after ``step`` on."""
+    """It averages what is counted since its creation after ``step``."""
 
     def __init__(self, step: int) -> None:
         self._start, self._step, self._tokens = time.perf_counter(), step, 0
@@ -86,12 +86,7 @@ class MetricsLog:
         self._progress.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._progress.stop()
         if self._writes:
             self._file.close()
@@ -104,24 +99,15 @@ class MetricsLog:
 
     def show(self, step: int, loss: float, speed: Speed) -> None:
         """Update the live line."""
-        text = (
-            f"loss {loss:.4f}  {speed.triplets_per_s:.1f} triplets/s  "
-            f"{speed.tokens_per_s:.0f} tokens/s"
-        )
-        self._progress.update(self._task, completed=step, description=text)
+        self._progress.update(self._task, completed=step, description=_describe(loss, speed))
 
     def write(self, step: int, values: dict[str, float], speed: Speed) -> None:
         """Append one line and its scalars elsewhere; without a terminal, print it too."""
         self._append(step, {**values, **speed._asdict()})
         if self._writes and not self._live:
-            remaining = (self._total - step) * speed.seconds_per_step
-            print(
-                f"step {step}/{self._total}  loss {values['loss']:.4f}  "
-                f"{speed.triplets_per_s:.1f} triplets/s  {speed.tokens_per_s:.0f} tokens/s"
-                f"  ETA {remaining / 60:.1f} min",
-                file=sys.stderr,
-                flush=True,
-            )
+            minutes = (self._total - step) * speed.seconds_per_step / 60
+            line = f"step {step}/{self._total}  {_describe(values['loss'], speed)}"
+            print(f"{line}  ETA {minutes:.1f} min", file=sys.stderr, flush=True)
 
     def write_score(self, step: int, score: float) -> None:
         """Append the STS-B dev score of ``step``, and print it."""
@@ -148,16 +134,21 @@ class MetricsLog:
             self._wandb.log(values, step=step)
 
 
+def _describe(loss: float, speed: Speed) -> str:
+    rates = f"{speed.triplets_per_s:.1f} triplets/s  {speed.tokens_per_s:.0f} tokens/s"
+    return f"loss {loss:.4f}  {rates}"
+
+
 def _open_wandb(project: str, run: Path) -> Any:
     try:
         wandb = importlib.import_module("wandb")  # optional: most runs do without
     except ImportError:
         raise ImportError("wandb_project is set, but wandb is missing: pip install wandb") from None
-    return wandb.init(project=project, name=run.name, id=run.name, resume="allow")
+    return wandb.init(project=project, name=run.name, id=read_run_info(run)["id"], resume="allow")
 
 
 def _step_of(line: str) -> float:
     try:
         return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line cut off by a kill
+    except (ValueError, KeyError, TypeError):  # a kill cut the line off
+        return float("inf")

@@ -1,11 +1,18 @@
-"""AdamW with clipping under a linear schedule, and where its state lives."""
+"""AdamW with clipping under a linear schedule, where its state lives, and how it is converted."""
+
+import logging
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from e5v_jax.train.config import OptimizerConfig
+
+_logger = logging.getLogger(__name__)
 
 
 def make_schedule(cfg: OptimizerConfig, total_steps: int) -> optax.Schedule:
@@ -64,3 +71,61 @@ def init_optimizer(
     )
     state: optax.OptState = jax.jit(optimizer.init, out_shardings=shardings)(trainable)
     return state
+
+
+def as_saved(saved: Any, fresh: optax.OptState, trainable: nnx.State) -> optax.OptState:
+    """``fresh``, this run's optimizer state, with accumulated gradients if ``saved`` has them.
+
+    ``saved`` is the tree of a checkpoint's optimizer state as Orbax describes it.
+    """
+    accumulates = isinstance(saved, dict) and "acc_grads" in saved
+    if accumulates == isinstance(fresh, optax.MultiStepsState):
+        return fresh
+    if isinstance(fresh, optax.MultiStepsState):
+        return fresh.inner_opt_state
+    zero = jnp.zeros((), jnp.int32)
+    return optax.MultiStepsState(zero, zero, inner_opt_state=fresh, acc_grads=trainable)
+
+
+def implied_accumulation(saved: optax.OptState, step: int, now: int) -> int:
+    """accumulate_steps of a checkpoint that does not say it; then it was the same in all steps."""
+    if not isinstance(saved, optax.MultiStepsState):
+        return 1
+    if int(saved.gradient_step) == 0:  # more than ``step``
+        return max(now, step + 1)
+    return (step - int(saved.mini_step)) // int(saved.gradient_step)
+
+
+def carry_over(
+    saved: optax.OptState, fresh: optax.OptState, *, step: int, before: int, now: int
+) -> optax.OptState:
+    """The state ``saved`` after ``step`` steps, for an optimizer that accumulates over ``now``.
+
+    If the accumulate_steps ``before`` were others, AdamW's moments and their count of updates go
+    on; the schedule, which counts updates, stands where a run with ``now`` from its beginning would
+    be after ``step`` steps, so that it ends at 0 with the run; and accumulation begins anew: of
+    gradients since the last update nothing is kept, and the next update comes after ``now`` steps.
+    """
+    if before == now:
+        return saved
+    inner, dropped = saved, 0
+    if isinstance(saved, optax.MultiStepsState):
+        inner, dropped = saved.inner_opt_state, int(saved.mini_step)
+    _logger.warning(
+        "optimizer.accumulate_steps was %d and is now %d: the schedule goes on from update %d, "
+        "gradients of %d steps that made no update yet are dropped",
+        *(before, now, step // now, dropped),
+    )
+
+    def at_step(state: Any) -> Any:
+        if not isinstance(state, optax.ScaleByScheduleState):
+            return state
+        count = np.asarray(step // now, state.count.dtype)
+        return state._replace(count=jax.device_put(count, state.count.sharding))
+
+    inner = jax.tree.map(
+        at_step, inner, is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState)
+    )
+    if isinstance(fresh, optax.MultiStepsState):
+        return fresh._replace(inner_opt_state=inner)
+    return inner

@@ -2,46 +2,29 @@
 
 import signal
 import threading
-from types import FrameType, TracebackType
-from typing import Self
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import jax
 from jax.experimental import multihost_utils
 
 
-class Preemption:
-    """Inside the block SIGTERM is noted instead of obeyed.
+@contextmanager
+def preemption() -> Iterator[Callable[[int], bool]]:
+    """Note SIGTERM inside the block instead of obeying it.
 
+    The block gets a function that says, in every process the same, whether to stop after a step.
     With several processes JAX's coordination service notes it, and makes all stop at one step.
     """
-
-    def __init__(self) -> None:
-        self._noted = False
-        self._before: signal.Handlers | object = None
-        # signal.signal may only be called there; the coordination service needs no handler
-        self._ours = (
-            jax.process_count() == 1 and threading.current_thread() is threading.main_thread()
-        )
-
-    def __enter__(self) -> Self:
-        if self._ours:
-            self._before = signal.signal(signal.SIGTERM, self._note)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if self._ours:
-            signal.signal(signal.SIGTERM, self._before)  # type: ignore[arg-type]  # what it returned
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self._noted = True
-
-    def noted(self, step: int) -> bool:
-        """Whether to stop after ``step``; the same answer in every process."""
-        if jax.process_count() > 1:
-            return bool(multihost_utils.reached_preemption_sync_point(step))
-        return self._noted
+    if jax.process_count() > 1:
+        yield lambda step: bool(multihost_utils.reached_preemption_sync_point(step))
+        return
+    if threading.current_thread() is not threading.main_thread():  # which alone may set a handler
+        yield lambda _: False
+        return
+    noted: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: noted.append(number))
+    try:
+        yield lambda _: bool(noted)
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,126 @@
+"""What a run is: its ``run.json``, and whether another start may go on with it.
+
+RUN/run.json       an id, the resolved configuration, the base model's content hash, the data's
+RUN/checkpoints/   :mod:`e5v_jax.train.checkpoint`
+RUN/metrics.jsonl  one line every log_every steps
+"""
+
+import dataclasses
+import json
+import uuid
+from pathlib import Path
+from typing import Any
+
+from e5v_jax.atomic import new_folder, write_whole
+from e5v_jax.checkpoints.adapters import lora_of, read_run_info
+from e5v_jax.distributed import is_first, wait_for_all
+from e5v_jax.train.config import TrainConfig
+
+
+def check_run_folder(cfg: TrainConfig) -> None:
+    """Refuse an output that would be written over. Nothing is created yet.
+
+    Raises:
+        FileExistsError: it holds something and ``cfg.resume`` is off.
+        ValueError: resuming a folder that is no run.
+    """
+    if cfg.output.exists() and any(cfg.output.iterdir()):
+        if not cfg.resume:
+            raise FileExistsError(
+                f"{cfg.output}: already exists; pass --resume to continue it, or choose another"
+            )
+        if not (cfg.output / "run.json").is_file():
+            raise ValueError(f"{cfg.output}: cannot resume, there is no run.json in it")
+
+
+def run_info(cfg: TrainConfig, base_hash: str, data_fingerprint: str) -> dict[str, Any]:
+    """The contents of ``run.json``."""
+    info = {
+        "config": dataclasses.asdict(cfg),
+        "base_hash": base_hash,
+        "data_fingerprint": data_fingerprint,
+    }
+    plain: dict[str, Any] = json.loads(json.dumps(info, default=str))
+    return plain
+
+
+def check_same_run(run: Path, info: dict[str, Any], *, allowed: tuple[str, ...] = ()) -> None:
+    """Refuse to resume with what makes the saved state mean something else. A new run passes.
+
+    ``allowed`` names fields that may differ all the same.
+
+    Raises:
+        ValueError: a field that differs, one of ``allowed`` that is none, or a malformed run.json.
+    """
+    if not (run / "run.json").is_file():
+        return
+    before, now = _identity(run, read_run_info(run)), _identity(run, info)
+    for name in allowed:
+        if name not in now or name == "lora":  # the saved arrays would not fit
+            fields = ", ".join(x for x in now if x != "lora")
+            raise ValueError(f"--allow-change {name}: expected one of {fields}")
+    for name, value in now.items():
+        if value != before[name] and name not in allowed:
+            raise ValueError(
+                f"{run}: cannot resume: {name} was {before[name]} and is now {value}; "
+                "go back to that, or choose another output"
+                + ("" if name == "lora" else f", or accept it with --allow-change {name}")
+            )
+
+
+_IDENTITY = ("batch_size", "num_epochs", "max_steps", "seed", "quantize")
+
+
+def _identity(run: Path, info: dict[str, Any]) -> dict[str, Any]:
+    """What must stay the same; a field that came after the run had its default then."""
+    default = run_info(TrainConfig(model=Path(), output=Path()), "", "")["config"]
+    lora_then = default.pop("lora")  # for a run without any; one with fewer fields has LoRAConfig's
+    config = {"lora": lora_then, **_with_defaults(info["config"], default)}
+    lora = lora_of(run, config)
+    match {**info, **config}:
+        case {
+            "base_hash": str(base_hash),
+            "data_fingerprint": str(data_fingerprint),
+            "data": dict(data),
+            "loss": dict(loss),
+            "optimizer": dict(optimizer),
+        }:
+            return {
+                "base_hash": base_hash,
+                "data_fingerprint": data_fingerprint,
+                "lora": None if lora is None else dataclasses.asdict(lora),
+                **{name: config[name] for name in _IDENTITY},
+                **{f"data.{name}": data[name] for name in ("max_tokens", "prompt", "template")},
+                **{f"loss.{name}": value for name, value in loss.items()},
+                **{f"optimizer.{name}": value for name, value in optimizer.items()},
+            }
+    raise ValueError(
+        f"{run / 'run.json'}: expected base_hash, data_fingerprint and, in config, the objects "
+        "data, loss and optimizer; restore it from a copy"
+    )
+
+
+def _with_defaults(found: Any, default: Any) -> Any:
+    """``found`` and, at any depth, the fields of ``default`` that it lacks."""
+    if not (isinstance(found, dict) and isinstance(default, dict)):
+        return found
+    filled = {name: _with_defaults(value, default.get(name)) for name, value in found.items()}
+    return default | filled
+
+
+def write_run_info(run: Path, info: dict[str, Any]) -> None:
+    """Create the run folder with its ``run.json``, or renew that of a resumed run.
+
+    A run keeps the ``id`` that it got when it began, wherever its folder is moved.
+    """
+    if is_first():
+        resumed = (run / "run.json").is_file()
+        # before there were ids, wandb knew a run by its name
+        run_id = read_run_info(run).get("id", run.name) if resumed else uuid.uuid4().hex
+        text = json.dumps({"id": run_id, **info}, indent=1) + "\n"
+        if resumed:
+            write_whole(run / "run.json", lambda file: file.write(text.encode()))
+        else:
+            with new_folder(run) as folder:  # so that a run folder always has its run.json
+                (folder / "run.json").write_text(text)
+    wait_for_all("run.json")
