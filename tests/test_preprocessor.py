@@ -14,8 +14,8 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 
 from e5v_jax import E5V
 from e5v_jax.checkpoints.from_hf import Args, convert
+from e5v_jax.families.llava_next.preprocessor import check_preprocessor
 from e5v_jax.families.llava_next.presets import ARCHITECTURES
-from e5v_jax.families.llava_next.processor import check_preprocessor
 from e5v_jax.nn.config import UnsupportedModelError
 
 REAL = ARCHITECTURES["llava-next-mistral-7b"]

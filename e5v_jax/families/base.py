@@ -72,14 +72,10 @@ class Model(Protocol):
 class Measured:
     """One input whose place in a batch is known: tokenised, its image not yet decoded."""
 
-    position: int
-    """Where it is in the call."""
-    ids: list[int]
-    """Its tokens, one placeholder for the image."""
-    length: int
-    """Positions it takes, the image's included."""
-    shape_key: int = 0
-    """Which inputs may share a batch: those of the same number. 0 means text, more is more work."""
+    position: int  # in the call
+    ids: list[int]  # one placeholder for the image
+    length: int  # positions it takes, the image's included
+    shape_key: int = 0  # inputs of one key may share a batch; 0 is text, more is more work
     image: ImageSource | str | None = None
     image_size: Size | None = None  # pixels (height, width)
 
@@ -89,10 +85,8 @@ class BatchShape:
     """What a batch is padded to."""
 
     rows: int
-    length: int
-    """Positions of each row."""
-    shape_key: int = 0
-    """As in :class:`Measured`."""
+    length: int  # positions of each row
+    shape_key: int = 0  # as in Measured
 
 
 class Processor(Protocol):
@@ -100,10 +94,8 @@ class Processor(Protocol):
 
     config: ModelConfig
     tokenizer: PreTrainedTokenizerFast
-    template: str
-    """Its name in ``prompts.TEMPLATES``."""
-    shape_unit: str
-    """What shape keys count, for messages."""
+    template: str  # its name in prompts.TEMPLATES
+    shape_unit: str  # what shape keys count, for messages
 
     def measure(
         self,
@@ -126,10 +118,7 @@ class Processor(Protocol):
 
     @property
     def load(self) -> Callable[[Measured], Any]:
-        """Decodes an input's image, if it has one; a worker process can unpickle it.
-
-        It raises ValueError if the image cannot be decoded.
-        """
+        """Decodes the image of an input that has one, or raises ValueError; workers unpickle it."""
         ...
 
     def padded_length(self, length: int, shape_key: int) -> int:

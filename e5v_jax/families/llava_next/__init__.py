@@ -4,12 +4,9 @@ from e5v_jax.families.base import Family
 from e5v_jax.families.llava_next.config import LlavaNextConfig, transformers_layout
 from e5v_jax.families.llava_next.model import build
 from e5v_jax.families.llava_next.parameters import parameters
+from e5v_jax.families.llava_next.preprocessor import check_preprocessor
 from e5v_jax.families.llava_next.presets import ARCHITECTURES, CHECKPOINTS
-from e5v_jax.families.llava_next.processor import (
-    LlavaNextProcessor,
-    check_preprocessor,
-    match_tokenizer,
-)
+from e5v_jax.families.llava_next.processor import LlavaNextProcessor, match_tokenizer
 
 LLAVA_NEXT = Family(
     read_config=LlavaNextConfig.from_hf,

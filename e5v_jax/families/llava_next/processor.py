@@ -22,8 +22,6 @@ from e5v_jax.families.llava_next.tiling import (
     tile_image,
 )
 from e5v_jax.families.text.processor import TextProcessor
-from e5v_jax.nn.clip import IMAGE_MEAN, IMAGE_STD
-from e5v_jax.nn.config import UnsupportedModelError
 from e5v_jax.prompts import IMAGE_PLACEHOLDER
 
 
@@ -157,72 +155,3 @@ def match_tokenizer(
             f"config.json is {config.image_token_id}: they belong to different models"
         )
     return dataclasses.replace(config, image_token_id=found)
-
-
-_IGNORED_SETTINGS = {
-    **dict.fromkeys(
-        ("image_processor_type", "processor_class", "feature_extractor_type", "_processor_class"),
-        "the name of transformers' class for the same computation",
-    ),
-    **dict.fromkeys(
-        ("data_format", "input_data_format", "return_tensors", "device", "disable_grouping"),
-        "how transformers holds its arrays",
-    ),
-    "auto_map": "code that is never run",
-    "do_pad": "a batch's images are padded to the most tiles in any case",
-    "default_to_square": "the size is square in any case",
-    "chat_template": "prompts are those of prompts.py",
-}
-_SIZE_OF_TRANSFORMERS = 224  # what a file means that leaves the sizes out
-
-
-def check_preprocessor(config: LlavaNextConfig, settings: dict[str, Any]) -> None:
-    """Refuse settings of ``LlavaNextImageProcessor`` other than what is computed here.
-
-    Raises:
-        UnsupportedModelError: names the setting, its value and the one that is supported.
-    """
-    size = config.vision.image_size
-    square = {"height": size, "width": size}
-    supported: dict[str, tuple[Any, ...]] = {
-        "aspect_ratio_setting": ("anyres",),
-        "do_convert_rgb": (True, None),
-        "do_resize": (True,),
-        "size": ({"shortest_edge": size}, square, size),
-        "do_center_crop": (True, False),  # of a square tile nothing is cut off
-        "crop_size": (square, size),
-        "resample": (3,),  # bicubic
-        "do_rescale": (True,),
-        "rescale_factor": (1 / 255,),
-        "do_normalize": (True,),
-        "image_mean": (list(IMAGE_MEAN),),
-        "image_std": (list(IMAGE_STD),),
-        "image_grid_pinpoints": ([list(pinpoint) for pinpoint in config.image_grid_pinpoints],),
-        "patch_size": (config.vision.patch_size, None),
-        "vision_feature_select_strategy": ("default", None),
-        "image_token": (IMAGE_PLACEHOLDER,),
-        "num_additional_image_tokens": (1,),
-        "pad_size": (None,),
-        "size_divisor": (None,),
-    }
-    if "image_mean" in settings:  # the image processor's, not only those of the processor around it
-        edge = _SIZE_OF_TRANSFORMERS
-        settings = {"size": edge, "crop_size": edge, **settings}
-    for name, value in settings.items():
-        if name in _IGNORED_SETTINGS:
-            continue
-        if name not in supported:
-            raise UnsupportedModelError(f"{name} is {value!r}: this setting is not known")
-        if not any(_same(value, one) for one in supported[name]):
-            raise UnsupportedModelError(
-                f"{name} is {value!r}: only {supported[name][0]!r} is supported"
-            )
-
-
-def _same(found: Any, expected: Any) -> bool:
-    if isinstance(expected, bool) or expected is None or isinstance(expected, str | dict):
-        return bool(found == expected) and type(found) is type(expected)
-    try:  # some files round what they say
-        return np.shape(found) == np.shape(expected) and np.allclose(found, expected, 1e-6, 0)
-    except (TypeError, ValueError):
-        return False

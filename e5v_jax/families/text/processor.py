@@ -1,6 +1,7 @@
 """Texts to token sequences; families that embed more build on this."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -53,64 +54,56 @@ class TextProcessor:
     ) -> list[Measured]:
         """See :meth:`e5v_jax.families.base.Processor.measure`."""
 
-        def fail(position: int, error: ValueError) -> None:
-            if on_error is None:
-                raise InputError(position, str(error)) from error
-            on_error(InputError(position, str(error)))
+        def tried(rows: Iterable[tuple[Any, ...]], work: Callable[..., Any]) -> Iterator[Any]:
+            """``work`` of each row, which starts with its position; bad rows are told or raise."""
+            for position, *values in rows:
+                try:
+                    yield work(position, *values)
+                except ValueError as error:
+                    bad = InputError(position, str(error))
+                    if on_error is None:
+                        raise bad from error
+                    on_error(bad)
 
-        accepted: list[tuple[int, str | None, ImageSource | str | None]] = []
-        for position, item in enumerate(inputs):
-            try:
-                accepted.append((position, *self._accept(item)))
-            except ValueError as error:
-                fail(position, error)
+        accepted = list(tried(enumerate(inputs), self._accept))  # (position, text, image)
         if max_tokens is not None:
             texts = [text for _, text, _ in accepted if text is not None]
             cut = iter(truncate_texts(self.tokenizer, texts, max_tokens))
             accepted = [(i, text and next(cut), image) for i, text, image in accepted]
-        filled: list[tuple[int, str, ImageSource | str | None, Size | None]] = []
-        for position, text, image in accepted:
-            try:
-                string = prompts.fill(
-                    text,
-                    has_image=image is not None,
-                    template=TEMPLATES[self.template],
-                    image=self.image_text,
-                )
-                size = None if image is None else image_size(image)
-                filled.append((position, string, image, size))
-            except ValueError as error:
-                fail(position, error)
-        measured = []
-        all_ids = encode_batch(self.tokenizer, [string for _, string, _, _ in filled])
-        for ids, (position, _, image, size) in zip(all_ids, filled, strict=True):
-            try:
-                measured.append(self._measure(position, ids, image, size))
-            except ValueError as error:
-                fail(position, error)
-        return measured
+        filled = list(tried(accepted, partial(self._fill, prompts)))  # (position, image, string)
+        all_ids = encode_batch(self.tokenizer, [string for *_, string in filled])
+        rows = ((*row[:2], ids) for row, ids in zip(filled, all_ids, strict=True))
+        return list(tried(rows, self._measure))
 
-    def _accept(self, item: Input) -> tuple[str | None, ImageSource | str | None]:
+    def _accept(self, position: int, item: Input) -> tuple[int, str | None, Any]:
         text, image = split_input(item)
         if image is not None and "image" not in self.config.modalities:
             raise ValueError("this is a text-only model: it cannot embed images")
         if text is not None:
             check_text(text, self._forbidden)
-        return text, image
+        return position, text, image
+
+    def _fill(
+        self, prompts: PromptChoice, position: int, text: str | None, image: Any
+    ) -> tuple[int, Any, str]:
+        template = TEMPLATES[self.template]
+        has_image = image is not None
+        string = prompts.fill(text, has_image=has_image, template=template, image=self.image_text)
+        return position, (image, image_size(image)) if has_image else None, string
 
     def _measure(
-        self, position: int, ids: list[int], image: ImageSource | str | None, size: Size | None
+        self, position: int, image: tuple[ImageSource | str, Size] | None, ids: list[int]
     ) -> Measured:
         length, shape_key = len(ids), 0
-        if size is not None:
-            tokens, shape_key = self.measure_image(size)
+        if image is not None:
+            tokens, shape_key = self.measure_image(image[1])
             length += tokens - 1
         longest = self.config.text.max_position_embeddings
         if length > longest:
             raise ValueError(
                 f"{length} tokens, the model takes at most {longest}: shorten the text"
             )
-        return Measured(position, ids, length, shape_key, image, size)
+        return Measured(position, ids, length, shape_key, *(image or ()))
 
     def measure_image(self, size: Size) -> tuple[int, int]:
         """(tokens, shape key) of an image of ``size`` (height, width) pixels.
