@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -95,6 +95,13 @@ class BatchShape:
     """As in :class:`Measured`."""
 
 
+class ImageCost(NamedTuple):
+    """What images take before the decoder: tower and projector, one forward pass."""
+
+    flops: float  # 2 per multiply-add
+    bytes: int  # alive at the worst moment, beside parameters and pixels
+
+
 class Processor(Protocol):
     """All that turns inputs into batches: configuration, tokenizer, template, forbidden strings."""
 
@@ -156,6 +163,8 @@ class Family:
     parameters: Callable[[Any], ParameterTable]
     processor: Callable[..., Any]
     """``(config, tokenizer, template=None) -> Processor``."""
+    example_batch: Callable[[Any, BatchShape], Batch]
+    """A batch of zeros of that shape; through ``jax.eval_shape`` its shapes, in no memory."""
     match_tokenizer: Callable[[Any, PreTrainedTokenizerFast], Any] = lambda config, tokenizer: (
         config
     )
@@ -166,6 +175,8 @@ class Family:
     """The ``config.json`` to export, for a source whose layout transformers has no class for."""
     check_preprocessor: Callable[[Any, dict[str, Any]], None] = lambda config, settings: None
     """Refuses, by name, settings of an image processor that the processor does not follow."""
+    image_cost: Callable[[Any, int, int], ImageCost] = lambda config, key, itemsize: ImageCost(0, 0)
+    """``(config, shape key, bytes of a value)``, of all images of a batch with that key in sum."""
     architectures: Mapping[str, ModelConfig] = field(default_factory=dict)
     """Architectures of known checkpoints by name."""
     checkpoints: Mapping[str, str] = field(default_factory=dict)

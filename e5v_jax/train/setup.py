@@ -1,7 +1,7 @@
 """What a run needs before its first step: data, model, optimizer and the compiled step."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,7 @@ from e5v_jax.checkpoints.converted import ConvertedFolder
 from e5v_jax.checkpoints.loading import load_model
 from e5v_jax.checkpoints.tokenizer import load_tokenizer
 from e5v_jax.data.pairs import Triplets
-from e5v_jax.families.base import Processor
+from e5v_jax.families.base import Model, Processor
 from e5v_jax.nn.layers import Precision
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh
@@ -20,6 +20,16 @@ from e5v_jax.train.config import TrainConfig
 from e5v_jax.train.feed import Feed, HostBatch, open_feed, place
 from e5v_jax.train.optimizer import init_optimizer, make_optimizer
 from e5v_jax.train.step import Metrics, TrainStep, make_train_step, split_trainable
+
+
+class StepParts(NamedTuple):
+    """A step and what it works on: arrays, or the ``jax.ShapeDtypeStruct`` of each."""
+
+    graphdef: nnx.GraphDef[Any]
+    frozen: nnx.State
+    trainable: nnx.State
+    opt_state: optax.OptState
+    step_fn: TrainStep
 
 
 @dataclass
@@ -43,14 +53,46 @@ class Training:
         return metrics
 
 
+def train_precision(cfg: TrainConfig) -> Precision:
+    """The dtypes of a model in training: trained weights are fp32.
+
+    Raises:
+        ValueError: a quantised base without LoRA.
+    """
+    if cfg.quantize is not None and cfg.lora is None:
+        raise ValueError("quantize: a quantised base is frozen, so it needs lora to train anything")
+    dtype = jnp.dtype(cfg.dtype)
+    return Precision(dtype if cfg.lora else jnp.float32, dtype, cfg.quantize)
+
+
+def make_step(cfg: TrainConfig, model: Model, *, columns: int, total_steps: int) -> StepParts:
+    """The optimizer and the jitted step of a model, loaded or abstract (checkpoints/loading.py).
+
+    ``columns`` is 3 for triplets, 2 for pairs; the schedule ends at ``total_steps``.
+    """
+    graphdef, trainable, frozen = split_trainable(model, lora=cfg.lora is not None)
+    optimizer = make_optimizer(cfg.optimizer, total_steps)
+    opt_state = init_optimizer(optimizer, trainable, model.runtime.mesh)
+    step_fn = make_train_step(
+        graphdef,
+        optimizer,
+        columns=columns,
+        loss=cfg.loss,
+        chunk_size=cfg.chunk_size,
+        remat=cfg.remat,
+        dropout=cfg.lora is not None and cfg.lora.dropout > 0,
+        state=(trainable, opt_state),
+    )
+    return StepParts(graphdef, frozen, trainable, opt_state, step_fn)
+
+
 def set_up(cfg: TrainConfig, base: ConvertedFolder, triplets: Triplets) -> Training:
     """Tokenise ``triplets``, load ``base`` onto the mesh, and make the step.
 
     Raises:
         ValueError: one line naming file, row and column, or the field of ``cfg``.
     """
-    if cfg.quantize is not None and cfg.lora is None:
-        raise ValueError("quantize: a quantised base is frozen, so it needs lora to train anything")
+    precision = train_precision(cfg)
     if (cfg.model / "adapter").is_dir():
         raise ValueError(
             f"{cfg.model}/adapter: training would begin without this adapter; "
@@ -59,30 +101,13 @@ def set_up(cfg: TrainConfig, base: ConvertedFolder, triplets: Triplets) -> Train
     runtime = Runtime.on(make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor))
     processor = base.family.processor(base.config, load_tokenizer(cfg.model), cfg.data.template)
     feed = open_feed(cfg, triplets, processor, runtime)
-
-    # without images the vision tower is neither read nor placed; trained weights are fp32
-    dtype = jnp.dtype(cfg.dtype)
     model = load_model(
         base,
-        precision=Precision(
-            param=dtype if cfg.lora else jnp.float32, compute=dtype, quantization=cfg.quantize
-        ),
+        precision=precision,
         runtime=runtime,
         lora=cfg.lora,
-        load_vision=feed.has_images,
+        load_vision=feed.has_images,  # for texts, the tower is neither read nor placed
         seed=cfg.seed,
     )
-    graphdef, trainable, frozen = split_trainable(model, lora=cfg.lora is not None)
-    optimizer = make_optimizer(cfg.optimizer, feed.total_steps)
-    opt_state = init_optimizer(optimizer, trainable, runtime.mesh)
-    step_fn = make_train_step(
-        graphdef,
-        optimizer,
-        columns=feed.columns,
-        loss=cfg.loss,
-        chunk_size=cfg.chunk_size,
-        remat=cfg.remat,
-        dropout=cfg.lora is not None and cfg.lora.dropout > 0,
-        state=(trainable, opt_state),
-    )
-    return Training(processor, runtime, feed, graphdef, frozen, trainable, opt_state, step_fn)
+    parts = make_step(cfg, model, columns=feed.columns, total_steps=feed.total_steps)
+    return Training(processor, runtime, feed, *parts)
