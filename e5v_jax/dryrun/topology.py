@@ -4,13 +4,18 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import jaxlib
 from jax.experimental import topologies
+from jax.sharding import AbstractMesh, AxisType
 
 from e5v_jax.distributed import LIBTPU_INIT_ARGS
 from e5v_jax.dryrun.chips import GPUS, TPUS, Chip
+from e5v_jax.runtime import Runtime
+from e5v_jax.sharding import MESH_AXES, make_mesh, mesh_shape
+from e5v_jax.train.config import MeshConfig
 
 INSTALL_LIBTPU = "pip install 'jax[tpu]=={version}' (or, in this checkout, pip install -e '.[tpu]')"
 
@@ -40,9 +45,11 @@ class Topology:
         return math.prod(self.shape)
 
     @property
-    def is_tpu(self) -> bool:
-        """Whether its programs are compiled by libtpu."""
-        return self.chip is not None and self.chip.name in TPUS
+    def platform(self) -> Literal["cpu", "gpu", "tpu"]:
+        """What JAX calls it; only programs for CPUs and TPUs can be compiled here."""
+        if self.chip is None:
+            return "cpu"
+        return "tpu" if self.chip.torus_axes else "gpu"
 
     @property
     def collective_bandwidth(self) -> float:
@@ -93,6 +100,22 @@ def parse_topology(name: str) -> Topology:
     return Topology(name, chip, tuple(map(int, rest.split("x"))))
 
 
+def open_runtime(topology: Topology, sizes: MeshConfig) -> Runtime:
+    """The runtime to compile for; for GPUs, which nothing here compiles for, one without devices.
+
+    Raises:
+        ImportError, ValueError: as :func:`compile_devices`; the mesh does not fit.
+    """
+    if topology.platform == "gpu":
+        shape = mesh_shape(sizes.data, sizes.fsdp, sizes.tensor, topology.chips)
+        # as good as a Mesh to NamedSharding
+        mesh: Any = AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    else:
+        devices = compile_devices(topology)
+        mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor, devices=devices)
+    return Runtime(mesh, topology.platform)
+
+
 def compile_devices(topology: Topology) -> list[jax.Device]:
     """Devices to compile for: they take programs, and run none (``cpu`` does run them).
 
@@ -107,7 +130,7 @@ def compile_devices(topology: Topology) -> list[jax.Device]:
     options: dict[str, tuple[int, ...] | str] = {}
     if topology.chips == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
-    if topology.chip.name == "v4":
+    if topology.name.startswith("v4:"):
         options["chip_config_name"] = "megacore"  # one device a chip, as JAX has it on a v4
     install = INSTALL_LIBTPU.format(version=jax.__version__)
     try:
