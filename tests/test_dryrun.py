@@ -22,17 +22,17 @@ from e5v_jax.dryrun import program as program_module
 from e5v_jax.dryrun.__main__ import main
 from e5v_jax.dryrun.chips import GiB
 from e5v_jax.dryrun.measure import needed_memory
-from e5v_jax.dryrun.program import encode_program, per_device_bytes, train_program
+from e5v_jax.dryrun.program import Target, encode_program, per_device_bytes, train_program
 from e5v_jax.dryrun.run import EncodeDryRun, TrainDryRun, report_encode, report_train
 from e5v_jax.dryrun.topology import compile_devices, parse_topology
 from e5v_jax.encode.__main__ import main as encode_main
 from e5v_jax.families import architecture_of, architectures
-from e5v_jax.families.base import BatchShape
+from e5v_jax.families.base import BatchShape, Family
 from e5v_jax.families.llava_next import LLAVA_NEXT
 from e5v_jax.families.text import TEXT
 from e5v_jax.families.text.config import TextModelConfig
 from e5v_jax.nn.config import TextConfig
-from e5v_jax.nn.layers import LoRAConfig
+from e5v_jax.nn.layers import LoRAConfig, Precision
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh
 from e5v_jax.train import loop, setup
@@ -59,9 +59,9 @@ SMALL = TextModelConfig(
 )
 
 
-def one_device(platform: str = "cpu") -> Runtime:
-    """Programs for ``platform``, on a mesh of one device."""
-    return Runtime(make_mesh(devices=jax.devices()[:1]), platform)
+def one_device(family: Family, config: Any, platform: str = "cpu") -> Target:
+    """For programs for ``platform``, on a mesh of one device."""
+    return Target(family, config, Runtime(make_mesh(devices=jax.devices()[:1]), platform))
 
 
 def train_config(**changes: Any) -> TrainConfig:
@@ -100,7 +100,7 @@ def test_hand_count_is_the_cost_model() -> None:
 def test_flops_of_the_traced_step_are_the_hand_count(changes: dict[str, Any]) -> None:
     """The paper's whole step of the 8 B model, loops counted, within 1 %."""
     args = train_config(**changes)
-    program = train_program(args, LLAVA_NEXT, LLAMA3, one_device(), (64,))
+    program = train_program(args, one_device(LLAVA_NEXT, LLAMA3), (64,))
     forward = flops.count_forward(LLAVA_NEXT, LLAMA3, rows=3 * 768, length=64, lora=args.lora)
     by_hand = flops.train_flops(
         forward,
@@ -115,12 +115,9 @@ def test_flops_of_the_traced_step_are_the_hand_count(changes: dict[str, Any]) ->
 def test_flops_of_the_traced_encoder(length: int, tiles: int, platform: str) -> None:
     """On a TPU long sequences go through splash attention, which computes half of the scores."""
     program = encode_program(
-        LLAVA_NEXT,
-        LLAMA3,
-        one_device(platform),
+        one_device(LLAVA_NEXT, LLAMA3, platform),
         BatchShape(rows=2, length=length, shape_key=tiles),
-        dtype="bfloat16",
-        quantization=None,
+        Precision(jnp.bfloat16, jnp.bfloat16),
     )
     jaxpr = program.trace().jaxpr
     assert ("splash" in str(jaxpr)) == (platform == "tpu")
@@ -139,7 +136,7 @@ def test_flops_of_the_traced_encoder(length: int, tiles: int, platform: str) -> 
 def test_flops_of_training_on_long_texts() -> None:
     """On a TPU, 128 positions are enough for splash attention: forward and backward kernels."""
     args = train_config(batch_size=8)
-    program = train_program(args, LLAVA_NEXT, LLAMA3, one_device("tpu"), (1024,))
+    program = train_program(args, one_device(LLAVA_NEXT, LLAMA3, "tpu"), (1024,))
     jaxpr = program.trace().jaxpr
     forward = flops.count_forward(
         LLAVA_NEXT, LLAMA3, rows=24, length=1024, lora=args.lora, causal_half=True
@@ -189,7 +186,7 @@ def test_published_size_of_the_model() -> None:
 def test_bytes_per_device_are_those_of_the_arrays(changes: dict[str, Any]) -> None:
     """What XLA takes as arguments is what is reported as parameters and optimizer."""
     args = train_config(batch_size=16, remat="none", **changes)
-    program = train_program(args, TEXT, SMALL, one_device(), (64,))
+    program = train_program(args, one_device(TEXT, SMALL), (64,))
     state = per_device_bytes((program.frozen, program.trainable, program.optimizer))
     # XLA's CPU backend stores 4-bit codes in bytes of their own
     codes = sum(x.size for x in jax.tree.leaves(program.frozen) if x.dtype == jnp.uint4)
@@ -212,7 +209,7 @@ from e5v_jax.families.text import TEXT
 from e5v_jax.nn.layers import LoRAConfig
 
 args = train_config(batch_size=64, lora=LoRAConfig(16, 16.0, 0.0), dtype="float32")
-program = train_program(args, TEXT, SMALL, one_device(), (64,))
+program = train_program(args, one_device(TEXT, SMALL), (64,))
 compiled = program.trace().lower().compile()
 
 def status(key):
@@ -413,7 +410,7 @@ def test_the_step_is_the_one_that_trains(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(program_module, "TOTAL_STEPS", STEPS)
     runtime = Runtime.on(make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor))
     base = ConvertedFolder(cfg.model)
-    program = train_program(cfg, base.family, base.config, runtime, tuple(lengths))
+    program = train_program(cfg, Target(base.family, base.config, runtime), tuple(lengths))
     mine = program.trace().lower().as_text().splitlines()
     assert list(difflib.unified_diff(mine, found[0].splitlines(), n=0)) == []
 

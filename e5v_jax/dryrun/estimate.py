@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from e5v_jax.dryrun.flops import lora_parameters, matmul_parameters
-from e5v_jax.dryrun.program import COLUMNS, Program, per_device_bytes
+from e5v_jax.dryrun.program import COLUMNS, Program, Target, per_device_bytes
 from e5v_jax.dryrun.report import Cost
-from e5v_jax.families.base import BatchShape, Family, ModelConfig
+from e5v_jax.families.base import BatchShape
 from e5v_jax.nn.config import TextConfig
-from e5v_jax.runtime import Runtime
 from e5v_jax.train.config import TrainConfig
 
 
@@ -25,31 +24,24 @@ def _layer_activations(text: TextConfig, tokens: int, length: int, size: int) ->
 
 
 def estimate_train(
-    cfg: TrainConfig,
-    family: Family,
-    config: ModelConfig,
-    runtime: Runtime,
-    program: Program,
-    sequence_lengths: tuple[int, ...],
-    flops: float,
+    cfg: TrainConfig, target: Target, program: Program, lengths: tuple[int, ...], flops: float
 ) -> Cost:
-    """A training step, which does ``flops`` on each chip.
+    """A training step on groups of padded ``lengths``, which does ``flops`` on each chip.
 
     Kept through the step: parameters, optimizer, gradients (fp32), the embeddings of all inputs,
     and per layer what ``remat`` keeps of the inputs that are in the model at a time. On top comes
     one layer at work, with its weights gathered or dequantised and the next ones on their way.
     """
-    devices, split = runtime.batch_devices, runtime.mesh.shape["fsdp"]
-    text, size = config.text, jnp.dtype(cfg.dtype).itemsize
-    layers, table = text.num_hidden_layers, family.parameters(config)
-    weights = matmul_parameters(table)
+    devices, split = target.runtime.batch_devices, target.runtime.mesh.shape["fsdp"]
+    text, size = target.config.text, jnp.dtype(cfg.dtype).itemsize
+    layers, weights = text.num_hidden_layers, matmul_parameters(target.table)
     parameters = per_device_bytes((program.frozen, program.trainable))
     optimizer = per_device_bytes(program.optimizer)
     trained = per_device_bytes(program.trainable)
     inputs = COLUMNS * cfg.batch_size // devices
-    longest = max(sequence_lengths)
-    rows = inputs // len(sequence_lengths)  # at work at a time, in one layer
-    kept_tokens = sum(rows * length for length in sequence_lengths)
+    longest = max(lengths)
+    rows = inputs // len(lengths)  # at work at a time, in one layer
+    kept_tokens = sum(rows * length for length in lengths)
     if cfg.chunk_size is not None and cfg.chunk_size // devices < rows:
         rows = cfg.chunk_size // devices
         kept_tokens = rows * longest
@@ -77,30 +69,24 @@ def estimate_train(
     if split > 1:
         collectives["all-gather"] = chunks * passes * stored * ((split - 1) / split)
     if devices > 1:
-        changed = lora_parameters(table, cfg.lora) if cfg.lora else weights
+        changed = lora_parameters(target.table, cfg.lora) if cfg.lora else weights
         collectives["all-reduce"] = 2 * 4 * changed * (devices - 1) / devices
     return Cost(parameters, optimizer, peak, peak, flops, traffic, collectives)
 
 
 def estimate_encode(
-    family: Family,
-    config: ModelConfig,
-    runtime: Runtime,
-    program: Program,
-    shape: BatchShape,
-    flops: float,
-    size: int,
+    target: Target, program: Program, shape: BatchShape, flops: float, size: int
 ) -> Cost:
     """One batch of the encoder, whole weights on each chip; ``size`` is the bytes of a value."""
     parameters = per_device_bytes(program.frozen)
-    text, rows = config.text, shape.rows // runtime.batch_devices
+    text, rows = target.config.text, shape.rows // target.runtime.batch_devices
     tokens = rows * shape.length
     widest = 4 * text.hidden_size + 2 * text.intermediate_size
-    images = family.image_cost(config, rows * shape.shape_key, size)
+    images = target.family.image_cost(target.config, rows * shape.shape_key, size)
     pixels = [x for x in jax.tree.leaves(program.args[1]) if x.dtype == jnp.uint8]
     working = max(tokens * widest * size, images.bytes)
     working += 5 * per_device_bytes(pixels)  # as they come, and in fp32
-    weights = matmul_parameters(family.parameters(config)) // text.num_hidden_layers
+    weights = matmul_parameters(target.table) // text.num_hidden_layers
     peak = parameters + working + 2 * weights * size
     traffic = parameters + text.num_hidden_layers * 2 * tokens * widest * size
     return Cost(parameters, 0, peak, peak, flops, float(traffic))

@@ -11,9 +11,11 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 _ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+))\[([\d,]*)\](\{[^}]*\})?")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.-]+) = ")
+_NAME = re.compile(r"%([\w.-]+)")
+# [ROOT] %name = type opcode(arguments), attributes; no type has a word and a bracket behind a space
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*?)\)(, .*|\s*)$")
 _HEADER = re.compile(r"^(ENTRY )?%([\w.-]+) \(.*\{\s*$")
-_CALLED = re.compile(r"\b(calls|to_apply|body|condition)=%([\w.-]+)")
+_CALLED = re.compile(r"\b(calls|to_apply|body|condition|branch_computations)=(%[\w.-]+|\{[^}]*\})")
 _COLLECTIVES = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all"}
 _COLLECTIVES |= {"collective-permute", "collective-broadcast"}
 # These name, hold or pass values on; the bytes are moved by who makes or uses them.
@@ -29,10 +31,10 @@ class Instruction:
     name: str
     opcode: str
     type: str  # with layouts
-    operands: list["Instruction"]
+    arguments: str
     attributes: str
-    called: dict[str, "Computation"]  # by the attribute that names it: calls, body, ...
-    branches: list["Computation"]
+    operands: list["Instruction"]
+    called: dict[str, list["Computation"]]  # by the attribute that names it: calls, body, ...
     users: list["Instruction"] = field(default_factory=list)
 
     @cached_property
@@ -48,8 +50,7 @@ class Instruction:
     @property
     def number(self) -> int | None:
         """The number of a parameter, or the value of an integer constant."""
-        found = re.match(r"\d+(?=[,)]|$)", self.attributes)
-        return found and int(found[0])
+        return int(self.arguments) if self.arguments.isdecimal() else None
 
 
 @dataclass(eq=False)
@@ -82,16 +83,6 @@ def type_bytes(text: str, *, main_memory: bool = False) -> int:
     return bits // 8
 
 
-def _balanced(text: str, start: int) -> int:
-    """Index behind the bracket that closes the one at ``start``."""
-    depth = 0
-    for i in range(start, len(text)):
-        depth += (text[i] in "([{") - (text[i] in ")]}")
-        if depth == 0:
-            return i + 1
-    raise ValueError(f"unbalanced brackets in HLO: {text[:80]}")
-
-
 def parse(text: str) -> Computation:
     """The entry of a module; what a line refers to stands above it."""
     computations: dict[str, Computation] = {}
@@ -100,33 +91,18 @@ def parse(text: str) -> Computation:
         if header := _HEADER.match(line):
             current = computations[header[2]] = Computation()
             entry = current if header[1] else entry
-            continue
-        found = _INSTRUCTION.match(line)
-        if found is None:
-            continue
-        rest = line[found.end() :]
-        end = _balanced(rest, 0) if rest[0] == "(" else rest.index(" ")
-        kind, rest = rest[:end], rest[end:].lstrip()
-        bracket = rest.index("(")
-        close = _balanced(rest, bracket)
-        inside, after = rest[bracket + 1 : close - 1], rest[close:]
-        branches = re.search(r"branch_computations=\{([^}]*)\}", after)
-        instruction = Instruction(
-            name=found[2],
-            opcode=rest[:bracket],
-            type=kind,
-            operands=[current.instructions[n] for n in re.findall(r"%([\w.-]+)", inside)],
-            attributes=inside + after,
-            called={key: computations[name] for key, name in _CALLED.findall(after)},
-            branches=[computations[n] for n in re.findall(r"%([\w.-]+)", branches[1])]
-            if branches
-            else [],
-        )
-        for operand in instruction.operands:
-            operand.users.append(instruction)
-        current.instructions[instruction.name] = instruction
-        if found[1]:
-            current.root = instruction
+        if found := _INSTRUCTION.match(line):
+            is_root, name, kind, opcode, arguments, attributes = found.groups()
+            operands = [current.instructions[n] for n in _NAME.findall(arguments)]
+            called = {
+                key: [computations[n] for n in _NAME.findall(names)]
+                for key, names in _CALLED.findall(attributes)
+            }
+            instruction = Instruction(name, opcode, kind, arguments, attributes, operands, called)
+            for operand in operands:
+                operand.users.append(instruction)
+            current.instructions[name] = instruction
+            current.root = instruction if is_root else current.root
     return entry
 
 
@@ -135,14 +111,13 @@ def trip_count(loop: Instruction) -> int:
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known[1])
-    conditions = [loop.called["condition"]]
+    conditions = list(loop.called["condition"])
     bounds = []
     for condition in conditions:  # grows
         for instruction in condition.instructions.values():
             if instruction.opcode == "constant" and instruction.number is not None:
                 bounds.append(instruction.number)
-            if "calls" in instruction.called:
-                conditions.append(instruction.called["calls"])
+            conditions += instruction.called.get("calls", [])
     return max(bounds, default=1)
 
 
@@ -173,7 +148,7 @@ def _collective(instruction: Instruction, kind: str, devices: int) -> float:
 
 def _fusion_bytes(fusion: Instruction) -> float:
     """Bytes a fusion reads and writes: of a sliced operand the slice, of an update its part."""
-    inner = fusion.called["calls"]
+    (inner,) = fusion.called["calls"]
     total = 0.0
     for number, source in enumerate(fusion.operands):
         if source.hbm_bytes:
@@ -192,7 +167,7 @@ def _read_bytes(value: Instruction) -> float:
         elif user.opcode == "bitcast":
             total += _read_bytes(user)
         elif user.opcode == "fusion":  # one inside another: a sliced weight of a matmul, on v6e
-            parameters = user.called["calls"].parameters
+            parameters = user.called["calls"][0].parameters
             total += sum(
                 _read_bytes(parameters[number])
                 for number, operand in enumerate(user.operands)
@@ -213,7 +188,7 @@ def _written_bytes(value: Instruction | None) -> float:
     if value.opcode == "tuple":
         return sum(map(_written_bytes, value.operands))
     if value.opcode == "fusion":
-        return _written_bytes(value.called["calls"].root)
+        return _written_bytes(value.called["calls"][0].root)
     return value.operands[1].bytes if value.opcode == "dynamic-update-slice" else value.bytes
 
 
@@ -240,9 +215,9 @@ def count_traffic(text: str, *, devices: int) -> Traffic:
     hbm = 0.0
     collectives: dict[tuple[str, str], float] = {}  # by kind and channel
 
-    def walk(computation: Computation, times: float, *, fused: bool) -> None:
+    def walk(function: Computation, times: float, *, fused: bool) -> None:
         nonlocal hbm
-        for instruction in computation.instructions.values():
+        for instruction in function.instructions.values():
             opcode = instruction.opcode.removesuffix("-start")
             called = instruction.called
             if opcode in _COLLECTIVES:
@@ -253,17 +228,17 @@ def count_traffic(text: str, *, devices: int) -> Traffic:
                 collectives[key] = max(collectives.get(key, 0.0), moved)
             if opcode == "while":
                 runs = times * trip_count(instruction)
-                walk(called["body"], runs, fused=fused)
-                walk(called["condition"], runs, fused=True)
+                walk(called["body"][0], runs, fused=fused)
+                walk(called["condition"][0], runs, fused=True)
                 continue
             if not fused:
                 is_fusion = opcode == "fusion"
                 hbm += times * (_fusion_bytes if is_fusion else _plain_bytes)(instruction)
+            inner = called.get("branch_computations", [])
             if opcode in ("fusion", "call", "async"):
                 inner = called.get("calls") or called["to_apply"]
-                walk(inner, times, fused=fused or opcode == "fusion")
-            for branch in instruction.branches:
-                walk(branch, times, fused=fused)
+            for computation in inner:
+                walk(computation, times, fused=fused or opcode == "fusion")
 
     walk(parse(text), 1.0, fused=False)
     by_kind: dict[str, float] = defaultdict(float)

@@ -12,9 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from e5v_jax.checkpoints.loading import abstract_model
 from e5v_jax.encode.encoder import make_encode_step
-from e5v_jax.families.base import BatchShape, Family, ModelConfig
+from e5v_jax.families.base import BatchShape, Family, Model, ModelConfig
 from e5v_jax.nn.layers import Precision
-from e5v_jax.nn.quantized import Quantization
+from e5v_jax.nn.parameters import ParameterTable
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import batch_sharding
 from e5v_jax.train.config import TrainConfig
@@ -24,6 +24,31 @@ from e5v_jax.train.step import PairBatch
 
 COLUMNS = 3  # triplets
 TOTAL_STEPS = 718  # of the paper's run; only the schedule's constants depend on it
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model, and where it is to run."""
+
+    family: Family
+    config: ModelConfig
+    runtime: Runtime
+
+    @property
+    def table(self) -> ParameterTable:
+        """Its parameters."""
+        return self.family.parameters(self.config)
+
+    def model(self, precision: Precision, **options: Any) -> Model:
+        """It with shapes in place of arrays; ``options`` are those of ``abstract_model``."""
+        return abstract_model(
+            self.family, self.config, precision=precision, runtime=self.runtime, **options
+        )
+
+    def batch(self, shape: BatchShape) -> Any:
+        """The shapes of a batch, split over the mesh."""
+        shapes = jax.eval_shape(partial(self.family.example_batch, self.config, shape))
+        return _place(shapes, batch_sharding(self.runtime.mesh))
 
 
 @dataclass(frozen=True)
@@ -55,19 +80,7 @@ def _place(tree: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
-def _batch(family: Family, config: ModelConfig, shape: BatchShape, runtime: Runtime) -> Any:
-    """The shapes of a batch, split over the mesh."""
-    shapes = jax.eval_shape(partial(family.example_batch, config, shape))
-    return _place(shapes, batch_sharding(runtime.mesh))
-
-
-def train_program(
-    cfg: TrainConfig,
-    family: Family,
-    config: ModelConfig,
-    runtime: Runtime,
-    sequence_lengths: tuple[int, ...],
-) -> Program:
+def train_program(cfg: TrainConfig, target: Target, sequence_lengths: tuple[int, ...]) -> Program:
     """The step of a training run on triplets of texts, as train/setup.py makes it.
 
     ``sequence_lengths`` are the padded lengths of the groups that the batch is split into.
@@ -76,55 +89,32 @@ def train_program(
         ValueError: an axis, the batch or the chunks do not divide over the mesh.
     """
     inputs, groups = COLUMNS * cfg.batch_size, len(sequence_lengths)
-    multiple = group_multiple(cfg, runtime)
+    multiple = group_multiple(cfg, target.runtime)
     if inputs % (multiple * groups):
         raise ValueError(
             f"{inputs} sentences a step cannot be split into {groups} groups of parts of "
             f"{multiple} (the devices that share a batch, or chunk_size): take one that divides "
             f"{inputs // groups}"
         )
-    model = abstract_model(
-        family,
-        config,
-        precision=train_precision(cfg),
-        runtime=runtime,
-        lora=cfg.lora,
-        load_vision=False,
-    )
+    model = target.model(train_precision(cfg), lora=cfg.lora, load_vision=False)
     parts = make_step(cfg, model, columns=COLUMNS, total_steps=TOTAL_STEPS)
-    whole = NamedSharding(runtime.mesh, PartitionSpec())
+    whole = NamedSharding(target.runtime.mesh, PartitionSpec())
     numbers = jax.ShapeDtypeStruct((inputs,), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     order, text_ids, key = _place((numbers, numbers, key), whole)
     shapes = [BatchShape(inputs // groups, length) for length in sequence_lengths]
-    texts = tuple(_batch(family, config, shape, runtime) for shape in shapes)
-    batch = PairBatch(texts, order, text_ids)
+    batch = PairBatch(tuple(map(target.batch, shapes)), order, text_ids)
     return Program(
         parts.step_fn,
         (parts.trainable, parts.opt_state, parts.frozen, batch, key),
-        frozen=parts.frozen,
-        trainable=parts.trainable,
-        optimizer=parts.opt_state,
+        parts.frozen,
+        parts.trainable,
+        parts.opt_state,
     )
 
 
-def encode_program(
-    family: Family,
-    config: ModelConfig,
-    runtime: Runtime,
-    shape: BatchShape,
-    *,
-    dtype: str,
-    quantization: Quantization | None,
-) -> Program:
+def encode_program(target: Target, shape: BatchShape, precision: Precision) -> Program:
     """The model over one batch of texts or, with a shape key, images, as the encoder runs it."""
-    model = abstract_model(
-        family,
-        config,
-        precision=Precision(jnp.dtype(dtype), jnp.dtype(dtype), quantization),
-        runtime=runtime,
-        load_vision=shape.shape_key > 0,
-    )
-    graphdef, state = nnx.split(model)
-    batch = _batch(family, config, shape, runtime)
-    return Program(make_encode_step(graphdef, runtime), (state, batch), frozen=state)
+    graphdef, state = nnx.split(target.model(precision, load_vision=shape.shape_key > 0))
+    step = make_encode_step(graphdef, target.runtime)
+    return Program(step, (state, target.batch(shape)), frozen=state)

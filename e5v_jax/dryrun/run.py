@@ -1,20 +1,23 @@
 """The dry run of training and of encoding, from their flags to a report."""
 
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
+import jax.numpy as jnp
 import tyro
 
 from e5v_jax.checkpoints.converted import ConvertedFolder
 from e5v_jax.dryrun.estimate import estimate_encode, estimate_train
 from e5v_jax.dryrun.flops import count_forward, train_flops
 from e5v_jax.dryrun.measure import measure
-from e5v_jax.dryrun.program import COLUMNS, encode_program, train_program
+from e5v_jax.dryrun.program import COLUMNS, Target, encode_program, train_program
 from e5v_jax.dryrun.report import Report
 from e5v_jax.dryrun.topology import open_runtime, parse_topology
 from e5v_jax.families import architecture_of, architectures
 from e5v_jax.families.base import BatchShape, Family, ModelConfig
+from e5v_jax.nn.layers import Precision
 from e5v_jax.nn.quantized import Quantization
 from e5v_jax.storage import as_path
 from e5v_jax.train.config import MeshConfig, TrainConfig
@@ -95,19 +98,19 @@ def report_train(args: TrainDryRun) -> Report:
     """
     cfg, topology = args.run, parse_topology(args.topology)
     name, family, config = find_architecture(cfg.model, args.architecture)
-    runtime = open_runtime(topology, cfg.mesh)
+    target = Target(family, config, open_runtime(topology, cfg.mesh))
     lengths = args.sequence_lengths or (cfg.data.max_tokens + PROMPT_TOKENS,)
-    program = train_program(cfg, family, config, runtime, lengths)
+    program = train_program(cfg, target, lengths)
     inputs = COLUMNS * cfg.batch_size
     rows = inputs // len(lengths)
     chunked = cfg.chunk_size is not None and cfg.chunk_size < rows
     useful = done = 0.0
     for length in lengths:
         forward = count_forward(family, config, rows=rows, length=length, lora=cfg.lora)
-        frozen_base: dict[str, Any] = {"frozen_base": cfg.lora is not None}
-        useful += train_flops(forward, remat="none", chunked=False, **frozen_base)
-        done += train_flops(forward, remat=cfg.remat, chunked=chunked, **frozen_base)
-    estimate = estimate_train(cfg, family, config, runtime, program, lengths, done / topology.chips)
+        count = partial(train_flops, forward, frozen_base=cfg.lora is not None)
+        useful += count(remat="none", chunked=False)
+        done += count(remat=cfg.remat, chunked=chunked)
+    estimate = estimate_train(cfg, target, program, lengths, done / topology.chips)
     kind = "full" if cfg.lora is None else f"LoRA r {cfg.lora.rank}"
     base = f", {cfg.quantize} base" if cfg.quantize else ""
     chunk = f" in chunks of {cfg.chunk_size}" if cfg.chunk_size else ""
@@ -120,7 +123,7 @@ def report_train(args: TrainDryRun) -> Report:
         items=cfg.batch_size,
         item="triplets",
         tokens=sum(rows * length for length in lengths),
-        remedies=_train_remedies(cfg, inputs, runtime.batch_devices),
+        remedies=_train_remedies(cfg, inputs, target.runtime.batch_devices),
     )
 
 
@@ -135,11 +138,10 @@ def report_encode(args: EncodeDryRun) -> Report:
     name, family, config = find_architecture(as_path(args.model), args.architecture)
     if args.tiles and "image" not in config.modalities:
         raise ValueError(f"--tiles {args.tiles}: {name} is a text-only model, give --tiles 0")
-    runtime = open_runtime(topology, args.mesh)
-    rows, length = args.batch_size * runtime.batch_devices, args.length
-    shape = BatchShape(rows, length, args.tiles)
-    how: dict[str, Any] = {"dtype": args.dtype, "quantization": args.quantize}
-    program = encode_program(family, config, runtime, shape, **how)
+    target = Target(family, config, open_runtime(topology, args.mesh))
+    rows, length = args.batch_size * target.runtime.batch_devices, args.length
+    shape, dtype = BatchShape(rows, length, args.tiles), jnp.dtype(args.dtype)
+    program = encode_program(target, shape, Precision(dtype, dtype, args.quantize))
     forward = count_forward(
         family,
         config,
@@ -150,8 +152,7 @@ def report_encode(args: EncodeDryRun) -> Report:
         pooled_only=True,
     ).forward
     flops = forward / topology.chips
-    size = 2 if args.dtype == "bfloat16" else 4
-    estimate = estimate_encode(family, config, runtime, program, shape, flops, size)
+    estimate = estimate_encode(target, program, shape, flops, dtype.itemsize)
     item = "images" if args.tiles else "texts"
     remedies = [f"--batch-size {args.batch_size // 2}"] if args.batch_size > 1 else []
     if args.quantize != "nf4":
