@@ -4,9 +4,6 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rich.console import Console
-from rich.table import Table
-
 from e5v_jax.dryrun.chips import GiB
 from e5v_jax.dryrun.topology import Topology
 
@@ -140,19 +137,13 @@ class Report:
             share = f"{100 * (self.utilization or 0):.0f} % of peak FLOP/s are useful work"
             text = f"bound by {self.bound}; {rate}; {share}"
             rows.append(("step at best", f"{1e3 * self.step_seconds:.1f} ms", text))
-        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-        table.add_column(no_wrap=True)
-        table.add_column(justify="right", no_wrap=True)
-        for row in rows:
-            table.add_row(*row)
         seconds = f" in {cost.compile_seconds:.0f} s" if cost.compile_seconds else ""
-        console = Console(soft_wrap=True)
-        console.print(
+        print(
             f"{self.program}, {self.architecture}, {self.topology.name} "
-            f"({self.topology.chips} chips), {cost.method}{seconds}. Per chip and step:",
-            highlight=False,
+            f"({self.topology.chips} chips), {cost.method}{seconds}. Per chip and step:"
         )
-        console.print(table, highlight=False)
+        for name, value, text in rows:
+            print(f"{name:17} {value:>12}  {text}".rstrip())
 
 
 def gib(size: float) -> str:

@@ -73,7 +73,7 @@ class EncodeDryRun(_Target):
     """Device mesh; by default whole weights on each chip."""
 
 
-def find_architecture(folder: Path, name: str | None) -> tuple[str, Family, ModelConfig]:
+def find_architecture(folder: Path, name: str | None) -> tuple[str, tuple[Family, ModelConfig]]:
     """The architecture by name, or that of the folder, or the one that the folder's name says.
 
     Raises:
@@ -81,12 +81,12 @@ def find_architecture(folder: Path, name: str | None) -> tuple[str, Family, Mode
     """
     if name is None and (folder / "config.json").is_file():
         base = ConvertedFolder(folder)
-        return str(folder), base.family, base.config
+        return str(folder), (base.family, base.config)
     known, found = architectures(), name or architecture_of(folder.name)
     if found not in known:
         asked = f"--architecture {name}" if name else f"--model {folder}: no such folder"
         raise ValueError(f"{asked}; give --architecture, one of {', '.join(known)}")
-    return found, *known[found]
+    return found, known[found]
 
 
 def report_train(args: TrainDryRun) -> Report:
@@ -97,8 +97,8 @@ def report_train(args: TrainDryRun) -> Report:
         ValueError: one line naming the flag.
     """
     cfg, topology = args.run, parse_topology(args.topology)
-    name, family, config = find_architecture(cfg.model, args.architecture)
-    target = Target(family, config, open_runtime(topology, cfg.mesh))
+    name, model = find_architecture(cfg.model, args.architecture)
+    target = Target(*model, open_runtime(topology, cfg.mesh))
     lengths = args.sequence_lengths or (cfg.data.max_tokens + PROMPT_TOKENS,)
     program = train_program(cfg, target, lengths)
     inputs = COLUMNS * cfg.batch_size
@@ -106,7 +106,7 @@ def report_train(args: TrainDryRun) -> Report:
     chunked = cfg.chunk_size is not None and cfg.chunk_size < rows
     useful = done = 0.0
     for length in lengths:
-        forward = count_forward(family, config, rows=rows, length=length, lora=cfg.lora)
+        forward = count_forward(*model, rows=rows, length=length, lora=cfg.lora)
         count = partial(train_flops, forward, frozen_base=cfg.lora is not None)
         useful += count(remat="none", chunked=False)
         done += count(remat=cfg.remat, chunked=chunked)
@@ -135,16 +135,15 @@ def report_encode(args: EncodeDryRun) -> Report:
         ValueError: one line naming the flag.
     """
     topology = parse_topology(args.topology)
-    name, family, config = find_architecture(as_path(args.model), args.architecture)
-    if args.tiles and "image" not in config.modalities:
+    name, model = find_architecture(as_path(args.model), args.architecture)
+    if args.tiles and "image" not in model[1].modalities:
         raise ValueError(f"--tiles {args.tiles}: {name} is a text-only model, give --tiles 0")
-    target = Target(family, config, open_runtime(topology, args.mesh))
+    target = Target(*model, open_runtime(topology, args.mesh))
     rows, length = args.batch_size * target.runtime.batch_devices, args.length
     shape, dtype = BatchShape(rows, length, args.tiles), jnp.dtype(args.dtype)
     program = encode_program(target, shape, Precision(dtype, dtype, args.quantize))
     forward = count_forward(
-        family,
-        config,
+        *model,
         rows=rows,
         length=length,
         tiles=rows * args.tiles,

@@ -17,8 +17,6 @@ from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import MESH_AXES, make_mesh, mesh_shape
 from e5v_jax.train.config import MeshConfig
 
-INSTALL_LIBTPU = "pip install 'jax[tpu]=={version}' (or, in this checkout, pip install -e '.[tpu]')"
-
 _LIBTPU_ENVIRONMENT = {
     # it would ask the cloud that it is not in which machine this is, for a minute
     "TPU_SKIP_MDS_QUERY": "1",
@@ -77,27 +75,19 @@ def parse_topology(name: str) -> Topology:
     """
     if name == "cpu":
         return Topology(name, None, (1,))
-    kind, _, rest = name.partition(":")
-    if kind == "gpu":
-        model, _, count = rest.partition(":")
-        if model not in GPUS or not re.fullmatch(r"[1-9]\d*", count):
-            raise ValueError(
-                f"topology {name!r}: expected gpu:MODEL:COUNT with MODEL one of {', '.join(GPUS)}"
-            )
-        return Topology(name, GPUS[model], (int(count),))
-    if kind not in TPUS:
-        raise ValueError(
-            f"topology {name!r}: expected CHIP:SIDES such as v5e:4x8, with CHIP one of "
-            f"{', '.join(TPUS)}; gpu:MODEL:COUNT; or cpu"
-        )
-    chip = TPUS[kind]
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", rest) or rest.count("x") + 1 != chip.torus_axes:
-        example = {2: "4x8", 3: "2x2x4"}[chip.torus_axes]
-        raise ValueError(
-            f"topology {name!r}: {kind} chips are connected along {chip.torus_axes} axes, "
-            f"expected a name such as {kind}:{example}"
-        )
-    return Topology(name, chip, tuple(map(int, rest.split("x"))))
+    chips = GPUS if name.startswith("gpu:") else TPUS
+    kind, _, sides = name.removeprefix("gpu:").partition(":")
+    problem = "no such chip"
+    if kind in chips:
+        axes = chips[kind].torus_axes or 1
+        if re.fullmatch(rf"[1-9]\d*(x[1-9]\d*){{{axes - 1}}}", sides):
+            return Topology(name, chips[kind], tuple(map(int, sides.split("x"))))
+        example = {1: f"a number, gpu:{kind}:8", 2: f"2 axes, {kind}:4x8"}
+        problem = f"{kind} chips have {example.get(axes, f'3 axes, {kind}:2x2x4')}"
+    raise ValueError(
+        f"topology {name!r}: {problem}; expected CHIP:SIDES such as v5e:4x8, with CHIP one of "
+        f"{', '.join(TPUS)}; gpu:MODEL:COUNT with MODEL one of {', '.join(GPUS)}; or cpu"
+    )
 
 
 def open_runtime(topology: Topology, sizes: MeshConfig) -> Runtime:
@@ -132,7 +122,6 @@ def compile_devices(topology: Topology) -> list[jax.Device]:
         options["chips_per_host_bounds"] = (1, 1, 1)
     if topology.name.startswith("v4:"):
         options["chip_config_name"] = "megacore"  # one device a chip, as JAX has it on a v4
-    install = INSTALL_LIBTPU.format(version=jax.__version__)
     try:
         description = topologies.get_topology_desc(
             platform="tpu", topology_name=topology.name, **options
@@ -141,8 +130,9 @@ def compile_devices(topology: Topology) -> list[jax.Device]:
         text = str(error)
         if "libtpu" in text.lower() or "not installed" in text:
             raise ImportError(
-                "compiling for a TPU needs the libtpu that goes with jaxlib "
-                f"{jaxlib.__version__}: {install}"
+                f"compiling for a TPU needs the libtpu that goes with jaxlib {jaxlib.__version__}: "
+                f"pip install 'jax[tpu]=={jax.__version__}' (or, in this checkout, pip install -e "
+                "'.[tpu]')"
             ) from error
         raise ValueError(
             f"topology {topology.name!r}: libtpu knows no such slice: {text.splitlines()[0]}"
