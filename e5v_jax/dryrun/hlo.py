@@ -136,14 +136,9 @@ def _group_size(attributes: str, devices: int) -> int:
 def _collective(instruction: Instruction, kind: str, devices: int) -> float:
     """Bytes one device receives in a collective, by the ring algorithm."""
     n = _group_size(instruction.attributes, devices)
-    operands = sum(operand.bytes for operand in instruction.operands)
-    if kind == "all-gather":
-        return operands * (n - 1)
-    if kind == "all-reduce":
-        return 2 * operands * (n - 1) / n
-    if kind in ("reduce-scatter", "all-to-all"):
-        return operands * (n - 1) / n
-    return operands
+    passed = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n}
+    passed |= {"reduce-scatter": (n - 1) / n, "all-to-all": (n - 1) / n}
+    return sum(operand.bytes for operand in instruction.operands) * passed.get(kind, 1)
 
 
 def _fusion_bytes(fusion: Instruction) -> float:
