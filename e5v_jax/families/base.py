@@ -176,7 +176,7 @@ class Family:
     check_preprocessor: Callable[[Any, dict[str, Any]], None] = lambda config, settings: None
     """Refuses, by name, settings of an image processor that the processor does not follow."""
     image_cost: Callable[[Any, int, int], ImageCost] = lambda config, key, itemsize: ImageCost(0, 0)
-    """``(config, shape key, bytes of a value)``, of all images of a batch with that key in sum."""
+    """``(config, sum of the shape keys of a batch, bytes of a value) -> ImageCost``."""
     architectures: Mapping[str, ModelConfig] = field(default_factory=dict)
     """Architectures of known checkpoints by name."""
     checkpoints: Mapping[str, str] = field(default_factory=dict)

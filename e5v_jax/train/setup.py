@@ -1,7 +1,7 @@
 """What a run needs before its first step: data, model, optimizer and the compiled step."""
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,8 @@ from e5v_jax.train.optimizer import init_optimizer, make_optimizer
 from e5v_jax.train.step import Metrics, TrainStep, make_train_step, split_trainable
 
 
-class StepParts(NamedTuple):
+@dataclass
+class StepParts:
     """A step and what it works on: arrays, or the ``jax.ShapeDtypeStruct`` of each."""
 
     graphdef: nnx.GraphDef[Any]
@@ -33,17 +34,12 @@ class StepParts(NamedTuple):
 
 
 @dataclass
-class Training:
+class Training(StepParts):
     """A model in training. A step replaces ``trainable`` and ``opt_state``."""
 
     processor: Processor
     runtime: Runtime
     feed: Feed
-    graphdef: nnx.GraphDef[Any]
-    frozen: nnx.State
-    trainable: nnx.State
-    opt_state: optax.OptState
-    step_fn: TrainStep
 
     def step(self, batch: HostBatch, key: jax.Array) -> Metrics:
         """One optimizer step; ``key`` is for dropout."""
@@ -110,4 +106,4 @@ def set_up(cfg: TrainConfig, base: ConvertedFolder, triplets: Triplets) -> Train
         seed=cfg.seed,
     )
     parts = make_step(cfg, model, columns=feed.columns, total_steps=feed.total_steps)
-    return Training(processor, runtime, feed, *parts)
+    return Training(**vars(parts), processor=processor, runtime=runtime, feed=feed)
