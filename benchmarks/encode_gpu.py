@@ -20,8 +20,8 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 
-from e5v_jax.families.llava_next.presets import ARCHITECTURES
-from e5v_jax.nn.config import ModelConfig
+from e5v_jax.families.llava_next import LLAVA_NEXT
+from e5v_jax.families.llava_next.config import LlavaNextConfig
 
 Kind = Literal["texts", "images"]
 TEXT_TOKENS = 40
@@ -49,12 +49,11 @@ class Args:
     """Be one side (the command starts itself so)."""
 
 
-def architecture(args: Args) -> ModelConfig:
+def architecture(args: Args) -> LlavaNextConfig:
     """llava-next-llama3-8b, or small with the same parts."""
-    cfg = ARCHITECTURES["llava-next-llama3-8b"]
+    cfg: LlavaNextConfig = LLAVA_NEXT.architectures["llava-next-llama3-8b"]
     if not args.tiny:
         return cfg
-    assert cfg.vision is not None
     text = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
     text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
@@ -67,32 +66,24 @@ def architecture(args: Args) -> ModelConfig:
     )
 
 
-def model_flops(cfg: ModelConfig, kind: Kind) -> float:
+def model_flops(cfg: LlavaNextConfig, kind: Kind) -> float:
     """Of one item: matmuls of every layer for every token, causal attention counted half.
 
     Both sides are given the same count, though ours leaves most of the last layer out.
     """
-    t, v = cfg.text, cfg.vision
-    assert v is not None
+    from e5v_jax.dryrun.flops import count_forward
+
     tokens = TEXT_TOKENS if kind == "texts" else PROMPT_TOKENS + len(image_rows(cfg))
-    heads = t.num_attention_heads * t.head_dim
-    layer = t.hidden_size * (2 * heads + 2 * t.num_key_value_heads * t.head_dim)
-    layer += 3 * t.hidden_size * t.intermediate_size
-    flops = t.num_hidden_layers * (2.0 * tokens * layer + 2.0 * tokens**2 * heads)
-    if kind == "images":
-        patches, d = v.num_patches, v.hidden_size
-        block = 2.0 * (patches + 1) * (4 * d * d + 2 * d * v.intermediate_size)
-        block += 4.0 * (patches + 1) ** 2 * d
-        projector = 2.0 * patches * (d * t.hidden_size + t.hidden_size**2)
-        flops += 5 * (cfg.num_vision_layers * block + projector)
-    return flops
+    tiles = 0 if kind == "texts" else 5
+    return count_forward(
+        LLAVA_NEXT, cfg, rows=1, length=tokens, tiles=tiles, causal_half=True
+    ).forward
 
 
-def image_rows(cfg: ModelConfig) -> np.ndarray:
+def image_rows(cfg: LlavaNextConfig) -> np.ndarray:
     """Which feature each token of the image is."""
-    from e5v_jax.data.images import image_token_index
+    from e5v_jax.families.llava_next.tiling import image_token_index
 
-    assert cfg.vision is not None
     return image_token_index(
         IMAGE_SIZE,
         grid_pinpoints=cfg.image_grid_pinpoints,
@@ -101,38 +92,50 @@ def image_rows(cfg: ModelConfig) -> np.ndarray:
     )
 
 
-def ours(args: Args, cfg: ModelConfig) -> dict[Kind, float]:
+def ours(args: Args, cfg: LlavaNextConfig) -> dict[Kind, float]:
     """Seconds of a batch, from host arrays to vectors on the host."""
     import jax
     import jax.numpy as jnp
+    from flax import nnx
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import PreTrainedTokenizerFast
 
-    from e5v_jax.checkpoints.loading import build
-    from e5v_jax.data.images import NEWLINE
-    from e5v_jax.data.inputs import Measured, Prepared
-    from e5v_jax.encode.batching import IMAGE_BUCKETS, Batch
+    from e5v_jax.encode.batching import Batch
     from e5v_jax.encode.encoder import Encoder
-    from e5v_jax.nn.layers import Precision
+    from e5v_jax.families.base import BatchShape, Measured
+    from e5v_jax.families.llava_next.processor import LlavaNextProcessor, Prepared
+    from e5v_jax.families.llava_next.tiling import NEWLINE
+    from e5v_jax.nn.layers import Build, Precision
+    from e5v_jax.runtime import Runtime
     from e5v_jax.sharding import make_mesh
 
-    assert cfg.vision is not None
-    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    runtime = Runtime.on(make_mesh(1, 1, 1, devices=jax.devices()[:1]))
     precision = Precision(jnp.bfloat16, jnp.bfloat16)
-    model = jax.jit(lambda: build(cfg, precision=precision))()
-    encoder = Encoder(model, mesh, pad_id=0)
+    graphdef, state = nnx.split(
+        jax.jit(lambda: LLAVA_NEXT.build(cfg, Build(precision, runtime), rngs=nnx.Rngs(0)))()
+    )
+    # nothing is tokenised: the inputs are random ids
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"x": 0}, unk_token="x")))
+    processor = LlavaNextProcessor(
+        dataclasses.replace(cfg, image_token_id=None), words, template="llama3"
+    )
+    encoder = Encoder(graphdef, processor, runtime)
     rng = np.random.default_rng(0)
     side, patches = cfg.vision.image_size, cfg.vision.num_patches
     rows = image_rows(cfg)
     index = np.full(PROMPT_TOKENS + len(rows), -1, np.int32)
     index[5 : 5 + len(rows)] = np.where(rows == NEWLINE, 5 * patches, rows)
 
-    def text() -> Prepared:
-        return Prepared(rng.integers(0, 500, TEXT_TOKENS).tolist())
+    def text() -> list[int]:
+        ids: list[int] = rng.integers(0, 500, TEXT_TOKENS).tolist()
+        return ids
 
     def image() -> Prepared:
         tiles = rng.integers(0, 256, (5, side, side, 3), dtype=np.uint8)
-        return Prepared(rng.integers(0, 500, len(index)).tolist(), index, tiles, patches)
+        return Prepared(rng.integers(0, 500, len(index)).tolist(), index, tiles)
 
-    image_length = min(n for n in IMAGE_BUCKETS if n >= len(index))
+    image_length = processor.padded_length(len(index), 5)
     seconds: dict[Kind, float] = {}
     plans: tuple[tuple[Kind, Any, int, int, int], ...] = (
         ("texts", text, args.text_batch, TEXT_TOKENS, 0),
@@ -140,21 +143,21 @@ def ours(args: Args, cfg: ModelConfig) -> dict[Kind, float]:
     )
     for kind, make, count, length, tiles in plans:
         items = [make() for _ in range(count)]
-        measured = [Measured(i, [], len(item.ids)) for i, item in enumerate(items)]
-        batch = Batch(measured, count, length, tiles)
-        list(encoder.run([(batch, items)] * 2))  # compiles
+        measured = [Measured(i, [], length) for i in range(count)]
+        batch = Batch(measured, BatchShape(count, length, tiles))
+        list(encoder.run(state, [(batch, items)] * 2))  # compiles
         start = time.perf_counter()
-        list(encoder.run([(batch, items)] * args.repetitions))
+        list(encoder.run(state, [(batch, items)] * args.repetitions))
         seconds[kind] = (time.perf_counter() - start) / args.repetitions
     return seconds
 
 
-def theirs(args: Args, cfg: ModelConfig) -> dict[Kind, float]:
+def theirs(args: Args, cfg: LlavaNextConfig) -> dict[Kind, float]:
     """The same of transformers with sdpa; its inputs are on the device already."""
     import torch
     from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextConfig, LlavaNextModel
 
-    assert cfg.vision is not None and cfg.image_token_id is not None
+    assert cfg.image_token_id is not None
     device = "cuda" if torch.cuda.is_available() else "cpu"
     text = dataclasses.asdict(cfg.text)
     text = {k: v for k, v in text.items() if k not in ("rope_theta", "model_type")}

@@ -19,11 +19,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from e5v_jax import cli
-from e5v_jax.dryrun.program import train_program
+from e5v_jax.dryrun.program import Target, train_program
 from e5v_jax.dryrun.run import TrainDryRun, report_train
+from e5v_jax.families import architectures
+from e5v_jax.families.base import ModelConfig
 from e5v_jax.families.llava_next.presets import ARCHITECTURES
-from e5v_jax.nn.config import ModelConfig
+from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh
+from e5v_jax.train.config import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class Args:
     topology: str = "gpu:h100:1"
     """What this machine is, for the estimate and the peak FLOP/s."""
     architecture: str = "llava-next-llama3-8b"
-    """Name in e5v_jax.families.llava_next.presets."""
+    """Name among e5v_jax.families.architectures()."""
     tiny: bool = False
     """The same architecture with 2 layers of width 128: does the benchmark run at all?"""
     quantize: Literal["nf4", "int8"] | None = None
@@ -76,23 +79,24 @@ def zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:
 
 def measure(args: Args) -> dict[str, Any]:
     """Run the step and read clock and allocator; ``estimate`` is the dry run's of the same."""
-    model = ARCHITECTURES[args.architecture]
+    name = args.architecture
+    family, model = architectures()[name]
     if args.tiny:
-        model = shrink(model)
-        ARCHITECTURES["tiny"] = model
-    cfg = TrainDryRun(
+        name, model = "tiny", shrink(model)
+        ARCHITECTURES[name] = model
+    cfg = TrainConfig(
         model=Path(),
         output=Path(),
-        topology=args.topology,
-        architecture="tiny" if args.tiny else args.architecture,
         quantize=args.quantize,
         batch_size=args.batch_size,
         chunk_size=args.chunk_size,
-        sequence_lengths=(args.length,),
     )
-    estimate = report_train(cfg)
-    mesh = make_mesh()
-    program = train_program(cfg, model, mesh, (args.length,))
+    estimate = report_train(
+        TrainDryRun(
+            run=cfg, topology=args.topology, architecture=name, sequence_lengths=(args.length,)
+        )
+    )
+    program = train_program(cfg, Target(family, model, Runtime.on(make_mesh())), (args.length,))
     trainable, opt_state, frozen, batch, key = program.args
     trainable, frozen = jax.tree.map(fill, (trainable, frozen))
     opt_state, batch, key = jax.tree.map(zeros, (opt_state, batch, key))
@@ -128,9 +132,9 @@ def measure(args: Args) -> dict[str, Any]:
         "step_seconds": step,
         "tokens_per_second": estimate.tokens / step,
         "triplets_per_second": args.batch_size / step,
-        "model_flop_utilization": estimate.work.useful_flops / step / peak_flops,
+        "model_flop_utilization": estimate.useful_flops / step / peak_flops,
         "peak_bytes": stats.get("peak_bytes_in_use"),
-        "estimated_peak_bytes": estimate.memory.peak,
+        "estimated_peak_bytes": estimate.cost.peak,
         "roofline_seconds": estimate.step_seconds,
         "loss": loss,
     }

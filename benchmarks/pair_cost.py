@@ -83,7 +83,7 @@ def open_kind(args: Args) -> tuple[Any, Any]:
     batch = next(training.feed.batches)
     key = jax.random.key(cfg.seed)
     arrays = (training.trainable, training.opt_state, training.frozen)
-    traced = training.step_fn.trace(*arrays, place(batch.arrays, training.mesh), key)
+    traced = training.step_fn.trace(*arrays, place(batch.arrays, training.runtime.mesh), key)
     flops = traced_flops(traced.jaxpr.jaxpr)
     compiled = traced.lower().compile()
     training.step_fn = compiled

@@ -29,16 +29,26 @@ def make_mesh(
         ValueError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
+    sizes = mesh_shape(data, fsdp, tensor, len(devices))
+    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+def mesh_shape(data: int, fsdp: int, tensor: int, count: int) -> tuple[int, ...]:
+    """The sizes of :func:`make_mesh` over ``count`` devices, -1 resolved.
+
+    Raises:
+        ValueError: the sizes do not multiply to the number of devices.
+    """
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) == 1:
         known = -(data * fsdp * tensor)
-        sizes[sizes.index(-1)] = max(len(devices) // known, 1)
-    if sizes[0] * sizes[1] * sizes[2] != len(devices):
+        sizes[sizes.index(-1)] = max(count // known, 1)
+    if sizes[0] * sizes[1] * sizes[2] != count:
         raise ValueError(
-            f"mesh data={data} fsdp={fsdp} tensor={tensor} does not fit {len(devices)} devices: "
+            f"mesh data={data} fsdp={fsdp} tensor={tensor} does not fit {count} devices: "
             "the product must equal the number of devices (one size may be -1)"
         )
-    return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    return tuple(sizes)
 
 
 def place_split(tree: T, mesh: Mesh) -> T:

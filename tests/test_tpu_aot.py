@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import pytest
 
 from e5v_jax.dryrun.topology import compile_devices, parse_topology
-from e5v_jax.nn.attention import attention, compile_for
+from e5v_jax.nn.attention import attention
 from e5v_jax.nn.layers import Precision
+from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import batch_sharding, make_mesh
 
 pytestmark = [
@@ -29,14 +30,14 @@ pytestmark = [
 # The recipe's dropout adds no matmul and doubles the time to compile: both are seen, one of them by
 # `make test`.
 DROPOUT = pytest.mark.parametrize("dropout", ["0.0", pytest.param("0.05", marks=pytest.mark.slow)])
-TRAIN = ["e5v_jax.train", "--model", "e5v-llama3-8b", "--output", "out"]
-ENCODE = ["e5v_jax.encode", "--model", "e5-v"]
+TRAIN = ["train", "--model", "e5v-llama3-8b"]
+ENCODE = ["encode", "--model", "e5-v"]
 
 
 def dry_run(words: list[str], *flags: str) -> dict[str, Any]:
     """In a process of its own: libtpu writes to the process's stderr, and keeps gigabytes."""
     done = subprocess.run(
-        [sys.executable, "-m", *words, "--dry-run", "--json", *flags],
+        [sys.executable, "-m", "e5v_jax.dryrun", *words, "--json", *flags],
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
@@ -114,11 +115,10 @@ def test_attention_and_its_gradient(topology: str, length: int) -> None:
     precision = Precision(jnp.bfloat16, jnp.bfloat16)
 
     def loss(q: jax.Array, k: jax.Array) -> jax.Array:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            return attention(q, k, k, is_causal=True, precision=precision).sum()
+        runtime = Runtime.on(mesh)
+        return attention(q, k, k, is_causal=True, precision=precision, runtime=runtime).sum()
 
-    with compile_for("tpu"):
-        traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(q, k)
+    traced = jax.jit(jax.grad(loss, argnums=(0, 1))).trace(q, k)
     text = traced.lower().compile().as_text()
     assert ("splash" in text) == (length == 256)
     assert not any(f" {name}(" in text for name in ("all-gather", "all-to-all", "all-reduce"))

@@ -1,4 +1,4 @@
-"""Floating-point operations: counted in the traced program, and by hand from the architecture."""
+"""Floating-point operations: counted in the traced program, and by hand from the parameters."""
 
 import math
 from dataclasses import dataclass
@@ -6,9 +6,10 @@ from typing import Any
 
 from jax.extend.core import ClosedJaxpr
 
-from e5v_jax.nn.config import ModelConfig, VisionConfig
+from e5v_jax.families.base import Family, ModelConfig
 from e5v_jax.nn.decoder import Remat
 from e5v_jax.nn.layers import LoRAConfig
+from e5v_jax.nn.parameters import ParameterTable
 
 
 def traced_flops(jaxpr: Any) -> float:
@@ -25,8 +26,8 @@ def traced_flops(jaxpr: Any) -> float:
         name = eqn.primitive.name
         if name == "dot_general":
             (contracting, _), _ = eqn.params["dimension_numbers"]
-            inner = math.prod(eqn.invars[0].aval.shape[i] for i in contracting)
-            total += 2.0 * inner * math.prod(eqn.outvars[0].aval.shape)
+            summed = math.prod(eqn.invars[0].aval.shape[i] for i in contracting)
+            total += 2.0 * summed * math.prod(eqn.outvars[0].aval.shape)
         elif name == "conv_general_dilated":
             out_features = eqn.params["dimension_numbers"].rhs_spec[0]
             kernel = eqn.invars[1].aval.shape
@@ -43,7 +44,10 @@ def traced_flops(jaxpr: Any) -> float:
                 raise ValueError("matmuls in a loop of unknown length")
         else:
             times = eqn.params["length"] if name == "scan" else 1
-            total += times * sum(traced_flops(j) for j in _inner(eqn.params))
+            for inside in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+                if (found := eqn.params.get(inside)) is not None:
+                    inner = found.jaxpr if isinstance(found, ClosedJaxpr) else found
+                    total += times * traced_flops(inner)
     return total
 
 
@@ -59,16 +63,6 @@ def _kernel_flops(eqn: Any) -> float:
     # queries or their like, [..., T, H]: no operand is larger
     queries = max((v.aval.shape for v in (*eqn.invars, *eqn.outvars)), key=math.prod)
     return 0.5 * matmuls * 2.0 * math.prod(queries) * queries[-2]
-
-
-def _inner(params: dict[str, Any]) -> list[Any]:
-    """Jaxprs among the parameters of an equation."""
-    found = []
-    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-        value = params.get(name)
-        if value is not None:
-            found.append(value.jaxpr if isinstance(value, ClosedJaxpr) else value)
-    return found
 
 
 @dataclass(frozen=True)
@@ -87,40 +81,26 @@ class HandCount:
         return self.decoder + self.lora + self.attention + self.vision
 
 
-def decoder_matmul_parameters(model: ModelConfig) -> int:
-    """Weights of the decoder's linear maps; 6.98e9 of Llama-3-8B (no embedding, no lm_head)."""
-    text = model.text
-    heads = (2 * text.num_attention_heads + 2 * text.num_key_value_heads) * text.head_dim
-    layer = text.hidden_size * heads + 3 * text.hidden_size * text.intermediate_size
-    return text.num_hidden_layers * layer
+def matmul_parameters(table: ParameterTable, *names: str) -> int:
+    """Weights of the decoder's linear maps, all or only those called ``q_proj`` and the like.
+
+    They are 6.98e9 of Llama-3-8B (no embedding, no lm_head).
+    """
+    return sum(
+        math.prod(row.shape) * (row.layers or 1)
+        for row in table.adapted
+        if not names or row.path.split(".")[-2] in names
+    )
 
 
-def lora_parameters(model: ModelConfig, lora: LoRAConfig) -> int:
-    """Weights of the factors of all seven linear maps of every layer."""
-    text = model.text
-    d, f = text.hidden_size, text.intermediate_size
-    q = text.num_attention_heads * text.head_dim
-    kv = text.num_key_value_heads * text.head_dim
-    ends = (d + q) + 2 * (d + kv) + (q + d) + 3 * (d + f)
-    return text.num_hidden_layers * lora.rank * ends
-
-
-def vision_flops(model: ModelConfig, tiles: int) -> float:
-    """Tower and projector over ``tiles`` tiles."""
-    if model.vision is None or not tiles:
-        return 0.0
-    vision: VisionConfig = model.vision
-    d, positions = vision.hidden_size, vision.num_patches + 1
-    block = 2 * (4 * d * d + 2 * d * vision.intermediate_size) * positions
-    block += 4 * d * positions * positions
-    patches = 2 * 3 * vision.patch_size**2 * d * vision.num_patches
-    width = model.text.hidden_size
-    projector = 2 * (d * width + width * width) * vision.num_patches
-    return float(tiles * (model.num_vision_layers * block + patches + projector))
+def lora_parameters(table: ParameterTable, lora: LoRAConfig) -> int:
+    """Weights of the factors of all linear maps of every layer."""
+    return sum(lora.rank * sum(row.shape) * (row.layers or 1) for row in table.adapted)
 
 
 def count_forward(
-    model: ModelConfig,
+    family: Family,
+    config: ModelConfig,
     *,
     rows: int,
     length: int,
@@ -131,23 +111,25 @@ def count_forward(
 ) -> HandCount:
     """One forward pass over ``rows`` sequences of ``length`` positions, padding included.
 
-    ``causal_half`` counts only the scores that the mask lets through, as a kernel that skips blocks
-    does; a plain matmul computes all of them. ``pooled_only`` leaves out of the last layer what
-    only other tokens than the pooled one need, as the encoder does: all but its keys and values.
+    ``tiles`` is the sum of the images' shape keys. ``causal_half`` counts only the scores that the
+    mask lets through, as a kernel that skips blocks does; a plain matmul computes all of them.
+    ``pooled_only`` leaves out of the last layer what only other tokens than the pooled one need, as
+    the encoder does: all but its keys and values.
     """
-    tokens = rows * length
-    text = model.text
-    keys_values = 2 * text.hidden_size * text.num_key_value_heads * text.head_dim
-    layer = decoder_matmul_parameters(model) // text.num_hidden_layers
-    skipped = 2.0 * (layer - keys_values) * (tokens - rows) if pooled_only else 0.0
-    layers = text.num_hidden_layers - (1 if pooled_only else 0)  # one query costs next to nothing
+    table, text, tokens = family.parameters(config), config.text, rows * length
+    decoder = 2.0 * matmul_parameters(table) * tokens
+    layers = text.num_hidden_layers
+    if pooled_only:
+        others = matmul_parameters(table) - matmul_parameters(table, "k_proj", "v_proj")
+        decoder -= 2.0 * (others // layers) * (tokens - rows)
+        layers -= 1  # one query costs next to nothing
     scores = 4.0 * layers * text.num_attention_heads * text.head_dim
     return HandCount(
-        decoder=2.0 * decoder_matmul_parameters(model) * tokens - skipped,
-        lora=0.0 if lora is None else 2.0 * lora_parameters(model, lora) * tokens,
+        decoder=decoder,
+        lora=0.0 if lora is None else 2.0 * lora_parameters(table, lora) * tokens,
         attention=scores * tokens * length * (0.5 if causal_half else 1.0),
-        vision=vision_flops(model, tiles),
-        down=2.0 * text.num_hidden_layers * text.hidden_size * text.intermediate_size * tokens,
+        vision=family.image_cost(config, tiles, 2).flops,
+        down=2.0 * matmul_parameters(table, "down_proj") * tokens,
     )
 
 

@@ -4,79 +4,66 @@
 from its entry, and what is inside a loop counts as often as the loop runs.
 """
 
+import math
 import re
+from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property
 
-_BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "bf16": 16, "f16": 16, "s16": 16, "u16": 16}
-_BITS |= {"s32": 32, "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64}
-_ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\](\{[^}]*\})?")
-_INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.-]+) = ")
-_HEADER = re.compile(r"^(ENTRY )?%([\w.-]+) \(")
-_COLLECTIVES = (
-    "all-gather",
-    "all-reduce",
-    "reduce-scatter",
-    "all-to-all",
-    "collective-permute",
-    "collective-broadcast",
-)
+_ARRAY = re.compile(r"\b(?:pred|[a-z]+(\d+))\[([\d,]*)\](\{[^}]*\})?")
+_NAME = re.compile(r"%([\w.-]+)")
+# [ROOT] %name = type opcode(arguments), attributes; no type has a word and a bracket behind a space
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%([\w.-]+) = (.*?) ([a-z][\w-]*)\((.*?)\)(, .*|\s*)$")
+_HEADER = re.compile(r"^(ENTRY )?%([\w.-]+) \(.*\{\s*$")
+_CALLED = re.compile(r"\b(calls|to_apply|body|condition|branch_computations)=(%[\w.-]+|\{[^}]*\})")
+_COLLECTIVES = {"all-gather", "all-reduce", "reduce-scatter", "all-to-all"}
+_COLLECTIVES |= {"collective-permute", "collective-broadcast"}
 # These name, hold or pass values on; the bytes are moved by who makes or uses them.
 _FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "call"}
 _FREE |= {"conditional", "after-all", "partition-id", "replica-id", "iota", "broadcast"}
+_SLICES = ("dynamic-slice", "slice", "gather")
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Instruction:
     """One line of HLO."""
 
     name: str
     opcode: str
     type: str  # with layouts
-    operands: tuple[str, ...]
+    arguments: str
     attributes: str
-    is_root: bool
+    operands: list["Instruction"]
+    called: dict[str, list["Computation"]]  # by the attribute that names it: calls, body, ...
+    users: list["Instruction"] = field(default_factory=list)
 
-    def attribute(self, name: str) -> str | None:
-        """The computation that attribute ``name`` names."""
-        found = re.search(rf"\b{name}=%([\w.-]+)", self.attributes)
-        return found and found[1]
+    @cached_property
+    def bytes(self) -> int:
+        """Bytes of the result."""
+        return type_bytes(self.type)
 
     @cached_property
     def hbm_bytes(self) -> int:
         """Bytes of the result in main memory; S(1) and above are on-chip memories."""
         return type_bytes(self.type, main_memory=True)
 
+    @property
+    def number(self) -> int | None:
+        """The number of a parameter, or the value of an integer constant."""
+        return int(self.arguments) if self.arguments.isdecimal() else None
 
-@dataclass
+
+@dataclass(eq=False)
 class Computation:
     """A function of the program."""
 
-    name: str
     instructions: dict[str, Instruction] = field(default_factory=dict)
+    root: Instruction | None = None  # what it returns
 
     @cached_property
-    def users(self) -> dict[str, list[Instruction]]:
-        """Instructions that take each value."""
-        users: dict[str, list[Instruction]] = {}
-        for instruction in self.instructions.values():
-            for operand in instruction.operands:
-                users.setdefault(operand, []).append(instruction)
-        return users
-
-    @cached_property
-    def parameters(self) -> dict[int, str]:
-        """Name of each parameter by its number."""
-        return {
-            int(i.attributes.split(")")[0].split(",")[0]): i.name
-            for i in self.instructions.values()
-            if i.opcode == "parameter"
-        }
-
-    @property
-    def root(self) -> Instruction:
-        """What it returns."""
-        return next(i for i in self.instructions.values() if i.is_root)
+    def parameters(self) -> dict[int | None, Instruction]:
+        """Parameters by their numbers."""
+        return {i.number: i for i in self.instructions.values() if i.opcode == "parameter"}
 
 
 @dataclass(frozen=True)
@@ -90,84 +77,55 @@ class Traffic:
 def type_bytes(text: str, *, main_memory: bool = False) -> int:
     """Bytes of the arrays in an HLO type; with ``main_memory`` without those kept on chip."""
     bits = 0
-    for dtype, dims, layout in _ARRAY.findall(text):
-        if dtype not in _BITS or (main_memory and re.search(r"S\([1-9]", layout)):
-            continue
-        size = 1
-        for n in dims.split(","):
-            size *= int(n) if n else 1
-        bits += size * _BITS[dtype]
+    for width, dims, layout in _ARRAY.findall(text):
+        if not (main_memory and re.search(r"S\([1-9]", layout)):
+            bits += int(width or 8) * math.prod(int(n) for n in dims.split(",") if n)
     return bits // 8
 
 
-def _balanced(text: str, start: int) -> int:
-    """Index behind the bracket that closes the one at ``start``."""
-    depth = 0
-    for i in range(start, len(text)):
-        depth += (text[i] in "([{") - (text[i] in ")]}")
-        if depth == 0:
-            return i + 1
-    raise ValueError(f"unbalanced brackets in HLO: {text[:80]}")
-
-
-def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """All computations of a module by name, and the name of the entry."""
+def parse(text: str) -> Computation:
+    """The entry of a module; what a line refers to stands above it."""
     computations: dict[str, Computation] = {}
-    entry = ""
-    current: Computation | None = None
+    entry = current = Computation()
     for line in text.splitlines():
-        header = _HEADER.match(line)
-        if header and line.rstrip().endswith("{"):
-            current = computations[header[2]] = Computation(header[2])
-            entry = header[2] if header[1] else entry
-            continue
-        found = _INSTRUCTION.match(line)
-        if current is None or found is None:
-            continue
-        rest = line[found.end() :]
-        end = _balanced(rest, 0) if rest[0] == "(" else rest.index(" ")
-        kind, rest = rest[:end], rest[end:].lstrip()
-        bracket = rest.index("(")
-        close = _balanced(rest, bracket)
-        inside = rest[bracket:close]
-        current.instructions[found[2]] = Instruction(
-            name=found[2],
-            opcode=rest[:bracket],
-            type=kind,
-            operands=tuple(re.findall(r"%([\w.-]+)", inside)),
-            attributes=inside[1:-1] + rest[close:],
-            is_root=found[1] is not None,
-        )
-    return computations, entry
+        if header := _HEADER.match(line):
+            current = computations[header[2]] = Computation()
+            entry = current if header[1] else entry
+        if found := _INSTRUCTION.match(line):
+            is_root, name, kind, opcode, arguments, attributes = found.groups()
+            operands = [current.instructions[n] for n in _NAME.findall(arguments)]
+            called = {
+                key: [computations[n] for n in _NAME.findall(names)]
+                for key, names in _CALLED.findall(attributes)
+            }
+            instruction = Instruction(name, opcode, kind, arguments, attributes, operands, called)
+            for operand in operands:
+                operand.users.append(instruction)
+            current.instructions[name] = instruction
+            current.root = instruction if is_root else current.root
+    return entry
 
 
-def trip_count(loop: Instruction, computations: dict[str, Computation]) -> int:
+def trip_count(loop: Instruction) -> int:
     """How often a while loop runs: as XLA says, or the bound that its condition compares with."""
     known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
     if known:
         return int(known[1])
-    names = [loop.attribute("condition")]
+    conditions = list(loop.called["condition"])
     bounds = []
-    while names:
-        for instruction in computations[names.pop() or ""].instructions.values():
-            if instruction.opcode == "constant" and re.fullmatch(
-                r"\d+", instruction.attributes.split(",")[0]
-            ):
-                bounds.append(int(instruction.attributes.split(",")[0]))
-            if called := instruction.attribute("calls"):
-                names.append(called)
+    for condition in conditions:  # grows
+        for instruction in condition.instructions.values():
+            if instruction.opcode == "constant" and instruction.number is not None:
+                bounds.append(instruction.number)
+            conditions += instruction.called.get("calls", [])
     return max(bounds, default=1)
 
 
 def _group_size(attributes: str, devices: int) -> int:
     """Devices that take part in one group of a collective."""
-    mesh = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes)
-    if mesh:
-        sides = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh[1])}
-        size = 1
-        for name in re.findall(r"'(\w+)'", mesh[2]):
-            size *= sides[name]
-        return size
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes):
+        sides = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        return math.prod(int(sides[name]) for name in re.findall(r"'(\w+)'", mesh[2]))
     if iota := re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes):
         return int(iota[2])
     if explicit := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
@@ -175,138 +133,110 @@ def _group_size(attributes: str, devices: int) -> int:
     return devices
 
 
-def _collective(instruction: Instruction, computation: Computation, devices: int) -> float:
+def _collective(instruction: Instruction, kind: str, devices: int) -> float:
     """Bytes one device receives in a collective, by the ring algorithm."""
     n = _group_size(instruction.attributes, devices)
-    operands = sum(
-        type_bytes(computation.instructions[name].type)
-        for name in instruction.operands
-        if name in computation.instructions
-    )
-    kind = instruction.opcode.removesuffix("-start")
-    if kind == "all-gather":
-        return operands * (n - 1)
-    if kind == "all-reduce":
-        return 2 * operands * (n - 1) / n
-    if kind in ("reduce-scatter", "all-to-all"):
-        return operands * (n - 1) / n
-    return operands
+    passed = {"all-gather": n - 1, "all-reduce": 2 * (n - 1) / n}
+    passed |= {"reduce-scatter": (n - 1) / n, "all-to-all": (n - 1) / n}
+    return sum(operand.bytes for operand in instruction.operands) * passed.get(kind, 1)
 
 
-def _fusion_bytes(
-    fusion: Instruction, caller: Computation, computations: dict[str, Computation]
-) -> float:
+def _fusion_bytes(fusion: Instruction) -> float:
     """Bytes a fusion reads and writes: of a sliced operand the slice, of an update its part."""
-    inner = computations[fusion.attribute("calls") or ""]
+    (inner,) = fusion.called["calls"]
     total = 0.0
-    for number, operand in enumerate(fusion.operands):
-        source = caller.instructions[operand]
+    for number, source in enumerate(fusion.operands):
         if source.hbm_bytes:
-            read = _read_bytes(inner, inner.parameters[number], computations)
-            total += min(source.hbm_bytes, read)
+            total += min(source.hbm_bytes, _read_bytes(inner.parameters[number]))
     if fusion.hbm_bytes:
-        total += min(fusion.hbm_bytes, _written_bytes(inner, inner.root, computations))
+        total += min(fusion.hbm_bytes, _written_bytes(inner.root))
     return total
 
 
-def _read_bytes(inner: Computation, value: str, computations: dict[str, Computation]) -> float:
+def _read_bytes(value: Instruction) -> float:
+    """Bytes of a value inside a fusion that are read."""
     total = 0.0
-    for user in inner.users.get(value, []):
-        if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == value:
-            total += type_bytes(user.type)
+    for user in value.users:
+        if user.opcode in _SLICES and user.operands[0] is value:
+            total += user.bytes
         elif user.opcode == "bitcast":
-            total += _read_bytes(inner, user.name, computations)
+            total += _read_bytes(user)
         elif user.opcode == "fusion":  # one inside another: a sliced weight of a matmul, on v6e
-            called = computations[user.attribute("calls") or ""]
-            for number, operand in enumerate(user.operands):
-                if operand == value:
-                    total += _read_bytes(called, called.parameters[number], computations)
-        elif user.opcode == "dynamic-update-slice" and user.operands[0] == value:
+            parameters = user.called["calls"][0].parameters
+            total += sum(
+                _read_bytes(parameters[number])
+                for number, operand in enumerate(user.operands)
+                if operand is value
+            )
+        elif user.opcode == "dynamic-update-slice" and user.operands[0] is value:
             continue  # in place
         else:
-            return float("inf")  # the whole of it: the caller takes the smaller
+            return math.inf  # the whole of it: the caller takes the smaller
     return total
 
 
-def _written_bytes(
-    inner: Computation, value: Instruction, computations: dict[str, Computation]
-) -> float:
-    while value.opcode == "bitcast" and value.operands[0] in inner.instructions:
-        value = inner.instructions[value.operands[0]]
+def _written_bytes(value: Instruction | None) -> float:
+    """Bytes that a fusion writes which returns ``value``."""
+    assert value is not None  # every computation has a root
+    if value.opcode == "bitcast":
+        return _written_bytes(value.operands[0])
     if value.opcode == "tuple":
-        return sum(
-            _written_bytes(inner, inner.instructions[n], computations) for n in value.operands
-        )
+        return sum(map(_written_bytes, value.operands))
     if value.opcode == "fusion":
-        called = computations[value.attribute("calls") or ""]
-        return _written_bytes(called, called.root, computations)
-    if value.opcode == "dynamic-update-slice":
-        return type_bytes(inner.instructions[value.operands[1]].type)
-    return type_bytes(value.type)
+        return _written_bytes(value.called["calls"][0].root)
+    return value.operands[1].bytes if value.opcode == "dynamic-update-slice" else value.bytes
 
 
-def _plain_bytes(instruction: Instruction, computation: Computation) -> float:
+def _plain_bytes(instruction: Instruction) -> float:
     """Bytes of an instruction outside any fusion."""
-    opcode = instruction.opcode
+    opcode, sources = instruction.opcode, instruction.operands
     if opcode in _FREE or opcode.endswith(("-done", "-update")):
         return 0.0
-    sources = [computation.instructions[n] for n in instruction.operands]
     if opcode in ("copy-start", "slice-start"):
-        # (destination, source, context): only what arrives is read
-        arrays = _ARRAY.finditer(instruction.type)
-        destination = next(arrays)[0]
-        if opcode == "slice-start":  # ((sources), destination, context)
-            destination = next(arrays)[0]
+        # (destination, source, context), ((sources), destination, context): what arrives is read
+        arrays = [array[0] for array in _ARRAY.finditer(instruction.type)]
+        destination = arrays[opcode == "slice-start"]
         read = type_bytes(destination) if any(s.hbm_bytes for s in sources) else 0
         return read + type_bytes(destination, main_memory=True)
-    if opcode in ("dynamic-slice", "slice", "gather"):
-        return (type_bytes(instruction.type) if sources[0].hbm_bytes else 0) + instruction.hbm_bytes
+    if opcode in _SLICES:
+        return (instruction.bytes if sources[0].hbm_bytes else 0) + instruction.hbm_bytes
     if opcode == "dynamic-update-slice":
-        return 2 * type_bytes(sources[1].type) if sources[0].hbm_bytes else 0.0
-    return instruction.hbm_bytes + sum(s.hbm_bytes for s in sources)
+        return 2 * sources[1].bytes if sources[0].hbm_bytes else 0.0
+    return instruction.hbm_bytes + sum(source.hbm_bytes for source in sources)
 
 
 def count_traffic(text: str, *, devices: int) -> Traffic:
     """Bytes moved by one device in one run of a compiled program, given its HLO text."""
-    computations, entry = parse(text)
     hbm = 0.0
     collectives: dict[tuple[str, str], float] = {}  # by kind and channel
 
-    def walk(name: str, times: float, *, fused: bool) -> None:
+    def walk(function: Computation, times: float, *, fused: bool) -> None:
         nonlocal hbm
-        computation = computations[name]
-        for instruction in computation.instructions.values():
+        for instruction in function.instructions.values():
             opcode = instruction.opcode.removesuffix("-start")
+            called = instruction.called
             if opcode in _COLLECTIVES:
                 # an asynchronous collective shows in each fusion it runs beside: once is enough
                 channel = re.search(r"channel_id=(\d+)", instruction.attributes)
                 key = (opcode, channel[1] if channel else instruction.name)
-                moved = times * _collective(instruction, computation, devices)
+                moved = times * _collective(instruction, opcode, devices)
                 collectives[key] = max(collectives.get(key, 0.0), moved)
             if opcode == "while":
-                body, condition = instruction.attribute("body"), instruction.attribute("condition")
-                runs = times * trip_count(instruction, computations)
-                walk(body or "", runs, fused=fused)
-                walk(condition or "", runs, fused=True)
-                continue
-            called = instruction.attribute("calls") or instruction.attribute("to_apply")
-            if opcode == "fusion":
-                if not fused:
-                    hbm += times * _fusion_bytes(instruction, computation, computations)
-                walk(called or "", times, fused=True)
+                runs = times * trip_count(instruction)
+                walk(called["body"][0], runs, fused=fused)
+                walk(called["condition"][0], runs, fused=True)
                 continue
             if not fused:
-                hbm += times * _plain_bytes(instruction, computation)
-            if called and opcode in ("call", "async"):
-                walk(called, times, fused=fused)
-            for branch in re.findall(
-                r"%([\w.-]+)",
-                (re.search(r"branch_computations=\{([^}]*)\}", instruction.attributes) or [""])[-1],
-            ):
-                walk(branch, times, fused=fused)
+                is_fusion = opcode == "fusion"
+                hbm += times * (_fusion_bytes if is_fusion else _plain_bytes)(instruction)
+            inner = called.get("branch_computations", [])
+            if opcode in ("fusion", "call", "async"):
+                inner = called.get("calls") or called["to_apply"]
+            for computation in inner:
+                walk(computation, times, fused=fused or opcode == "fusion")
 
-    walk(entry, 1.0, fused=False)
-    by_kind: dict[str, float] = {}
+    walk(parse(text), 1.0, fused=False)
+    by_kind: dict[str, float] = defaultdict(float)
     for (kind, _), moved in collectives.items():
-        by_kind[kind] = by_kind.get(kind, 0.0) + moved
-    return Traffic(hbm, by_kind)
+        by_kind[kind] += moved
+    return Traffic(hbm, dict(by_kind))

@@ -1,90 +1,53 @@
-"""One program compiled for a topology: what it takes and moves; by formula where nothing can."""
+"""One program compiled for a topology: what it takes and moves."""
 
+import dataclasses
 import re
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
 from e5v_jax.dryrun.chips import GiB
-from e5v_jax.dryrun.estimate import Estimate
 from e5v_jax.dryrun.flops import traced_flops
 from e5v_jax.dryrun.hlo import count_traffic
 from e5v_jax.dryrun.program import Program, per_device_bytes
-from e5v_jax.dryrun.report import Memory, Work
+from e5v_jax.dryrun.report import Cost
 from e5v_jax.dryrun.topology import Topology
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Of one chip and one run of the program."""
-
-    method: Literal["compiled", "estimated"]
-    memory: Memory
-    flops: float
-    hbm_bytes: float
-    collective_bytes: dict[str, float]
-    compile_seconds: float = 0.0
-
-    def as_fields(self, useful_flops: float) -> dict[str, Any]:
-        """Of a Report."""
-        work = Work(self.flops, useful_flops, self.hbm_bytes, self.collective_bytes)
-        return {
-            "method": self.method,
-            "memory": self.memory,
-            "work": work,
-            "compile_seconds": self.compile_seconds,
-        }
-
-
-def measure(
-    program: Program, topology: Topology, estimate: Callable[[], Estimate], flops_by_hand: float
-) -> Measured:
-    """Compile and read what XLA made of it; by formula where it cannot be, or is too large."""
-    if topology.chip is not None and not topology.is_tpu:
-        guess = estimate()
-        return Measured(
-            "estimated",
-            guess.memory,
-            flops_by_hand / topology.chips,
-            guess.hbm_bytes,
-            guess.collective_bytes,
-        )
-    traced = program.trace("tpu" if topology.is_tpu else "cpu")
-    flops = traced_flops(traced.jaxpr) / topology.chips
-    devices_per_chip = topology.chip.jax_devices if topology.chip else 1
-    parameters = per_device_bytes((program.frozen, program.trainable)) * devices_per_chip
-    optimizer = per_device_bytes(program.optimizer) * devices_per_chip
+def measure(program: Program, topology: Topology, estimate: Cost) -> Cost:
+    """Compile and read what XLA made of it; ``estimate`` where it cannot be, or is too large."""
+    if topology.platform == "gpu":
+        return estimate
+    traced = program.trace()
+    per_chip = topology.chip.jax_devices if topology.chip else 1
+    cost = dataclasses.replace(
+        estimate,
+        method="compiled",
+        parameters=per_device_bytes((program.frozen, program.trainable)) * per_chip,
+        optimizer=per_device_bytes(program.optimizer) * per_chip,
+        flops=traced_flops(traced.jaxpr) / topology.chips,
+    )
     start = time.perf_counter()
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = needed_memory(str(error), parameters + optimizer)
+        needed = needed_memory(str(error), cost.parameters + cost.optimizer)
         if needed is None:
             raise
-        guess = estimate()
-        return Measured(
-            "compiled",
-            Memory(parameters, optimizer, needed, needed),
-            flops,
-            guess.hbm_bytes,
-            guess.collective_bytes,
-            time.perf_counter() - start,
-        )
+        seconds = time.perf_counter() - start
+        return dataclasses.replace(cost, peak=needed, live=needed, compile_seconds=seconds)
     seconds = time.perf_counter() - start
     stats = compiled.memory_analysis()
-    peak = reserved_memory(stats) * devices_per_chip
-    live = stats.peak_memory_in_bytes * devices_per_chip
-    traffic = count_traffic(compiled.as_text(), devices=topology.chips * devices_per_chip)
-    return Measured(
-        "compiled",
-        Memory(parameters, optimizer, peak, live),
-        flops,
-        traffic.hbm_bytes * devices_per_chip,
-        {kind: moved * devices_per_chip for kind, moved in traffic.collective_bytes.items()},
-        seconds,
+    traffic = count_traffic(compiled.as_text(), devices=topology.chips * per_chip)
+    moved = {kind: size * per_chip for kind, size in traffic.collective_bytes.items()}
+    return dataclasses.replace(
+        cost,
+        peak=reserved_memory(stats) * per_chip,
+        live=stats.peak_memory_in_bytes * per_chip,
+        hbm_bytes=traffic.hbm_bytes * per_chip,
+        collective_bytes=moved,
+        compile_seconds=seconds,
     )
 
 

@@ -1,28 +1,52 @@
 """The real programs of a run with shapes in place of arrays: no weights, no accelerator."""
 
+import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from qwix import QArray
+from jax.sharding import NamedSharding, PartitionSpec
 
-from e5v_jax.checkpoints.loading import build, dotted
-from e5v_jax.families.llava_next.model import ImageBatch, LlavaNext, TextBatch
-from e5v_jax.nn.attention import compile_for
-from e5v_jax.nn.config import ModelConfig
-from e5v_jax.nn.layers import Precision
-from e5v_jax.nn.quantized import Quantization
-from e5v_jax.sharding import batch_sharding, param_sharding
+from e5v_jax.checkpoints.loading import abstract_model
+from e5v_jax.encode.encoder import make_encode_step
+from e5v_jax.families.base import BatchShape, Family, Model, ModelConfig
+from e5v_jax.nn.layers import Build, Precision
+from e5v_jax.nn.parameters import ParameterTable
+from e5v_jax.runtime import Runtime
+from e5v_jax.sharding import batch_sharding
 from e5v_jax.train.config import TrainConfig
-from e5v_jax.train.optimizer import make_optimizer
-from e5v_jax.train.step import PairBatch, make_train_step, split_trainable
+from e5v_jax.train.feed import group_multiple
+from e5v_jax.train.setup import make_step, train_build
+from e5v_jax.train.step import PairBatch
 
 COLUMNS = 3  # triplets
 TOTAL_STEPS = 718  # of the paper's run; only the schedule's constants depend on it
+
+
+@dataclass(frozen=True)
+class Target:
+    """A model, and where it is to run."""
+
+    family: Family
+    config: ModelConfig
+    runtime: Runtime
+
+    @property
+    def table(self) -> ParameterTable:
+        """Its parameters."""
+        return self.family.parameters(self.config)
+
+    def model(self, build: Build, *, load_vision: bool) -> Model:
+        """The module with shapes in place of arrays."""
+        return abstract_model(self.family, self.config, build, load_vision=load_vision)
+
+    def batch(self, shape: BatchShape) -> Any:
+        """The shapes of a batch, split over the mesh."""
+        shapes = jax.eval_shape(partial(self.family.example_batch, self.config, shape))
+        return _place(shapes, batch_sharding(self.runtime.mesh))
 
 
 @dataclass(frozen=True)
@@ -32,160 +56,65 @@ class Program:
     function: Any  # a jitted function; jax has no public type for one
     args: tuple[Any, ...]
     frozen: Any  # pytrees of ShapeDtypeStruct, parts of args
-    trainable: Any
-    optimizer: Any
+    trainable: Any = ()
+    optimizer: Any = ()
 
-    def trace(self, platform: str) -> Any:
-        """The function traced for the devices in its arguments' shardings, of ``platform``."""
-        with compile_for(platform):
-            return self.function.trace(*self.args)
+    def trace(self) -> Any:
+        """The function traced for the devices in its arguments' shardings."""
+        return self.function.trace(*self.args)
 
 
 def per_device_bytes(tree: Any) -> int:
     """Bytes that the arrays of ``tree`` take on one device; uint4 counts half a byte."""
     total = 0
     for leaf in jax.tree.leaves(tree):
-        shape = leaf.sharding.shard_shape(leaf.shape)
-        size = 1
-        for n in shape:
-            size *= n
         bits = 4 if leaf.dtype in (jnp.uint4, jnp.int4) else 8 * leaf.dtype.itemsize
-        total += (size * bits + 7) // 8
+        total += (math.prod(leaf.sharding.shard_shape(leaf.shape)) * bits + 7) // 8
     return total
 
 
-def _struct(x: Any, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+def _place(tree: Any, sharding: NamedSharding) -> Any:
+    """Shapes with that sharding."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
-def _array(shape: tuple[int, ...], dtype: Any, sharding: NamedSharding) -> Any:
-    """A shape where a batch has an array."""
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-
-
-def _place(state: nnx.State, mesh: Mesh) -> nnx.State:
-    """Shapes with the sharding that PARAM_RULES gives them; a QArray part by part."""
-
-    def place(path: tuple[object, ...], leaf: nnx.Variable[Any]) -> nnx.Variable[Any]:
-        value: jax.Array | QArray = leaf.get_value()
-        return leaf.replace(
-            jax.tree.map(lambda x: _struct(x, param_sharding(dotted(path), x.shape, mesh)), value)
-        )
-
-    return nnx.from_flat_state([(path, place(path, x)) for path, x in nnx.to_flat_state(state)])
-
-
-def train_program(
-    cfg: TrainConfig, model: ModelConfig, mesh: Mesh, sequence_lengths: tuple[int, ...]
-) -> Program:
-    """The step of a training run, as train/loop.py makes it.
+def train_program(cfg: TrainConfig, target: Target, sequence_lengths: tuple[int, ...]) -> Program:
+    """The step of a training run on triplets of texts, as train/setup.py makes it.
 
     ``sequence_lengths`` are the padded lengths of the groups that the batch is split into.
 
     Raises:
         ValueError: an axis, the batch or the chunks do not divide over the mesh.
     """
-    dtype = jnp.dtype(cfg.dtype)
-    precision = Precision(
-        param=dtype if cfg.lora else jnp.float32, compute=dtype, quantization=cfg.quantize
-    )
-    shapes = jax.eval_shape(
-        lambda: build(model, precision=precision, lora=cfg.lora, load_vision=False)
-    )
-    graphdef, trainable, frozen = split_trainable(shapes, lora=cfg.lora is not None)
-    trainable, frozen = _place(trainable, mesh), _place(frozen, mesh)
-    optimizer = make_optimizer(cfg.optimizer, TOTAL_STEPS)
-    replicated = NamedSharding(mesh, PartitionSpec())
-    opt_state = optax.tree_map_params(
-        optimizer,
-        lambda state, parameter: _struct(state, parameter.sharding),
-        jax.eval_shape(optimizer.init, trainable),
-        trainable,
-        transform_non_params=lambda state: _struct(state, replicated),
-    )
-    step = make_train_step(
-        graphdef,
-        optimizer,
-        columns=COLUMNS,
-        loss=cfg.loss,
-        chunk_size=cfg.chunk_size,
-        remat=cfg.remat,
-        dropout=cfg.lora is not None and cfg.lora.dropout > 0,
-        state=(trainable, opt_state),
-        mesh=mesh,
-    )
-    batch = _pair_batch(cfg, mesh, sequence_lengths)
-    key = _struct(jax.eval_shape(lambda: jax.random.key(0)), replicated)
-    args = (trainable, opt_state, frozen, batch, key)
-    return Program(step, args, frozen=frozen, trainable=trainable, optimizer=opt_state)
-
-
-def _pair_batch(cfg: TrainConfig, mesh: Mesh, sequence_lengths: tuple[int, ...]) -> PairBatch:
-    inputs = COLUMNS * cfg.batch_size
-    devices = mesh.shape["data"] * mesh.shape["fsdp"]
-    multiple = cfg.chunk_size or devices
-    if multiple % devices:
+    inputs, groups = COLUMNS * cfg.batch_size, len(sequence_lengths)
+    multiple = group_multiple(cfg, target.runtime)
+    if inputs % (multiple * groups):
         raise ValueError(
-            f"chunk_size {cfg.chunk_size} cannot be split over the {devices} devices that share a "
-            f"batch: make it a multiple of {devices}"
+            f"{inputs} sentences a step cannot be split into {groups} groups of parts of "
+            f"{multiple} (the devices that share a batch, or chunk_size): take one that divides "
+            f"{inputs // groups}"
         )
-    if inputs % (multiple * len(sequence_lengths)):
-        raise ValueError(
-            f"{inputs} sentences a step cannot be split into {len(sequence_lengths)} groups of "
-            f"parts of {multiple} (the devices that share a batch, or chunk_size): take one that "
-            f"divides {inputs // len(sequence_lengths)}"
-        )
-    rows = inputs // len(sequence_lengths)
-    replicated = NamedSharding(mesh, PartitionSpec())
-    return PairBatch(
-        groups=tuple(_text_batch(rows, length, mesh) for length in sequence_lengths),
-        order=_array((inputs,), jnp.int32, replicated),
-        text_ids=_array((inputs,), jnp.int32, replicated),
+    model = target.model(train_build(cfg, target.runtime), load_vision=False)
+    parts = make_step(cfg, model, columns=COLUMNS, total_steps=TOTAL_STEPS)
+    whole = NamedSharding(target.runtime.mesh, PartitionSpec())
+    numbers = jax.ShapeDtypeStruct((inputs,), jnp.int32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    order, text_ids, key = _place((numbers, numbers, key), whole)
+    shapes = [BatchShape(inputs // groups, length) for length in sequence_lengths]
+    batch = PairBatch(tuple(map(target.batch, shapes)), order, text_ids)
+    return Program(
+        parts.step_fn,
+        (parts.trainable, parts.opt_state, parts.frozen, batch, key),
+        parts.frozen,
+        parts.trainable,
+        parts.opt_state,
     )
 
 
-def _text_batch(rows: int, length: int, mesh: Mesh) -> TextBatch:
-    split = batch_sharding(mesh)
-    return TextBatch(
-        _array((rows, length), jnp.int32, split),
-        _array((rows,), jnp.int32, split),
+def encode_program(target: Target, shape: BatchShape, precision: Precision) -> Program:
+    """The model over one batch of texts or, with a shape key, images, as the encoder runs it."""
+    graphdef, state = nnx.split(
+        target.model(Build(precision, target.runtime), load_vision=shape.shape_key > 0)
     )
-
-
-def encode_program(
-    model: ModelConfig,
-    mesh: Mesh,
-    *,
-    dtype: str,
-    quantization: Quantization | None,
-    rows: int,
-    length: int,
-    tiles_per_image: int,
-) -> Program:
-    """The model over one batch of texts, or with ``tiles_per_image`` of images.
-
-    ``rows`` inputs are padded to ``length`` positions, as encode/encoder.py runs them.
-    """
-    precision = Precision(jnp.dtype(dtype), jnp.dtype(dtype), quantization)
-    shapes = jax.eval_shape(
-        lambda: build(model, precision=precision, load_vision=tiles_per_image > 0)
-    )
-    graphdef, state = nnx.split(shapes)
-    state = _place(state, mesh)
-    batch: TextBatch | ImageBatch = _text_batch(rows, length, mesh)
-    if tiles_per_image:
-        assert model.vision is not None
-        side = model.vision.image_size
-        batch = ImageBatch(
-            input_ids=batch.input_ids,
-            last_index=batch.last_index,
-            image_index=batch.input_ids,
-            tiles=_array((rows * tiles_per_image, side, side, 3), jnp.uint8, batch_sharding(mesh)),
-        )
-
-    def run(state: nnx.State, batch: TextBatch | ImageBatch) -> jax.Array:
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # for sharding.split_batch
-            merged: LlavaNext = nnx.merge(graphdef, state)
-            return merged.encode(batch)
-
-    return Program(jax.jit(run), (state, batch), frozen=state, trainable=(), optimizer=())
+    step = make_encode_step(graphdef, target.runtime)
+    return Program(step, (state, target.batch(shape)), frozen=state)

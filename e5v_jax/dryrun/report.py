@@ -1,11 +1,8 @@
 """What a dry run says: memory of one chip against what it has, and the time its limits leave."""
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
-
-from rich.console import Console
-from rich.table import Table
 
 from e5v_jax.dryrun.chips import GiB
 from e5v_jax.dryrun.topology import Topology
@@ -14,15 +11,18 @@ Bound = Literal["compute", "memory", "interconnect", "unknown"]
 
 
 @dataclass(frozen=True)
-class Memory:
-    """Bytes of one chip."""
+class Cost:
+    """What one chip has and does in one step (or batch)."""
 
-    parameters: int  # base and LoRA
-    optimizer: int
-    peak: int  # all that the program must find free
-    live: (
-        int  # of which so much holds something at the worst moment; XLA's allotment loses the rest
-    )
+    parameters: int  # bytes, base and LoRA
+    optimizer: int  # bytes
+    peak: int  # bytes, all that the program must find free
+    live: int  # bytes that hold something at the worst moment; XLA's allotment loses the rest
+    flops: float
+    hbm_bytes: float
+    collective_bytes: dict[str, float] = field(default_factory=dict)  # by kind
+    method: Literal["compiled", "estimated"] = "estimated"
+    compile_seconds: float = 0.0
 
     @property
     def activations(self) -> int:
@@ -31,30 +31,18 @@ class Memory:
 
 
 @dataclass(frozen=True)
-class Work:
-    """One step (or batch) of one chip."""
-
-    flops: float
-    useful_flops: float  # of which an implementation that keeps everything would need so many
-    hbm_bytes: float
-    collective_bytes: dict[str, float]
-
-
-@dataclass(frozen=True)
 class Report:
-    """A dry run's result; all figures are of one chip and one step."""
+    """A dry run's result."""
 
     program: str
     architecture: str
     topology: Topology
-    method: Literal["compiled", "estimated"]
-    memory: Memory
-    work: Work
+    cost: Cost
+    useful_flops: float  # of a chip and step, if nothing were computed twice
     items: int  # of a step over all chips: triplets, images or texts
     item: str
     tokens: int  # positions of a step over all chips, padding included
     remedies: tuple[str, ...]  # to be tried in this order if it does not fit
-    compile_seconds: float = 0.0
 
     @property
     def capacity(self) -> int | None:
@@ -64,7 +52,7 @@ class Report:
     @property
     def fits(self) -> bool:
         """Whether the peak is within the capacity."""
-        return self.capacity is None or self.memory.peak <= self.capacity
+        return self.capacity is None or self.cost.peak <= self.capacity
 
     @property
     def seconds(self) -> dict[Bound, float]:
@@ -72,10 +60,10 @@ class Report:
         chip = self.topology.chip
         if chip is None:
             return {}
-        moved = sum(self.work.collective_bytes.values())
+        moved = sum(self.cost.collective_bytes.values())
         return {
-            "compute": self.work.flops / chip.flops,
-            "memory": self.work.hbm_bytes / chip.hbm_bandwidth,
+            "compute": self.cost.flops / chip.flops,
+            "memory": self.cost.hbm_bytes / chip.hbm_bandwidth,
             "interconnect": moved / self.topology.collective_bandwidth,
         }
 
@@ -88,32 +76,29 @@ class Report:
     @property
     def step_seconds(self) -> float | None:
         """Roofline: the longest of :attr:`seconds`, as if the others ran beside it for nothing."""
-        return self.seconds[self.bound] if self.seconds else None
+        return max(self.seconds.values(), default=None)
 
     @property
     def utilization(self) -> float | None:
         """Model FLOP utilisation at the roofline: recomputation does not count as useful."""
         chip, seconds = self.topology.chip, self.step_seconds
-        if chip is None or not seconds:
-            return None
-        return self.work.useful_flops / chip.flops / seconds
+        return self.useful_flops / chip.flops / seconds if chip and seconds else None
 
     def to_json(self) -> dict[str, object]:
         """Everything, in bytes, FLOPs and seconds."""
+        cost = dataclasses.asdict(self.cost) | {"activations": self.cost.activations}
+        memory = ("parameters", "optimizer", "peak", "live", "activations")
         return {
             "program": self.program,
             "architecture": self.architecture,
             "topology": self.topology.name,
             "chips": self.topology.chips,
-            "method": self.method,
-            "memory": {**dataclasses.asdict(self.memory), "activations": self.memory.activations},
+            "memory": {name: cost.pop(name) for name in memory},
+            **cost,
             "capacity": self.capacity,
             "fits": self.fits,
             "remedy": None if self.fits else self.remedies[0],
-            "flops": self.work.flops,
-            "useful_flops": self.work.useful_flops,
-            "hbm_bytes": self.work.hbm_bytes,
-            "collective_bytes": self.work.collective_bytes,
+            "useful_flops": self.useful_flops,
             "seconds": self.seconds,
             "bound": self.bound,
             "step_seconds": self.step_seconds,
@@ -121,62 +106,46 @@ class Report:
             "items_per_step": self.items,
             "item": self.item,
             "tokens_per_step": self.tokens,
-            "compile_seconds": self.compile_seconds,
         }
 
     def verdict(self) -> str:
         """Fits or not, by how much, and what to try."""
         if self.capacity is None:
-            return f"peak {gib(self.memory.peak)}"
-        spare = self.capacity - self.memory.peak
+            return ""
+        spare, capacity = self.capacity - self.cost.peak, gib(self.capacity)
         if spare >= 0:
-            return f"fits: {gib(spare)} of {gib(self.capacity)} to spare"
-        return (
-            f"does not fit: {gib(-spare)} more than the {gib(self.capacity)} of a chip; "
-            f"try {self.remedies[0]}"
-        )
+            return f"fits: {gib(spare)} of {capacity} to spare"
+        remedy = self.remedies[0]
+        return f"does not fit: {gib(-spare)} more than the {capacity} of a chip; try {remedy}"
 
     def print(self) -> None:
         """Show it as a table."""
-        table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-        table.add_column(no_wrap=True)
-        table.add_column(justify="right", no_wrap=True)
-        table.add_column()
-        memory, work = self.memory, self.work
+        cost, moved = self.cost, self.cost.collective_bytes
+        kinds = [f"{kind} {size / 1e9:.2f}" for kind, size in moved.items() if size >= 1e6]
         rows = [
-            ("parameters", gib(memory.parameters), ""),
-            ("optimizer", gib(memory.optimizer), ""),
-            ("activations", gib(memory.activations), "with gradients and gathered weights"),
-            ("peak", gib(memory.peak), self.verdict()),
-            ("FLOPs", f"{work.flops / 1e12:.1f} T", f"useful: {work.useful_flops / 1e12:.1f} T"),
-            ("memory traffic", f"{work.hbm_bytes / 1e9:.1f} GB", ""),
-            ("collectives", f"{sum(work.collective_bytes.values()) / 1e9:.1f} GB", _kinds(work)),
+            ("parameters", gib(cost.parameters), ""),
+            ("optimizer", gib(cost.optimizer), ""),
+            ("activations", gib(cost.activations), "with gradients and gathered weights"),
+            ("peak", gib(cost.peak), self.verdict()),
+            ("FLOPs", f"{cost.flops / 1e12:.1f} T", f"useful: {self.useful_flops / 1e12:.1f} T"),
+            ("memory traffic", f"{cost.hbm_bytes / 1e9:.1f} GB", ""),
+            ("collectives", f"{sum(moved.values()) / 1e9:.1f} GB", ", ".join(kinds)),
+            *((f"{name} time", f"{1e3 * s:.1f} ms", "") for name, s in self.seconds.items()),
         ]
-        rows += [(f"{k} time", f"{1e3 * s:.1f} ms", "") for k, s in self.seconds.items()]
         if self.step_seconds:
-            rate = self.items / self.step_seconds
+            rate = f"{self.items / self.step_seconds:.1f} {self.item}/s on all chips"
             share = f"{100 * (self.utilization or 0):.0f} % of peak FLOP/s are useful work"
-            text = f"bound by {self.bound}; {rate:.1f} {self.item}/s on all chips; {share}"
+            text = f"bound by {self.bound}; {rate}; {share}"
             rows.append(("step at best", f"{1e3 * self.step_seconds:.1f} ms", text))
-        for row in rows:
-            table.add_row(*row)
-        how = f"{self.method}"
-        if self.compile_seconds:
-            how += f" in {self.compile_seconds:.0f} s"
-        console = Console(soft_wrap=True)
-        console.print(
+        seconds = f" in {cost.compile_seconds:.0f} s" if cost.compile_seconds else ""
+        print(
             f"{self.program}, {self.architecture}, {self.topology.name} "
-            f"({self.topology.chips} chips), {how}. Per chip and step:",
-            highlight=False,
+            f"({self.topology.chips} chips), {cost.method}{seconds}. Per chip and step:"
         )
-        console.print(table, highlight=False)
+        for name, value, text in rows:
+            print(f"{name:17} {value:>12}  {text}".rstrip())
 
 
 def gib(size: float) -> str:
     """Bytes for a reader."""
     return f"{size / GiB:.2f} GiB"
-
-
-def _kinds(work: Work) -> str:
-    kinds = {k: v for k, v in work.collective_bytes.items() if v >= 1e6}
-    return ", ".join(f"{kind} {moved / 1e9:.2f}" for kind, moved in kinds.items())

@@ -4,15 +4,18 @@ import math
 import os
 import re
 from dataclasses import dataclass
+from typing import Any, Literal
 
 import jax
 import jaxlib
 from jax.experimental import topologies
+from jax.sharding import AbstractMesh, AxisType
 
 from e5v_jax.distributed import LIBTPU_INIT_ARGS
 from e5v_jax.dryrun.chips import GPUS, TPUS, Chip
-
-INSTALL_LIBTPU = "pip install 'jax[tpu]=={version}' (or, in this checkout, pip install -e '.[tpu]')"
+from e5v_jax.runtime import Runtime
+from e5v_jax.sharding import MESH_AXES, make_mesh, mesh_shape
+from e5v_jax.train.config import MeshConfig
 
 _LIBTPU_ENVIRONMENT = {
     # it would ask the cloud that it is not in which machine this is, for a minute
@@ -40,9 +43,11 @@ class Topology:
         return math.prod(self.shape)
 
     @property
-    def is_tpu(self) -> bool:
-        """Whether its programs are compiled by libtpu."""
-        return self.chip is not None and self.chip.name in TPUS
+    def platform(self) -> Literal["cpu", "gpu", "tpu"]:
+        """What JAX calls it; only programs for CPUs and TPUs can be compiled here."""
+        if self.chip is None:
+            return "cpu"
+        return "tpu" if self.chip.torus_axes else "gpu"
 
     @property
     def collective_bandwidth(self) -> float:
@@ -70,27 +75,35 @@ def parse_topology(name: str) -> Topology:
     """
     if name == "cpu":
         return Topology(name, None, (1,))
-    kind, _, rest = name.partition(":")
-    if kind == "gpu":
-        model, _, count = rest.partition(":")
-        if model not in GPUS or not re.fullmatch(r"[1-9]\d*", count):
-            raise ValueError(
-                f"topology {name!r}: expected gpu:MODEL:COUNT with MODEL one of {', '.join(GPUS)}"
-            )
-        return Topology(name, GPUS[model], (int(count),))
-    if kind not in TPUS:
-        raise ValueError(
-            f"topology {name!r}: expected CHIP:SIDES such as v5e:4x8, with CHIP one of "
-            f"{', '.join(TPUS)}; gpu:MODEL:COUNT; or cpu"
-        )
-    chip = TPUS[kind]
-    if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", rest) or rest.count("x") + 1 != chip.torus_axes:
-        example = {2: "4x8", 3: "2x2x4"}[chip.torus_axes]
-        raise ValueError(
-            f"topology {name!r}: {kind} chips are connected along {chip.torus_axes} axes, "
-            f"expected a name such as {kind}:{example}"
-        )
-    return Topology(name, chip, tuple(map(int, rest.split("x"))))
+    chips = GPUS if name.startswith("gpu:") else TPUS
+    kind, _, sides = name.removeprefix("gpu:").partition(":")
+    problem = "no such chip"
+    if kind in chips:
+        axes = chips[kind].torus_axes or 1
+        if re.fullmatch(rf"[1-9]\d*(x[1-9]\d*){{{axes - 1}}}", sides):
+            return Topology(name, chips[kind], tuple(map(int, sides.split("x"))))
+        example = {1: f"a number, gpu:{kind}:8", 2: f"2 axes, {kind}:4x8"}
+        problem = f"{kind} chips have {example.get(axes, f'3 axes, {kind}:2x2x4')}"
+    raise ValueError(
+        f"topology {name!r}: {problem}; expected CHIP:SIDES such as v5e:4x8, with CHIP one of "
+        f"{', '.join(TPUS)}; gpu:MODEL:COUNT with MODEL one of {', '.join(GPUS)}; or cpu"
+    )
+
+
+def open_runtime(topology: Topology, sizes: MeshConfig) -> Runtime:
+    """The runtime to compile for; for GPUs, which nothing here compiles for, one without devices.
+
+    Raises:
+        ImportError, ValueError: as :func:`compile_devices`; the mesh does not fit.
+    """
+    if topology.platform == "gpu":
+        shape = mesh_shape(sizes.data, sizes.fsdp, sizes.tensor, topology.chips)
+        # as good as a Mesh to NamedSharding
+        mesh: Any = AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
+    else:
+        devices = compile_devices(topology)
+        mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor, devices=devices)
+    return Runtime(mesh, topology.platform)
 
 
 def compile_devices(topology: Topology) -> list[jax.Device]:
@@ -107,9 +120,8 @@ def compile_devices(topology: Topology) -> list[jax.Device]:
     options: dict[str, tuple[int, ...] | str] = {}
     if topology.chips == 1:
         options["chips_per_host_bounds"] = (1, 1, 1)
-    if topology.chip.name == "v4":
+    if topology.name.startswith("v4:"):
         options["chip_config_name"] = "megacore"  # one device a chip, as JAX has it on a v4
-    install = INSTALL_LIBTPU.format(version=jax.__version__)
     try:
         description = topologies.get_topology_desc(
             platform="tpu", topology_name=topology.name, **options
@@ -118,8 +130,9 @@ def compile_devices(topology: Topology) -> list[jax.Device]:
         text = str(error)
         if "libtpu" in text.lower() or "not installed" in text:
             raise ImportError(
-                "compiling for a TPU needs the libtpu that goes with jaxlib "
-                f"{jaxlib.__version__}: {install}"
+                f"compiling for a TPU needs the libtpu that goes with jaxlib {jaxlib.__version__}: "
+                f"pip install 'jax[tpu]=={jax.__version__}' (or, in this checkout, pip install -e "
+                "'.[tpu]')"
             ) from error
         raise ValueError(
             f"topology {topology.name!r}: libtpu knows no such slice: {text.splitlines()[0]}"

@@ -231,6 +231,8 @@ def print_similarities(labels: list[str], cosines: np.ndarray) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; ``argv`` are its words, None takes the command line's."""
+    if "--dry-run" in (argv or sys.argv):
+        sys.exit("error: --dry-run is a command of its own: python -m e5v_jax.dryrun encode --help")
     cli.run(encode, Args, argv=argv)
 
 

@@ -38,6 +38,17 @@ class Statistics:
         return 1 - self.tokens / self.positions if self.positions else 0.0
 
 
+def make_encode_step(graphdef: nnx.GraphDef[Any], runtime: Runtime) -> Any:
+    """The jitted ``(parameters, batch) -> vectors`` fp32 [B, D], not normalised."""
+
+    def run(state: nnx.State, batch: Any) -> jax.Array:
+        model: Model = nnx.merge(graphdef, state)
+        return model.encode(batch)
+
+    # whole vectors everywhere, so that every process has them all
+    return jax.jit(run, out_shardings=NamedSharding(runtime.mesh, PartitionSpec()))
+
+
 class Encoder:
     """The one engine that embeds: for users, in bulk, in evaluations and during training."""
 
@@ -46,14 +57,7 @@ class Encoder:
         self.processor = processor
         self.runtime = runtime
         self.statistics = Statistics()
-
-        def run(state: nnx.State, batch: Any) -> jax.Array:
-            model: Model = nnx.merge(graphdef, state)
-            return model.encode(batch)
-
-        # whole vectors everywhere, so that every process has them all
-        replicated = NamedSharding(runtime.mesh, PartitionSpec())
-        self._run = jax.jit(run, out_shardings=replicated)
+        self._run = make_encode_step(graphdef, runtime)
 
     def run(
         self, state: nnx.State, batches: Iterable[tuple[Batch, Sequence[Any]]]

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -89,6 +89,13 @@ class BatchShape:
     shape_key: int = 0  # as in Measured
 
 
+class ImageCost(NamedTuple):
+    """What images take before the decoder: tower and projector, one forward pass."""
+
+    flops: float  # 2 per multiply-add
+    bytes: int  # alive at the worst moment, beside parameters and pixels
+
+
 class Processor(Protocol):
     """All that turns inputs into batches: configuration, tokenizer, template, forbidden strings."""
 
@@ -147,12 +154,16 @@ class Family:
     parameters: Callable[[Any], ParameterTable]
     processor: Callable[..., Any]
     """``(config, tokenizer, template=None) -> Processor``."""
+    example_batch: Callable[[Any, BatchShape], Batch]
+    """A batch of zeros of that shape; through ``jax.eval_shape`` its shapes, in no memory."""
     match_tokenizer: Callable[[Any, PreTrainedTokenizerFast | None], Any] = lambda config, _: config
     """The configuration as the tokenizer, if any, has it; tokens that it lacks are added to it."""
     hf_config: Callable[[dict[str, Any], Any], dict[str, Any]] = lambda raw, _: copy.deepcopy(raw)
     """The ``config.json`` to export, for a source whose layout transformers has no class for."""
     check_preprocessor: Callable[[Any, dict[str, Any]], None] = lambda *_: None
     """Refuses, by name, settings of an image processor that the processor does not follow."""
+    image_cost: Callable[[Any, int, int], ImageCost] = lambda config, key, itemsize: ImageCost(0, 0)
+    """``(config, sum of the shape keys of a batch, bytes of a value) -> ImageCost``."""
     architectures: Mapping[str, ModelConfig] = field(default_factory=dict)
     """Architectures of known checkpoints by name."""
     checkpoints: Mapping[str, str] = field(default_factory=dict)

@@ -90,8 +90,8 @@ class TrainConfig:
     """One training run. The defaults are the paper's recipe (section 4.1 and the released code).
 
     On the command line --config FILE takes other defaults from a Python file: what its get_config()
-    returns. The flags below override single fields. --dry-run --topology v5e:4x8 only says what the
-    step would need on those chips (--dry-run --help).
+    returns. The flags below override single fields. What the step would need on which chips:
+    python -m e5v_jax.dryrun train.
     """
 
     model: BucketPath

@@ -59,17 +59,21 @@ def init_optimizer(
 ) -> optax.OptState:
     """Optimizer state placed like the parameters it belongs to; counters are replicated.
 
-    Explicit, so that the first step already sees the placement that the step itself returns.
+    Explicit, so that the first step already sees the placement that the step itself returns. Of
+    ``jax.ShapeDtypeStruct`` parameters, its shapes and placement are returned.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
-    shardings = optax.tree_map_params(
+    state: optax.OptState = optax.tree_map_params(
         optimizer,
-        lambda _, parameter: parameter.sharding,
+        lambda x, parameter: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=parameter.sharding),
         jax.eval_shape(optimizer.init, trainable),
         trainable,
-        transform_non_params=lambda _: replicated,
+        transform_non_params=lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated),
     )
-    state: optax.OptState = jax.jit(optimizer.init, out_shardings=shardings)(trainable)
+    if all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(trainable)):
+        return state
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    state = jax.jit(optimizer.init, out_shardings=shardings)(trainable)
     return state
 
 

@@ -12,7 +12,7 @@ from e5v_jax.checkpoints.converted import ConvertedFolder
 from e5v_jax.checkpoints.loading import load_model
 from e5v_jax.checkpoints.tokenizer import load_tokenizer
 from e5v_jax.data.pairs import TrainingPairs
-from e5v_jax.families.base import Processor
+from e5v_jax.families.base import Model, Processor
 from e5v_jax.nn.layers import Build, Precision
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh
@@ -23,17 +23,23 @@ from e5v_jax.train.step import Metrics, TrainStep, make_train_step, split_traina
 
 
 @dataclass
-class Training:
-    """A model in training. A step replaces ``trainable`` and ``opt_state``."""
+class StepParts:
+    """A step and what it works on: arrays, or the ``jax.ShapeDtypeStruct`` of each."""
 
-    processor: Processor
-    runtime: Runtime
-    feed: Feed
     graphdef: nnx.GraphDef[Any]
     frozen: nnx.State
     trainable: nnx.State
     opt_state: optax.OptState
     step_fn: TrainStep
+
+
+@dataclass
+class Training(StepParts):
+    """A model in training. A step replaces ``trainable`` and ``opt_state``."""
+
+    processor: Processor
+    runtime: Runtime
+    feed: Feed
 
     def step(self, batch: HostBatch, key: jax.Array) -> Metrics:
         """One optimizer step; ``key`` is for dropout."""
@@ -43,46 +49,60 @@ class Training:
         return metrics
 
 
-def set_up(cfg: TrainConfig, base: ConvertedFolder, triplets: TrainingPairs) -> Training:
-    """Tokenise ``triplets``, load ``base`` onto the mesh, and make the step.
+def train_build(cfg: TrainConfig, runtime: Runtime) -> Build:
+    """How a model in training is made: trained weights are fp32.
 
     Raises:
-        ValueError: one line naming file, row and column, or the field of ``cfg``.
+        ValueError: a quantised base without LoRA.
     """
     if cfg.quantize is not None and cfg.lora is None:
         raise ValueError("quantize: a quantised base is frozen, so it needs lora to train anything")
-    if (cfg.model / "adapter").is_dir():
-        raise ValueError(
-            f"{cfg.model}/adapter: training would begin without this adapter; "
-            "convert the model again with --adapter and --merge"
-        )
-    runtime = Runtime.on(make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor))
-    processor = base.family.processor(base.config, load_tokenizer(cfg.model), cfg.data.template)
-    feed = open_feed(cfg, triplets, processor, runtime)
-
-    # without images the vision tower is neither read nor placed; trained weights are fp32
     dtype = jnp.dtype(cfg.dtype)
-    model = load_model(
-        base,
-        Build(
-            Precision(dtype if cfg.lora else jnp.float32, compute=dtype, quantization=cfg.quantize),
-            runtime,
-            cfg.lora,
-        ),
-        load_vision=feed.has_images,
-        seed=cfg.seed,
-    )
+    precision = Precision(dtype if cfg.lora else jnp.float32, dtype, cfg.quantize)
+    return Build(precision, runtime, cfg.lora)
+
+
+def make_step(cfg: TrainConfig, model: Model, *, columns: int, total_steps: int) -> StepParts:
+    """The optimizer and the jitted step of a model, loaded or abstract (checkpoints/loading.py).
+
+    ``columns`` is 3 for triplets, 2 for pairs; the schedule ends at ``total_steps``.
+    """
     graphdef, trainable, frozen = split_trainable(model, lora=cfg.lora is not None)
-    optimizer = make_optimizer(cfg.optimizer, feed.total_steps)
-    opt_state = init_optimizer(optimizer, trainable, runtime.mesh)
+    optimizer = make_optimizer(cfg.optimizer, total_steps)
+    opt_state = init_optimizer(optimizer, trainable, model.runtime.mesh)
     step_fn = make_train_step(
         graphdef,
         optimizer,
-        columns=feed.columns,
+        columns=columns,
         loss=cfg.loss,
         chunk_size=cfg.chunk_size,
         remat=cfg.remat,
         dropout=cfg.lora is not None and cfg.lora.dropout > 0,
         state=(trainable, opt_state),
     )
-    return Training(processor, runtime, feed, graphdef, frozen, trainable, opt_state, step_fn)
+    return StepParts(graphdef, frozen, trainable, opt_state, step_fn)
+
+
+def set_up(cfg: TrainConfig, base: ConvertedFolder, triplets: TrainingPairs) -> Training:
+    """Tokenise ``triplets``, load ``base`` onto the mesh, and make the step.
+
+    Raises:
+        ValueError: one line naming file, row and column, or the field of ``cfg``.
+    """
+    runtime = Runtime.on(make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor))
+    build = train_build(cfg, runtime)
+    if (cfg.model / "adapter").is_dir():
+        raise ValueError(
+            f"{cfg.model}/adapter: training would begin without this adapter; "
+            "convert the model again with --adapter and --merge"
+        )
+    processor = base.family.processor(base.config, load_tokenizer(cfg.model), cfg.data.template)
+    feed = open_feed(cfg, triplets, processor, runtime)
+    model = load_model(
+        base,
+        build,
+        load_vision=feed.has_images,  # for texts, the tower is neither read nor placed
+        seed=cfg.seed,
+    )
+    parts = make_step(cfg, model, columns=feed.columns, total_steps=feed.total_steps)
+    return Training(**vars(parts), processor=processor, runtime=runtime, feed=feed)

@@ -2,7 +2,7 @@
 
 from e5v_jax.families.base import Family
 from e5v_jax.families.llava_next.config import LlavaNextConfig, transformers_layout
-from e5v_jax.families.llava_next.model import build
+from e5v_jax.families.llava_next.model import build, example_batch, image_cost
 from e5v_jax.families.llava_next.parameters import parameters
 from e5v_jax.families.llava_next.preprocessor import check_preprocessor
 from e5v_jax.families.llava_next.presets import ARCHITECTURES, CHECKPOINTS
@@ -14,6 +14,8 @@ LLAVA_NEXT = Family(
     build=build,
     parameters=parameters,
     processor=LlavaNextProcessor,
+    example_batch=example_batch,
+    image_cost=image_cost,
     match_tokenizer=match_tokenizer,
     hf_config=transformers_layout,
     check_preprocessor=check_preprocessor,

@@ -1,15 +1,18 @@
 """LLaVA-NeXT as an embedding model: tower, projector, anyres merge, decoder, pooled last token."""
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from e5v_jax.families.base import Array
+from e5v_jax.families.base import Array, Batch, BatchShape, ImageCost
 from e5v_jax.families.llava_next.config import LlavaNextConfig
+from e5v_jax.families.llava_next.parameters import parameters
 from e5v_jax.families.text.model import TextModel
+from e5v_jax.families.text.model import example_batch as example_texts
 from e5v_jax.nn.clip import ClipVision, exact_gelu
 from e5v_jax.nn.layers import Build, Linear
 
@@ -79,3 +82,29 @@ def build(
 ) -> TextModel:
     """The module; without ``load_vision``, as text pairs need it, the decoder alone."""
     return (LlavaNext if load_vision else TextModel)(config, how, rngs=rngs)
+
+
+def example_batch(config: LlavaNextConfig, shape: BatchShape) -> Batch:
+    """See :attr:`e5v_jax.families.base.Family.example_batch`."""
+    texts = example_texts(config, shape)
+    if not shape.shape_key:
+        return texts
+    side = config.vision.image_size
+    tiles = jnp.zeros((shape.rows * shape.shape_key, side, side, 3), jnp.uint8)
+    return ImageBatch(*texts, image_index=jnp.full_like(texts.input_ids, -1), tiles=tiles)
+
+
+def image_cost(config: LlavaNextConfig, tiles: int, itemsize: int) -> ImageCost:
+    """See :attr:`e5v_jax.families.base.Family.image_cost`; it grows with the tiles of all images.
+
+    The blocks of the tower see each patch and the class token, all else the patches only.
+    """
+    vision, patches = config.vision, config.vision.num_patches
+    d, positions = vision.hidden_size, vision.num_patches + 1
+    flops = 4.0 * config.num_vision_layers * d * positions**2  # attention
+    for row in parameters(config).rows:
+        if row.name.endswith(".kernel") and row.section != "text":
+            seen = patches if row.layers is None else row.layers * positions
+            flops += 2.0 * math.prod(row.shape) * seen
+    scores = 2 * 4 * vision.num_attention_heads * positions
+    return ImageCost(tiles * flops, tiles * positions * (8 * d * itemsize + scores))

@@ -2,7 +2,7 @@
 
 from e5v_jax.families.base import Family
 from e5v_jax.families.text.config import TextModelConfig
-from e5v_jax.families.text.model import TextModel
+from e5v_jax.families.text.model import TextModel, example_batch
 from e5v_jax.families.text.parameters import parameters
 from e5v_jax.families.text.processor import TextProcessor
 
@@ -12,4 +12,5 @@ TEXT = Family(
     build=TextModel,
     parameters=parameters,
     processor=TextProcessor,
+    example_batch=example_batch,
 )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from e5v_jax.families.base import Array, ModelConfig
+from e5v_jax.families.base import Array, BatchShape, ModelConfig
 from e5v_jax.nn.decoder import Decoder, Remat, take
 from e5v_jax.nn.layers import Build
 
@@ -16,6 +16,12 @@ class TextBatch(NamedTuple):
 
     input_ids: Array  # int32 [B, L]
     last_index: Array  # int32 [B], position of the last real token
+
+
+def example_batch(config: ModelConfig, shape: BatchShape) -> TextBatch:
+    """See :attr:`e5v_jax.families.base.Family.example_batch`."""
+    ids = jnp.zeros((shape.rows, shape.length), jnp.int32)
+    return TextBatch(ids, jnp.zeros(shape.rows, jnp.int32))
 
 
 class TextModel(nnx.Module):

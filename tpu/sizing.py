@@ -1,4 +1,4 @@
-"""``python -m e5v_jax.dryrun.sizing``: the tables of tpu/README.md, from dry runs.
+"""``python tpu/sizing.py``, in the checkout: the tables of tpu/README.md, from dry runs.
 
 Each dry run takes a minute or two, so results are kept in a file, and what is in there is not run
 again: delete it (or a line of it) to do so.
@@ -23,7 +23,7 @@ _SMALLEST_FIRST = {
     "v5p": ("2x2x1", "2x2x2"),
 }
 _PODS = ("2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-_MARK = "<!-- {end}tables of python -m e5v_jax.dryrun.sizing -->"
+_MARK = "<!-- {end}tables of python tpu/sizing.py -->"
 
 
 @dataclass(frozen=True)
@@ -76,13 +76,12 @@ class _Results:
 def _train(topology: str, **changes: Any) -> Any:
     from e5v_jax.dryrun.run import TrainDryRun, report_train  # loads JAX, which --help need not
     from e5v_jax.nn.layers import LoRAConfig
+    from e5v_jax.train.config import TrainConfig
 
     # the paper's, without dropout: that adds no matmul and takes up to 20 minutes to compile
     lora = LoRAConfig(rank=64, alpha=16.0)
-    model = Path("e5v-llama3-8b")
-    return report_train(
-        TrainDryRun(model=model, output=Path(), topology=topology, lora=lora, **changes)
-    )
+    cfg = TrainConfig(Path("e5v-llama3-8b"), Path(), lora=lora, **changes)
+    return report_train(TrainDryRun(run=cfg, topology=topology))
 
 
 def _encode(topology: str, quantize: Any, fsdp: bool) -> Any:
