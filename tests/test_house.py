@@ -156,6 +156,7 @@ TOY = Family(
     build=ToyModel,
     parameters=toy_parameters,
     processor=ToyProcessor,
+    example_batch=TEXT.example_batch,
 )
 
 
