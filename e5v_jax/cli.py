@@ -57,7 +57,7 @@ def run(
     spec = sys.modules["__main__"].__spec__
     command: _Command[Args] = tyro.cli(
         _Command[args_type],  # type: ignore[valid-type]  # a type known only at run time
-        prog=f"python -m {spec.name.removesuffix('.__main__')}" if spec else None,
+        prog=f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name,
         description=args_type.__doc__,
         default=tyro.MISSING_NONPROP if default is None else _Command(default),
         args=argv,

@@ -8,7 +8,7 @@ from statistics import mean
 
 import pytest
 
-CONFIGS = Path(__file__).parents[1] / "configs"
+CONFIGS = Path(__file__).parents[1] / "e5v_jax" / "demo"
 COLUMNS = ["scene", "sent0", "sent1", "hard_neg"]
 SENTENCES = COLUMNS[1:]
 Row = dict[str, str]
@@ -24,12 +24,12 @@ def read(name: str) -> list[Row]:
 
 @pytest.fixture(scope="module")
 def train() -> list[Row]:
-    return read("demo_train.csv")
+    return read("train.csv")
 
 
 @pytest.fixture(scope="module")
 def heldout() -> list[Row]:
-    return read("demo_heldout.csv")
+    return read("heldout.csv")
 
 
 def words(sentence: str) -> frozenset[str]:

@@ -75,7 +75,7 @@ def test_model_that_is_not_converted(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = refuse(folder, tmp_path / "run", capsys, "--model", folder / "hf")
-    assert "not a converted folder" in line and "python -m convert.from_hf" in line
+    assert "not a converted folder" in line and "run: e5v-convert" in line
 
 
 @pytest.mark.parametrize(
@@ -92,4 +92,4 @@ def test_model_that_is_not_there(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = refuse(folder, tmp_path / "run", capsys, "--model", tmp_path / "none")
-    assert f"{tmp_path / 'none'}: no such folder" in line and "convert.from_hf" in line
+    assert f"{tmp_path / 'none'}: no such folder" in line and "e5v-convert" in line

@@ -15,6 +15,7 @@ from qwix import QArray
 from e5v_jax.checkpoints.converted import WeightSource
 from e5v_jax.families.base import Family, Model, ModelConfig
 from e5v_jax.nn.layers import Build, LoRAParam
+from e5v_jax.nn.parameters import ParameterTable
 from e5v_jax.nn.quantized import Quantization, quantize_with_error
 
 _logger = logging.getLogger(__name__)
@@ -47,13 +48,13 @@ def abstract_model(
     return model
 
 
-def check_names(source: WeightSource) -> None:
-    """See that the source has the parameters of its family with their shapes, and no others.
+def check_names(source: WeightSource, table: ParameterTable) -> None:
+    """See that the source has the parameters of ``table`` with their shapes, and no others.
 
     Raises:
         ValueError: the first missing, misshapen or superfluous parameter, by name.
     """
-    found, expected = source.shapes(), source.table.stored
+    found, expected = source.shapes(), table.stored
     for name, slot in expected.items():
         if name not in found:
             raise ValueError(
@@ -161,7 +162,7 @@ def load_model(
     shapes = abstract_model(source.family, source.config, build, load_vision=load_vision)
     quantization = build.precision.quantization
     graphdef, lora_shapes, *rest = nnx.split(shapes, LoRAParam, ...)
-    check_names(source)
+    check_names(source, source.family.parameters(source.config))
 
     error = total = 0.0
 
