@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 from e5v_jax import __version__, cli
@@ -66,8 +67,14 @@ def evaluate(args: EvaluateConfig) -> None:
             print(f"{args.output}/{file}: for {server}")
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """Evaluate, or with ``analyse`` first show the space; ``argv`` None takes the command line's."""
+    words = sys.argv[1:] if argv is None else argv
+    if words[:1] == ["analyse"]:
+        cli.run(analyse, AnalyseArgs, argv=words[1:])
+    default, words = cli.split_config(words, EvaluateConfig)
+    cli.run(evaluate, EvaluateConfig, default=default, argv=words)
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["analyse"]:
-        cli.run(analyse, AnalyseArgs, argv=sys.argv[2:])
-    default, argv = cli.split_config(sys.argv[1:], EvaluateConfig)
-    cli.run(evaluate, EvaluateConfig, default=default, argv=argv)
+    main()
