@@ -68,7 +68,7 @@ def evaluate(args: EvaluateConfig) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Evaluate, or with ``analyse`` first show the space; ``argv`` None takes the command line's."""
+    """Evaluate, or after the word ``analyse`` show the space; None takes the command line."""
     words = sys.argv[1:] if argv is None else argv
     if words[:1] == ["analyse"]:
         cli.run(analyse, AnalyseArgs, argv=words[1:])
