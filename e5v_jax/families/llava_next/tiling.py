@@ -59,13 +59,8 @@ def tile_image(
     Every resize starts from the original and is bicubic (reference: transformers
     ``LlavaNextImageProcessor``, equal to the last bit).
 
-    Args:
-        image: RGB, from :func:`load_image`.
-        image_size: side S of a tile in pixels.
-        grid_pinpoints: allowed (height, width) in pixels, multiples of ``image_size``.
-
-    Returns:
-        uint8 tiles [T, S, S, 3], T = 1 + tiles of the best pinpoint.
+    ``image_size`` is the side S of a tile, ``grid_pinpoints`` are multiples of it, all in pixels;
+    the tiles are uint8 [T, S, S, 3], T = 1 + tiles of the best pinpoint.
 
     Raises:
         ImageError: the image has no pixels.
@@ -110,14 +105,8 @@ def image_token_index(
     transformers ``LlavaNextModel.pack_image_features``). Of an extremely long image nothing but
     newlines, or nothing at all, may be left of the grid.
 
-    Args:
-        original_size: pixels (height, width), before any resizing.
-        grid_pinpoints: allowed (height, width) in pixels, multiples of ``image_size``.
-        image_size: side of a tile in pixels, a multiple of ``patch_size``.
-        patch_size: side of a patch in pixels; a tile has P = (image_size // patch_size) ** 2.
-
-    Returns:
-        int32 [N]: a row of the tile features flattened to [T * P, D], or ``NEWLINE``.
+    Sizes are (height, width) or sides in pixels, the image's before any resizing. Each of the N
+    int32 is a row of the tile features flattened to [T * P, D], or ``NEWLINE``.
 
     Raises:
         ImageError: the image has no pixels.
