@@ -301,6 +301,26 @@ def test_original_llava_whose_tokenizer_has_image(llava: Llava, tmp_path: Path) 
         assert (tmp_path / "dst" / name).read_bytes() == (tmp_path / "src" / name).read_bytes()
 
 
+@pytest.mark.parametrize("with_images", [False, True])
+def test_a_folder_of_format_1_is_read(llava: Llava, tmp_path: Path, with_images: bool) -> None:
+    """Which knew one family, and text-only models as that family without its tower."""
+    source = (
+        llava("llama-gqa") if with_images else build_text(TEXT_RECIPES["llama"], tmp_path / "hf")
+    )
+    folder = convert(source.folder, tmp_path / "dst").folder
+    expected = ConvertedFolder(folder)
+    info = json.loads((folder / "config.json").read_text())
+    del info["model_type"]
+    info["format_version"] = 1
+    if not with_images:
+        nothing = {"image_token_id": None, "image_grid_pinpoints": [], "vision_feature_layer": -2}
+        info["model"] |= {"vision": None, **nothing}
+    (folder / "config.json").write_text(json.dumps(info))
+    found = ConvertedFolder(folder)
+    assert found.info == expected.info
+    assert (found.family, found.config) == (expected.family, expected.config)
+
+
 def test_dtype(llava: Llava, tmp_path: Path) -> None:
     case = llava("llama-gqa")
     plain = convert(case.folder, tmp_path / "fp32")
