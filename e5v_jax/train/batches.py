@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from itertools import pairwise, repeat
 from typing import Any
 
 import numpy as np
@@ -52,8 +53,8 @@ def tokenize_pairs(pairs: TrainingPairs, processor: Processor, cfg: DataConfig) 
         try:
             measured = processor.measure(_inputs(side), prompts, max_tokens=cfg.max_tokens)
         except InputError as error:
-            where = pairs.row_ids[error.position]
-            raise ValueError(f"{where}: {side.column}: {error.reason}") from None
+            row = pairs.row_ids[error.position]
+            raise ValueError(f"{row}: {side.column}: {error.reason}") from None
         items.append(measured)
         if side.images is not None:
             key = max(item.shape_key for item in measured)
@@ -72,8 +73,7 @@ def _inputs(side: Side) -> Sequence[Input]:
         return side.texts or []
     if side.texts is None:
         return side.images
-    both = zip(side.texts, side.images, strict=True)
-    return [{"text": text, "image": image} for text, image in both]
+    return [{"text": t, "image": i} for t, i in zip(side.texts, side.images, strict=True)]
 
 
 def _prompts(name: str) -> PromptChoice:
@@ -104,79 +104,58 @@ def _group_bounds(count: int, groups: int, multiple: int) -> list[int]:
 def group_lengths(
     lengths: np.ndarray, batches: Iterable[np.ndarray], *, groups: int, multiple: int
 ) -> tuple[int, ...]:
-    """The padded length of each group: the longest any batch of the run needs there.
+    """Find the padded length of each group: the longest any batch of the run needs there.
 
-    Fixed for the run, so that the step compiles once. ``lengths`` is [columns, rows]; ``batches``
-    are row indices; group sizes are multiples of ``multiple``: the devices that share a batch, or
-    the chunk size. Without columns there are no groups.
+    They are fixed for the run, so that the step compiles once. ``lengths`` is [columns, rows];
+    ``batches`` are row indices; group sizes are multiples of ``multiple``: the devices that share a
+    batch, or the chunk size. Without columns there are no groups.
     """
     if not len(lengths):
         return ()
-    caps: np.ndarray | None = None
+    needed = []
     for rows in batches:
         ordered = np.sort(lengths[:, rows], axis=None)
-        ends = np.array(_group_bounds(ordered.size, groups, multiple)[1:]) - 1
-        caps = ordered[ends] if caps is None else np.maximum(caps, ordered[ends])
-    if caps is None:
+        needed.append([ordered[e - 1] for e in _group_bounds(ordered.size, groups, multiple)[1:]])
+    if not needed:
         raise ValueError("fewer rows than one batch: lower batch_size or add data")
-    return tuple(int(c) for c in caps)
+    return tuple(int(longest) for longest in np.max(needed, axis=0))
 
 
+@dataclass(frozen=True)
 class BatchMaker:
-    """Makes the arrays of a step, in NumPy, from its row numbers."""
+    """It makes the arrays of a step, in NumPy, from its row numbers, and keeps what steps share."""
 
-    def __init__(
-        self,
-        tokens: PairTokens,
-        processor: Processor,
-        *,
-        lengths: tuple[int, ...],
-        multiple: int,
-        wanted: np.ndarray,
-        row_ids: Sequence[str],
-        pool: Executor,
-    ) -> None:
-        """Keep what all steps share.
-
-        Args:
-            tokens: all rows.
-            processor: the model's.
-            lengths: of the groups of texts, see :func:`group_lengths`.
-            multiple: of which the size of a group is one.
-            wanted: bool [B], the rows of a batch whose images are needed here; others are empty.
-            row_ids: where a person finds each row.
-            pool: decodes images.
-        """
-        self._tokens, self._processor = tokens, processor
-        self._lengths, self._multiple, self._wanted = lengths, multiple, wanted
-        self._row_ids, self._pool = row_ids, pool
+    tokens: PairTokens  # all rows
+    processor: Processor
+    lengths: tuple[int, ...]  # of the groups of texts, see :func:`group_lengths`
+    multiple: int  # the size of a group is one of it
+    wanted: np.ndarray  # bool [B], the rows of a batch whose images are needed here
+    row_ids: Sequence[str]  # where a person finds each row
+    pool: Executor  # decodes images
 
     def __call__(self, rows: np.ndarray) -> PairBatch:
-        """The batch of rows int64 [B].
+        """Make the batch of rows int64 [B].
 
-        First the texts of all columns, sorted into groups of similar length, then each column of
-        images as a group of its own.
+        First come the texts of all columns, sorted into groups of similar length, then each column
+        of images as a group of its own; an image that is not wanted here is left empty.
 
         Raises:
             ValueError: a broken image; names row and file.
         """
-        tokens = self._tokens
+        tokens, lengths = self.tokens, self.lengths
         texts = [(column, row) for column in tokens.text_columns for row in range(len(rows))]
         members = [tokens.items[column][rows[row]] for column, row in texts]
         by_length = np.argsort([item.length for item in members], kind="stable")
-        lengths, load = self._lengths, self._processor.load
-        bounds = _group_bounds(len(members), len(lengths), self._multiple) if lengths else [0]
+        bounds = _group_bounds(len(members), len(lengths), self.multiple) if lengths else [0]
         groups: list[Batch] = []
-        for length, start, end in zip(lengths, bounds[:-1], bounds[1:], strict=True):
-            items = [load(members[i]) for i in by_length[start:end]]
-            groups.append(self._processor.stack(items, BatchShape(len(items), length)))
+        for length, (start, end) in zip(lengths, pairwise(bounds), strict=True):
+            items = [self.processor.load(members[i]) for i in by_length[start:end]]
+            groups.append(self.processor.stack(items, BatchShape(len(items), length)))
         inputs = [texts[i] for i in by_length]  # (column, row) in the order of the groups
         for column, shape in tokens.image_shapes.items():
-            decoded = self._pool.map(
-                lambda row, column=column: self._load(column, row), rows[self._wanted]
-            )
-            items = [next(decoded) if here else None for here in self._wanted]
-            groups.append(self._processor.stack(items, shape))
+            decoded = self.pool.map(self._load, repeat(column), rows[self.wanted])
+            items = [next(decoded) if here else None for here in self.wanted]
+            groups.append(self.processor.stack(items, shape))
             inputs += [(column, row) for row in range(len(rows))]
         places = np.array([column * len(rows) + row for column, row in inputs])
         return PairBatch(
@@ -187,6 +166,6 @@ class BatchMaker:
 
     def _load(self, column: int, row: int) -> Any:
         try:
-            return self._processor.load(self._tokens.items[column][row])
+            return self.processor.load(self.tokens.items[column][row])
         except ValueError as error:
-            raise ValueError(f"{self._row_ids[row]}: {error}") from None
+            raise ValueError(f"{self.row_ids[row]}: {error}") from None

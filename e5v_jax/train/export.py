@@ -1,7 +1,6 @@
 """What a finished run leaves for others: a PEFT adapter, or a whole model as converted folder."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -38,9 +37,22 @@ def export_model(dst: Path, weights: nnx.State, base: ConvertedFolder) -> None:
         trained = {name: _whole(x) for name, x in trained.items()}
     if not is_first():
         return
+
+    def array(name: str) -> np.ndarray:
+        """Take what was trained from the run, everything else from the base."""
+        slot = base.table.stored[name]
+        if slot.row.path not in trained:
+            return next(base.read([name]))
+        weight = trained[slot.row.path]
+        weight = weight if slot.layer is None else weight[slot.layer]
+        return np.asarray(weight.astype(np.dtype(base.info.dtype)))
+
     remove_folder(dst)
     with new_folder(dst) as folder:
-        digest, shapes = write_params(folder, _groups(trained, base))
+        layers = base.table.groups(base.shapes())
+        digest, shapes = write_params(
+            folder, ({name: array(name) for name in layer} for layer in layers)
+        )
         for file in base.folder.iterdir():
             if file.is_file() and file.name != "config.json":
                 copy_file(file, folder / file.name)
@@ -48,25 +60,7 @@ def export_model(dst: Path, weights: nnx.State, base: ConvertedFolder) -> None:
 
 
 def _whole(array: jax.Array) -> np.ndarray:
-    """A sharded array on the host of every process."""
+    """Bring a sharded array to the host of every process."""
     if array.is_fully_addressable:
         return np.asarray(array)
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-
-
-def _groups(
-    trained: Mapping[str, jax.Array | np.ndarray], base: ConvertedFolder
-) -> Iterator[dict[str, np.ndarray]]:
-    """Layer by layer: what was trained from the run, everything else from the base."""
-    dtype = np.dtype(base.info.dtype)
-    for group in base.table.groups(base.shapes()):
-        arrays = {}
-        for name in group:
-            slot = base.table.stored[name]
-            if slot.row.path in trained:
-                array = trained[slot.row.path]
-                array = array if slot.layer is None else array[slot.layer]
-                arrays[name] = np.asarray(array.astype(dtype))
-            else:
-                arrays[name] = next(base.read([name]))
-        yield arrays

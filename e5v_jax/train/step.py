@@ -1,6 +1,7 @@
 """One optimizer step as a pure function of arrays."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -48,23 +49,16 @@ def split_trainable(model: Model, *, lora: bool) -> tuple[nnx.GraphDef[Any], nnx
     return graphdef, trainable, rest[0]
 
 
-def embed_group(
-    model: Model,
-    group: Batch,
-    *,
-    chunk_size: int | None,
-    remat: Remat,
-    dropout_key: jax.Array | None,
-) -> jax.Array:
-    """Pooled vectors of one group, fp32 [N, D], not normalised.
+_Embed = Callable[[Batch, jax.Array | None], jax.Array]  # a batch and the key of its dropout
 
-    With a ``chunk_size``, a divisor of N, no more inputs than that are in the model at a time: the
-    backward pass runs each chunk forward again. The gradient is that of the whole batch (GradCache,
-    Gao et al. 2021, arXiv 2101.06983), in the memory of one chunk.
+
+def _in_chunks(embed: _Embed, group: Batch, key: jax.Array | None, chunk_size: int) -> jax.Array:
+    """Embed a group of N inputs, with ``chunk_size`` of them, a divisor of N, in the model at once.
+
+    The backward pass runs each chunk forward again. The gradient is that of the whole batch
+    (GradCache, Gao et al. 2021, arXiv 2101.06983), in the memory of one chunk.
     """
     size = group.last_index.shape[0]
-    if chunk_size is None or size <= chunk_size:
-        return model(group, remat=remat, dropout_key=dropout_key)
     count = size // chunk_size
 
     def split(x: Array) -> Array:
@@ -75,16 +69,10 @@ def embed_group(
         x = x.reshape(chunk_size, count, -1, *x.shape[1:]).swapaxes(0, 1)
         return x.reshape(count, -1, *x.shape[3:])
 
-    chunks = jax.tree.map(split, group)
-    keys = None if dropout_key is None else jax.random.split(dropout_key, count)
-
-    @jax.checkpoint
-    def embed(chunk_and_key: tuple[Batch, jax.Array | None]) -> jax.Array:
-        chunk, key = chunk_and_key
-        return model(chunk, remat=remat, dropout_key=key)
-
-    pooled = jax.lax.map(embed, (chunks, keys))  # [count, chunk_size, D]
-    return pooled.swapaxes(0, 1).reshape(size, -1)  # [N, D]
+    keys = None if key is None else jax.random.split(key, count)
+    checkpointed = jax.checkpoint(embed)
+    pooled = jax.lax.map(lambda chunk: checkpointed(*chunk), (jax.tree.map(split, group), keys))
+    return pooled.swapaxes(0, 1).reshape(size, -1)  # [count, chunk_size, D] -> [N, D]
 
 
 def embed_pairs(
@@ -95,13 +83,18 @@ def embed_pairs(
     remat: Remat,
     dropout_key: jax.Array | None,
 ) -> jax.Array:
-    """Pooled vectors of all inputs in their original order, fp32 [3B or 2B, D]."""
+    """Pool all inputs, in their original order: fp32 [3B or 2B, D], not normalised."""
+
+    def embed(group: Batch, key: jax.Array | None) -> jax.Array:
+        return model(group, remat=remat, dropout_key=key)
+
     pooled = []
     for i, group in enumerate(batch.groups):
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
-        pooled.append(
-            embed_group(model, group, chunk_size=chunk_size, remat=remat, dropout_key=key)
-        )
+        if chunk_size is not None and group.last_index.shape[0] > chunk_size:
+            pooled.append(_in_chunks(embed, group, key, chunk_size))
+        else:
+            pooled.append(embed(group, key))
     return jnp.concatenate(pooled)[batch.order]
 
 
@@ -117,7 +110,7 @@ def pair_loss(
 ) -> tuple[jax.Array, jax.Array]:
     """Loss and accuracy of one batch; ``columns`` is 3 for triplets, 2 for plain pairs."""
     vectors = embed_pairs(model, batch, chunk_size=chunk_size, remat=remat, dropout_key=dropout_key)
-    result = contrastive_loss(
+    return contrastive_loss(
         vectors,
         columns=columns,
         temperature=loss.temperature,
@@ -125,7 +118,6 @@ def pair_loss(
         matryoshka_dims=loss.matryoshka_dims,
         bidirectional=loss.bidirectional,
     )
-    return result.loss, result.accuracy
 
 
 def make_train_step(
@@ -139,13 +131,12 @@ def make_train_step(
     dropout: bool,
     state: tuple[nnx.State, optax.OptState],
 ) -> TrainStep:
-    """The jitted step; trainable and optimizer state are donated.
+    """Jit the step; trainable and optimizer state are donated and placed like ``state``, the first.
 
-    ``step(trainable, opt_state, frozen, batch, key) -> (trainable, opt_state, metrics)``. New
-    trainable and optimizer state are placed like ``state``, the first ones.
+    ``step(trainable, opt_state, frozen, batch, key) -> (trainable, opt_state, metrics)``.
     """
-
     placement = jax.tree.map(lambda x: x.sharding, state)
+    loss_of = partial(pair_loss, columns=columns, loss=loss, chunk_size=chunk_size, remat=remat)
 
     def step(
         trainable: nnx.State,
@@ -155,15 +146,8 @@ def make_train_step(
         key: jax.Array,
     ) -> tuple[nnx.State, optax.OptState, Metrics]:
         def loss_fn(trainable: nnx.State) -> tuple[jax.Array, jax.Array]:
-            return pair_loss(
-                nnx.merge(graphdef, trainable, frozen),
-                batch,
-                columns=columns,
-                loss=loss,
-                chunk_size=chunk_size,
-                remat=remat,
-                dropout_key=key if dropout else None,
-            )
+            model = nnx.merge(graphdef, trainable, frozen)
+            return loss_of(model, batch, dropout_key=key if dropout else None)
 
         (value, accuracy), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
         metrics = Metrics(value, accuracy, optax.tree.norm(grads))
