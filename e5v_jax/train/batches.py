@@ -19,22 +19,21 @@ from e5v_jax.train.step import PairBatch
 
 @dataclass(frozen=True)
 class PairTokens:
-    """Every input inside its prompt, tokenised; of an image, only the header was read."""
+    """It holds every input inside its prompt, tokenised; of an image, only the header was read."""
 
     items: list[list[Measured]]  # [column][row]; 3 columns for triplets, 2 for pairs
     lengths: np.ndarray  # int64 [columns, rows], the positions of images counted
     text_ids: np.ndarray  # int32 [columns, rows], equal where two inputs are
-    image_shapes: dict[int, BatchShape]
-    """Of the columns with images: the shape of each step's batch but for its rows."""
+    image_shapes: dict[int, BatchShape]  # column with images -> of each step's batch but its rows
 
     @property
     def columns(self) -> int:
-        """3 for triplets, 2 for pairs."""
+        """Count the columns: 3 for triplets, 2 for pairs."""
         return len(self.items)
 
     @property
     def text_columns(self) -> list[int]:
-        """Those without images."""
+        """List the columns without images."""
         return [column for column in range(self.columns) if column not in self.image_shapes]
 
 
@@ -143,24 +142,23 @@ class BatchMaker:
             ValueError: a broken image; names row and file.
         """
         tokens, lengths = self.tokens, self.lengths
-        texts = [(column, row) for column in tokens.text_columns for row in range(len(rows))]
-        members = [tokens.items[column][rows[row]] for column, row in texts]
-        by_length = np.argsort([item.length for item in members], kind="stable")
-        bounds = _group_bounds(len(members), len(lengths), self.multiple) if lengths else [0]
+        places = np.arange(tokens.columns * len(rows)).reshape(tokens.columns, len(rows))
+        texts = places[tokens.text_columns].reshape(-1)  # places: column by column
+        texts = texts[np.argsort(tokens.lengths[:, rows].reshape(-1)[texts], kind="stable")]
+        bounds = _group_bounds(len(texts), len(lengths), self.multiple) if lengths else [0]
         groups: list[Batch] = []
         for length, (start, end) in zip(lengths, pairwise(bounds), strict=True):
-            items = [self.processor.load(members[i]) for i in by_length[start:end]]
+            columns, numbers = np.divmod(texts[start:end], len(rows))
+            items = list(map(self._load, columns, rows[numbers]))
             groups.append(self.processor.stack(items, BatchShape(len(items), length)))
-        inputs = [texts[i] for i in by_length]  # (column, row) in the order of the groups
         for column, shape in tokens.image_shapes.items():
             decoded = self.pool.map(self._load, repeat(column), rows[self.wanted])
             items = [next(decoded) if here else None for here in self.wanted]
             groups.append(self.processor.stack(items, shape))
-            inputs += [(column, row) for row in range(len(rows))]
-        places = np.array([column * len(rows) + row for column, row in inputs])
+        images = places[list(tokens.image_shapes)].reshape(-1)
         return PairBatch(
             groups=tuple(groups),
-            order=np.argsort(places).astype(np.int32),
+            order=np.argsort(np.concatenate([texts, images])).astype(np.int32),
             text_ids=tokens.text_ids[:, rows].reshape(-1),
         )
 

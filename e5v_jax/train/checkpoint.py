@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from jax.tree_util import keystr, tree_leaves_with_path
 from orbax.checkpoint import v1 as ocp
 
@@ -71,17 +71,6 @@ def save(
     )
 
 
-def abstract(tree: Any, mesh: Mesh) -> Any:
-    """Keep shapes, dtypes and shardings of ``tree``; scalars are replicated over ``mesh``."""
-    replicated = NamedSharding(mesh, PartitionSpec())
-
-    def shape(x: jax.Array) -> jax.ShapeDtypeStruct:
-        sharding = x.sharding if isinstance(x.sharding, NamedSharding) else replicated
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    return jax.tree.map(shape, tree)
-
-
 class Restored(NamedTuple):
     """A checkpoint's contents, placed like the arrays it was asked for with."""
 
@@ -111,31 +100,33 @@ def restore(
             another reason than damage, or does not fit this run: it stays where it is.
     """
     folder = as_path(checkpointer.directory)
+    fresh = {"trainable": trainable, "opt_state": opt_state}
     steps = {checkpoint.step for checkpoint in checkpointer.checkpoints}
     damaged: list[int] = []
     while (step := _largest(max(steps.difference(damaged), default=-1))) >= 0:
         try:
-            examine = partial(_examine, checkpointer, step, trainable, opt_state, mesh)
-            like, position = _together(folder / str(step), examine)
-            load = partial(_load_alone, checkpointer, step, like)
-            stored = _together(folder / str(step), load)
+            read = partial(_together, folder / str(step))  # in all processes or none
+            like, position = read(partial(_examine, checkpointer, step, fresh, mesh))
+            stored = read(partial(_load_alone, checkpointer, step, like))
         except _DamagedError as error:
             _logger.warning(
                 "checkpoint of step %d is damaged (%s): falling back to the one before", step, error
             )
             damaged.append(step)
             continue
+        for worse in damaged if is_first() else ():  # all processes have stopped reading them
+            target = folder.parent / f"damaged-{worse}"
+            remove_folder(target)
+            (folder / str(worse)).rename(target)
         if damaged:
-            _set_aside(checkpointer, damaged)
-        before = position.get("accumulate_steps")
-        carried = carry_over(
-            stored["opt_state"], opt_state, step=step, before=before, now=accumulate_steps
-        )
+            wait_for_all("damaged checkpoints moved")
+            checkpointer.reload()
+        saved, before = stored["opt_state"], position.get("accumulate_steps")
+        carried = carry_over(saved, opt_state, step=step, before=before, now=accumulate_steps)
         return Restored(step, stored["trainable"], carried, position["iterator"])
     if damaged:
-        raise ValueError(
-            f"{folder}: none of the checkpoints of steps {sorted(damaged)} can be read"
-        )
+        tried = sorted(damaged)
+        raise ValueError(f"{folder}: none of the checkpoints of steps {tried} can be read")
     return None
 
 
@@ -174,26 +165,19 @@ def _together(folder: Path, read: Callable[[], _T]) -> _T:
         verdict = _DAMAGED if damage else _UNREADABLE
     worst = _largest(verdict)
     if worst == _UNREADABLE:
-        raise ValueError(
-            f"{folder}: {reason}; it stays as it is: mend that, then --resume"
-        ) from error
+        reason = f"{reason}; it stays as it is: mend that, then --resume"
+        raise ValueError(f"{folder}: {reason}") from error
     if worst == _DAMAGED:
         raise _DamagedError(reason)
     return result
 
 
 def _examine(
-    checkpointer: ocp.training.Checkpointer,
-    step: int,
-    trainable: nnx.State,
-    opt_state: optax.OptState,
-    mesh: Mesh,
+    checkpointer: ocp.training.Checkpointer, step: int, fresh: dict[str, Any], mesh: Mesh
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Find what to load a checkpoint into, and its own metadata, before any array is read.
 
-    Raises:
-        ValueError: the arrays are not those of this run.
-        Exception: Orbax has something to say about anything else.
+    It raises what Orbax does, and a ValueError if the arrays are not those of this run.
     """
     if step not in [checkpoint.step for checkpoint in checkpointer.checkpoints]:
         raise OSError("other processes see it, this one does not; all must share a storage")
@@ -203,8 +187,8 @@ def _examine(
         json.loads((as_path(metadata.path) / "_CHECKPOINT_METADATA").read_text())
         raise ValueError("it does not say where in the data it stands; it is of no training")
     saved = metadata.metadata or {}  # of an unreadable one the load says why
-    opt_state = as_saved(saved.get("opt_state"), opt_state, trainable)
-    like = abstract({"trainable": trainable, "opt_state": opt_state}, mesh)
+    opt_state = as_saved(saved.get("opt_state"), fresh["opt_state"], fresh["trainable"], mesh)
+    like = {**fresh, "opt_state": opt_state}
     found, wanted = (
         {keystr(path, simple=True, separator="."): x.shape for path, x in leaves}
         for leaves in map(tree_leaves_with_path, (saved, like))
@@ -232,21 +216,10 @@ def _load_alone(checkpointer: ocp.training.Checkpointer, step: int, like: dict[s
         return checkpointer.load(step, like)
 
 
-def _set_aside(checkpointer: ocp.training.Checkpointer, damaged: list[int]) -> None:
-    """Move checkpoints to RUN/damaged-STEP; all processes have stopped reading them."""
-    folder = as_path(checkpointer.directory)
-    for step in damaged if is_first() else ():
-        target = folder.parent / f"damaged-{step}"
-        remove_folder(target)
-        (folder / str(step)).rename(target)
-    wait_for_all("damaged checkpoints moved")
-    checkpointer.reload()
-
-
 def load_best(
-    checkpointer: ocp.training.Checkpointer, trainable: nnx.State, mesh: Mesh
+    checkpointer: ocp.training.Checkpointer, trainable: nnx.State
 ) -> tuple[int, float, nnx.State] | None:
-    """(step, score, trainable) of the best checkpoint; None if none has a score."""
+    """Load the best checkpoint: (step, score, trainable); None if none has a score."""
     checkpointer.wait()
     scored = [(c.metrics[SCORE], c.step) for c in checkpointer.checkpoints if c.metrics]
     if not scored:
@@ -255,5 +228,5 @@ def load_best(
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with context:
-        state = checkpointer.load(step, abstract({"trainable": trainable}, mesh))
+        state = checkpointer.load(step, {"trainable": trainable})
     return step, score, state["trainable"]

@@ -50,9 +50,8 @@ def export_model(dst: Path, weights: nnx.State, base: ConvertedFolder) -> None:
     remove_folder(dst)
     with new_folder(dst) as folder:
         layers = base.table.groups(base.shapes())
-        digest, shapes = write_params(
-            folder, ({name: array(name) for name in layer} for layer in layers)
-        )
+        arrays = ({name: array(name) for name in layer} for layer in layers)
+        digest, shapes = write_params(folder, arrays)
         for file in base.folder.iterdir():
             if file.is_file() and file.name != "config.json":
                 copy_file(file, folder / file.name)

@@ -89,21 +89,11 @@ def open_feed(
     )
     order = list(batches())
     total_steps = len(order) if cfg.max_steps is None else min(cfg.max_steps, len(order))
-    lengths = group_lengths(
-        tokens.lengths[tokens.text_columns],
-        order[:total_steps],
-        groups=cfg.data.length_groups,
-        multiple=multiple,
-    )
-    make_batch = BatchMaker(
-        tokens,
-        processor,
-        lengths=lengths,
-        multiple=multiple,
-        wanted=local_rows(cfg.batch_size, runtime.mesh),
-        row_ids=pairs.row_ids,
-        pool=ThreadPoolExecutor(),  # starts no thread before there is an image
-    )
+    texts, groups = tokens.lengths[tokens.text_columns], cfg.data.length_groups
+    lengths = group_lengths(texts, order[:total_steps], groups=groups, multiple=multiple)
+    wanted = local_rows(cfg.batch_size, runtime.mesh)
+    pool = ThreadPoolExecutor()  # starts no thread before there is an image
+    make_batch = BatchMaker(tokens, processor, lengths, multiple, wanted, pairs.row_ids, pool)
 
     def host_batch(rows: np.ndarray) -> HostBatch:
         return HostBatch(rows, make_batch(rows), int(tokens.lengths[:, rows].sum()))

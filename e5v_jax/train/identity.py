@@ -65,7 +65,7 @@ def check_same_run(run: Path, info: dict[str, Any], *, allowed: tuple[str, ...] 
 
 
 _SINGLE = ("batch_size", "num_epochs", "max_steps", "seed", "quantize")
-_OF_DATA = ("max_tokens", "prompt", "template")
+_FREE = ("data.path", "data.tfds", "data.tfds_dir", "data.length_groups")  # beside the fingerprint
 
 
 def _identity(run: Path, info: dict[str, Any]) -> dict[str, Any]:
@@ -73,29 +73,22 @@ def _identity(run: Path, info: dict[str, Any]) -> dict[str, Any]:
     default = run_info(TrainConfig(model=Path(), output=Path()), "", "")["config"]
     config = default | info["config"]
     lora = lora_of(run, config)  # if it is there and has fewer fields, LoRAConfig's are the others
-    match {**info, **config}:
-        case {
-            "base_hash": str(base_hash),
-            "data_fingerprint": str(fingerprint),
-            "data": dict(data),
-            "loss": dict(loss),
-            "optimizer": dict(optimizer),
-        }:
-            data, loss = default["data"] | data, default["loss"] | loss
-            optimizer = default["optimizer"] | optimizer
-            return {
-                "base_hash": base_hash,
-                "data_fingerprint": fingerprint,
-                "lora": None if lora is None else dataclasses.asdict(lora),
-                **{name: config[name] for name in _SINGLE},
-                **{f"data.{name}": data[name] for name in _OF_DATA},
-                **{f"loss.{name}": value for name, value in loss.items()},
-                **{f"optimizer.{name}": value for name, value in optimizer.items()},
-            }
-    raise ValueError(
-        f"{run / 'run.json'}: expected base_hash, data_fingerprint and, in config, the objects "
-        "data, loss and optimizer; restore it from a copy"
-    )
+    hashes, groups = ("base_hash", "data_fingerprint"), ("data", "loss", "optimizer")
+    right = [isinstance(info.get(name), str) for name in hashes]
+    right += [isinstance(config[group], dict) for group in groups]
+    if not all(right):
+        raise ValueError(
+            f"{run / 'run.json'}: expected base_hash, data_fingerprint and, in config, the objects "
+            "data, loss and optimizer; restore it from a copy"
+        )
+    filled = {group: default[group] | config[group] for group in groups}
+    fields = {f"{group}.{name}": x for group in groups for name, x in filled[group].items()}
+    return {
+        **{name: info[name] for name in hashes},
+        "lora": None if lora is None else dataclasses.asdict(lora),
+        **{name: config[name] for name in _SINGLE},
+        **{name: value for name, value in fields.items() if name not in _FREE},
+    }
 
 
 def write_run_info(run: Path, info: dict[str, Any]) -> None:

@@ -51,7 +51,7 @@ def train(cfg: TrainConfig) -> None:
         if not _take_steps(cfg, training, triplets, validation, checkpointer):
             return
         if validation:
-            best = load_best(checkpointer, training.trainable, training.runtime.mesh)
+            best = load_best(checkpointer, training.trainable)
             if best is not None:
                 step, score, training.trainable = best
                 if is_first():

@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from e5v_jax.atomic import write_whole
 from e5v_jax.checkpoints.adapters import read_run_info
@@ -35,14 +35,9 @@ class MetricsLog:
         """
         self._writes = is_first()
         self._live = self._writes and sys.stderr.isatty()
-        self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-            disable=not self._live,
-        )
+        done = (MofNCompleteColumn(), BarColumn())
+        columns = ("step", *done, "{task.description}", TimeRemainingColumn())
+        self._progress = Progress(*columns, disable=not self._live)
         self._task = self._progress.add_task("compiling", total=total_steps, completed=start_step)
         self._total = total_steps
         self._restart()

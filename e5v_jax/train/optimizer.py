@@ -4,7 +4,6 @@ import logging
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
@@ -59,7 +58,7 @@ def init_optimizer(
     return state
 
 
-def as_saved(saved: Any, fresh: optax.OptState, trainable: nnx.State) -> optax.OptState:
+def as_saved(saved: Any, fresh: optax.OptState, trainable: nnx.State, mesh: Mesh) -> optax.OptState:
     """Give ``fresh``, this run's optimizer state, accumulated gradients just if ``saved`` has them.
 
     ``saved`` is the tree of a checkpoint's optimizer state as Orbax describes it.
@@ -69,7 +68,7 @@ def as_saved(saved: Any, fresh: optax.OptState, trainable: nnx.State) -> optax.O
         return fresh
     if isinstance(fresh, optax.MultiStepsState):
         return fresh.inner_opt_state
-    zero = jnp.zeros((), jnp.int32)
+    zero = jax.device_put(np.int32(0), NamedSharding(mesh, PartitionSpec()))
     return optax.MultiStepsState(zero, zero, inner_opt_state=fresh, acc_grads=trainable)
 
 
@@ -98,14 +97,11 @@ def carry_over(
         *(before, now, step // now, dropped),
     )
 
-    def at_step(state: Any) -> Any:
-        if not isinstance(state, optax.ScaleByScheduleState):
-            return state
-        count = np.asarray(step // now, state.count.dtype)
-        return state._replace(count=jax.device_put(count, state.count.sharding))
+    def of_schedule(path: tuple[Any, ...], _: Any) -> bool:
+        return bool(path[-1].tuple_name == optax.ScaleByScheduleState.__name__)
 
-    inner = jax.tree.map(
-        at_step, inner, is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState)
-    )
+    count = optax.tree.get(inner, "count", filtering=of_schedule)
+    count = jax.device_put(np.asarray(step // now, count.dtype), count.sharding)
+    inner = optax.tree.set(inner, of_schedule, count=count)
     accumulates = isinstance(fresh, optax.MultiStepsState)
     return fresh._replace(inner_opt_state=inner) if accumulates else inner

@@ -61,11 +61,9 @@ def _in_chunks(embed: _Embed, group: Batch, key: jax.Array | None, chunk_size: i
     size = group.last_index.shape[0]
     count = size // chunk_size
 
+    # chunk j is every count-th input from j on: so each device has its share of every chunk
     def split(x: Array) -> Array:
-        """[N * K, ...] -> [count, chunk_size * K, ...]; K is 1, or say the tiles of an image.
-
-        Chunk j is every count-th input from j on: so each device has its share of every chunk.
-        """
+        """[N * K, ...] -> [count, chunk_size * K, ...]; K is 1, or say the tiles of an image."""
         x = x.reshape(chunk_size, count, -1, *x.shape[1:]).swapaxes(0, 1)
         return x.reshape(count, -1, *x.shape[3:])
 
