@@ -22,8 +22,7 @@ class DataConfig:
     image1, hard_neg_image for images (docs/training.md)."""
     tfds: Literal["snli", "multi_nli"] | None = None
     """A tensorflow-datasets NLI corpus turned into triplets, instead of files."""
-    tfds_dir: Path | None = None
-    """Where the tensorflow-datasets corpus was prepared; None is its own default."""
+    tfds_dir: Path | None = None  # Where this corpus was prepared; None is its own default.
     max_tokens: int = 32  # Each sentence is cut to this many tokens before the template is applied.
     prompt: str = "text"
     """The instruction: a name in e5v_jax.prompts.PROMPTS, or one of your own with <sent> in it.
@@ -108,8 +107,7 @@ class TrainConfig:
     batch_size: int = 768
     """Triplets per optimizer step, over all devices; all are negatives of each other."""
     num_epochs: int = 2
-    max_steps: int | None = None
-    """Stop here instead of after num_epochs; the schedule then ends here too."""
+    max_steps: int | None = None  # Stop here, not after num_epochs; the schedule ends here too.
     chunk_size: int | None = None
     """Sentences in the model at a time (gradient caching): the same gradient as without, in less
     memory, for one more forward pass. Must divide the sentences of a step."""
@@ -128,8 +126,7 @@ class TrainConfig:
     """With --resume: fields that may differ from the run's own, such as data_fingerprint."""
     distributed: bool = False
     """This is one process of several, also if the environment does not say so."""
-    wandb_project: str | None = None
-    """Also log to this project of Weights & Biases (pip install wandb)."""
+    wandb_project: str | None = None  # Also log to this project of wandb (pip install wandb).
 
 
 def check_counts(cfg: TrainConfig) -> None:

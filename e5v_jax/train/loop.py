@@ -101,13 +101,11 @@ def _take_steps(
             batch = next(feed.batches)
             metrics = training.step(batch, jax.random.fold_in(dropout_key, step))
             values = {name: float(value) for name, value in metrics._asdict().items()}
-            if not isfinite(values["loss"]) or not isfinite(values["grad_norm"]):
+            loss, norm = values["loss"], values["grad_norm"]
+            if not isfinite(loss) or not isfinite(norm):  # nothing of this step is saved
                 rows = ", ".join(triplets.row_ids[row] for row in batch.rows)
-                remedy = _remedy(checkpointer)  # before anything of this step is saved
-                raise ValueError(
-                    f"step {step}: the loss is {values['loss']}, the gradient norm "
-                    f"{values['grad_norm']}: {remedy}; its rows: {rows}"
-                )
+                found = f"step {step}: the loss is {loss}, the gradient norm {norm}"
+                raise ValueError(f"{found}: {_remedy(checkpointer)}; its rows: {rows}")
             last = step == feed.total_steps
             due = step % cfg.log_every == 0 or last or step == start + 1
             log.add(step, values, triplets=cfg.batch_size, tokens=batch.tokens, due=due)

@@ -43,17 +43,6 @@ def info_nce(
     return InfoNCE(loss, accuracy)
 
 
-def false_negatives(text_ids: jax.Array, columns: int) -> jax.Array:
-    """Find candidates that say the same as an anchor or its positive: bool [B, (columns - 1) * B].
-
-    ``text_ids``, int32 [columns * B] as in :func:`contrastive_loss`, are equal where inputs are.
-    """
-    size = text_ids.shape[0] // columns
-    anchor, positive, candidates = text_ids[:size], text_ids[size : 2 * size], text_ids[size:]
-    same = (candidates == anchor[:, None]) | (candidates == positive[:, None])
-    return same & ~jnp.eye(size, candidates.shape[0], dtype=bool)  # but for its own positive
-
-
 def contrastive_loss(
     vectors: jax.Array,
     *,
@@ -66,12 +55,19 @@ def contrastive_loss(
     """:func:`info_nce` of pooled vectors, with what embedding trainers add to it.
 
     ``vectors`` are fp32 [columns * B, D], not normalised: all sent0, then sent1, then hard_neg.
-    ``columns`` is 3 for triplets, 2 for plain pairs. ``text_ids``, int32 [columns * B], leave out
-    :func:`false_negatives`. ``matryoshka_dims`` make it the mean of the losses of the first d
-    dimensions for each d, and of all (Kusupati et al. 2022, arXiv 2205.13147); ``bidirectional``
-    the mean of each and that of each positive's anchor among all anchors.
+    ``columns`` is 3 for triplets, 2 for plain pairs. ``text_ids``, int32 [columns * B], equal where
+    the inputs are, leave out candidates that say the same as an anchor or its positive.
+    ``matryoshka_dims`` make it the mean of the losses of the first d dimensions for each d, and of
+    all (Kusupati et al. 2022, arXiv 2205.13147); ``bidirectional`` the mean of each and that of
+    each positive's anchor among all anchors.
     """
-    excluded = None if text_ids is None else false_negatives(text_ids, columns)
+    excluded = None
+    if text_ids is not None:
+        anchor, positive, *_ = jnp.split(text_ids, columns)
+        candidates = text_ids[len(anchor) :]
+        same = (candidates == anchor[:, None]) | (candidates == positive[:, None])
+        own = jnp.eye(len(anchor), len(candidates), dtype=bool)
+        excluded = same & ~own  # [B, 2B], but for its own positive
     losses = []
     for dim in (*matryoshka_dims, vectors.shape[1]):
         unit = l2_normalize(vectors[:, :dim])

@@ -36,6 +36,7 @@ class Metrics(NamedTuple):
     grad_norm: jax.Array  # before clipping
 
 
+Key = jax.Array | None  # of dropout; None is without
 TrainStep = Callable[
     [nnx.State, optax.OptState, nnx.State, PairBatch, jax.Array],
     tuple[nnx.State, optax.OptState, Metrics],
@@ -49,16 +50,18 @@ def split_trainable(model: Model, *, lora: bool) -> tuple[nnx.GraphDef[Any], nnx
     return graphdef, trainable, rest[0]
 
 
-_Embed = Callable[[Batch, jax.Array | None], jax.Array]  # a batch and the key of its dropout
+def _embed_group(
+    model: Model, group: Batch, key: Key, *, chunk_size: int | None, remat: Remat
+) -> jax.Array:
+    """Pool the N inputs of one group: fp32 [N, D], not normalised.
 
-
-def _in_chunks(embed: _Embed, group: Batch, key: jax.Array | None, chunk_size: int) -> jax.Array:
-    """Embed a group of N inputs, with ``chunk_size`` of them, a divisor of N, in the model at once.
-
-    The backward pass runs each chunk forward again. The gradient is that of the whole batch
-    (GradCache, Gao et al. 2021, arXiv 2101.06983), in the memory of one chunk.
+    With a ``chunk_size``, a divisor of N, no more inputs than that are in the model at a time: the
+    backward pass runs each chunk forward again. The gradient is that of the whole batch (GradCache,
+    Gao et al. 2021, arXiv 2101.06983), in the memory of one chunk.
     """
     size = group.last_index.shape[0]
+    if chunk_size is None or size <= chunk_size:
+        return model(group, remat=remat, dropout_key=key)
     count = size // chunk_size
 
     # chunk j is every count-th input from j on: so each device has its share of every chunk
@@ -67,32 +70,23 @@ def _in_chunks(embed: _Embed, group: Batch, key: jax.Array | None, chunk_size: i
         x = x.reshape(chunk_size, count, -1, *x.shape[1:]).swapaxes(0, 1)
         return x.reshape(count, -1, *x.shape[3:])
 
+    @jax.checkpoint
+    def embed(chunk: tuple[Batch, Key]) -> jax.Array:
+        return model(chunk[0], remat=remat, dropout_key=chunk[1])
+
     keys = None if key is None else jax.random.split(key, count)
-    checkpointed = jax.checkpoint(embed)
-    pooled = jax.lax.map(lambda chunk: checkpointed(*chunk), (jax.tree.map(split, group), keys))
+    pooled = jax.lax.map(embed, (jax.tree.map(split, group), keys))
     return pooled.swapaxes(0, 1).reshape(size, -1)  # [count, chunk_size, D] -> [N, D]
 
 
 def embed_pairs(
-    model: Model,
-    batch: PairBatch,
-    *,
-    chunk_size: int | None,
-    remat: Remat,
-    dropout_key: jax.Array | None,
+    model: Model, batch: PairBatch, *, chunk_size: int | None, remat: Remat, dropout_key: Key
 ) -> jax.Array:
     """Pool all inputs, in their original order: fp32 [3B or 2B, D], not normalised."""
-
-    def embed(group: Batch, key: jax.Array | None) -> jax.Array:
-        return model(group, remat=remat, dropout_key=key)
-
     pooled = []
     for i, group in enumerate(batch.groups):
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
-        if chunk_size is not None and group.last_index.shape[0] > chunk_size:
-            pooled.append(_in_chunks(embed, group, key, chunk_size))
-        else:
-            pooled.append(embed(group, key))
+        pooled.append(_embed_group(model, group, key, chunk_size=chunk_size, remat=remat))
     return jnp.concatenate(pooled)[batch.order]
 
 
@@ -104,7 +98,7 @@ def pair_loss(
     loss: LossConfig,
     chunk_size: int | None,
     remat: Remat,
-    dropout_key: jax.Array | None,
+    dropout_key: Key,
 ) -> tuple[jax.Array, jax.Array]:
     """Loss and accuracy of one batch; ``columns`` is 3 for triplets, 2 for plain pairs."""
     vectors = embed_pairs(model, batch, chunk_size=chunk_size, remat=remat, dropout_key=dropout_key)
