@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from e5v_jax.data.inputs import Input, InputError
-from e5v_jax.data.pairs import Side, TrainingPairs
+from e5v_jax.data.pairs import TrainingPairs
 from e5v_jax.data.pipeline import number_inputs
 from e5v_jax.families.base import Batch, BatchShape, Measured, Processor
 from e5v_jax.prompts import IMAGE_PLACEHOLDER, PLAIN, PROMPTS, PromptChoice
@@ -48,14 +48,18 @@ def tokenize_pairs(pairs: TrainingPairs, processor: Processor, cfg: DataConfig) 
     """
     items, image_shapes = [], {}
     for column, side in enumerate(pairs.sides):
-        prompts = _prompts(cfg.prompt) if side.images is None else PromptChoice()
+        texts, images = side.texts, side.images
+        inputs: Sequence[Input] = images or texts or []
+        if texts is not None and images is not None:
+            inputs = [{"text": t, "image": i} for t, i in zip(texts, images, strict=True)]
+        prompts = _prompts(cfg.prompt) if images is None else PromptChoice()
         try:
-            measured = processor.measure(_inputs(side), prompts, max_tokens=cfg.max_tokens)
+            measured = processor.measure(inputs, prompts, max_tokens=cfg.max_tokens)
         except InputError as error:
             row = pairs.row_ids[error.position]
             raise ValueError(f"{row}: {side.column}: {error.reason}") from None
         items.append(measured)
-        if side.images is not None:
+        if images is not None:
             key = max(item.shape_key for item in measured)
             length = processor.padded_length(max(item.length for item in measured), key)
             image_shapes[column] = BatchShape(0, length, key)
@@ -65,14 +69,6 @@ def tokenize_pairs(pairs: TrainingPairs, processor: Processor, cfg: DataConfig) 
         text_ids=number_inputs(pairs.sides).astype(np.int32).reshape(len(items), -1),
         image_shapes=image_shapes,
     )
-
-
-def _inputs(side: Side) -> Sequence[Input]:
-    if side.images is None:
-        return side.texts or []
-    if side.texts is None:
-        return side.images
-    return [{"text": t, "image": i} for t, i in zip(side.texts, side.images, strict=True)]
 
 
 def _prompts(name: str) -> PromptChoice:
@@ -143,7 +139,7 @@ class BatchMaker:
         """
         tokens, lengths = self.tokens, self.lengths
         places = np.arange(tokens.columns * len(rows)).reshape(tokens.columns, len(rows))
-        texts = places[tokens.text_columns].reshape(-1)  # places: column by column
+        texts = places[tokens.text_columns].reshape(-1)
         texts = texts[np.argsort(tokens.lengths[:, rows].reshape(-1)[texts], kind="stable")]
         bounds = _group_bounds(len(texts), len(lengths), self.multiple) if lengths else [0]
         groups: list[Batch] = []

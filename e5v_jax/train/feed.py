@@ -44,9 +44,7 @@ def load_data(cfg: DataConfig) -> TrainingPairs:
     """
     if bool(cfg.path) == (cfg.tfds is not None):
         raise ValueError("data: give either --data.path or --data.tfds")
-    if cfg.tfds is not None:
-        return load_tfds(cfg.tfds, data_dir=cfg.tfds_dir)
-    return load_pairs(cfg.path)
+    return load_tfds(cfg.tfds, data_dir=cfg.tfds_dir) if cfg.tfds else load_pairs(cfg.path)
 
 
 def group_multiple(cfg: TrainConfig, runtime: Runtime) -> int:

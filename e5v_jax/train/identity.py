@@ -65,7 +65,8 @@ def check_same_run(run: Path, info: dict[str, Any], *, allowed: tuple[str, ...] 
 
 
 _SINGLE = ("batch_size", "num_epochs", "max_steps", "seed", "quantize")
-_FREE = ("data.path", "data.tfds", "data.tfds_dir", "data.length_groups")  # beside the fingerprint
+# which rows there are is the fingerprint's to tell
+_FREE = ("data.path", "data.tfds", "data.tfds_dir", "data.length_groups")
 
 
 def _identity(run: Path, info: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from e5v_jax.encode.encoder import Encoder
 from e5v_jax.storage import remove_folder
 from e5v_jax.train.checkpoint import load_best, open_checkpointer, restore, save
 from e5v_jax.train.config import TrainConfig, check_counts
-from e5v_jax.train.export import export_adapter, export_model
+from e5v_jax.train.export import export
 from e5v_jax.train.feed import load_data
 from e5v_jax.train.identity import check_run_folder, check_same_run, run_info, write_run_info
 from e5v_jax.train.metrics import MetricsLog
@@ -50,19 +50,11 @@ def train(cfg: TrainConfig) -> None:
     with open_checkpointer(cfg) as checkpointer:
         if not _take_steps(cfg, training, triplets, validation, checkpointer):
             return
-        if validation:
-            best = load_best(checkpointer, training.trainable)
-            if best is not None:
-                step, score, training.trainable = best
-                if is_first():
-                    print(f"best checkpoint: step {step}, STS-B dev {score:.2f}")
-    result = cfg.output / ("model" if cfg.lora is None else "adapter")
-    if cfg.lora is None:
-        export_model(result, training.trainable, base)
-    else:
-        export_adapter(result, cfg.lora, training.trainable, base)
-    if is_first():
-        print(f"{result}: written")
+        if validation and (best := load_best(checkpointer, training.trainable)):
+            step, score, training.trainable = best
+            if is_first():
+                print(f"best checkpoint: step {step}, STS-B dev {score:.2f}")
+    export(cfg.output, cfg.lora, training.trainable, base)
 
 
 def _take_steps(
