@@ -89,8 +89,8 @@ def test_two_processes_are_one_run(folder: Path, expected: Path, two: Done) -> N
     assert json.loads((run / "run.json").read_text())["config"]["output"] == str(run)
 
     # what two processes wrote, one reads
-    model = ConvertedFolder(folder / "base").config
-    two, one = (read_run_adapter(x, STEPS, model).values for x in (run, expected))
+    base = ConvertedFolder(folder / "base")
+    two, one = (read_run_adapter(x, STEPS, base).values for x in (run, expected))
     assert set(two) == set(one)
     for name, value in one.items():
         assert np.abs(two[name] - value).max() <= 1e-6, name

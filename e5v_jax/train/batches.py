@@ -3,12 +3,13 @@
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
+from itertools import pairwise, repeat
 from typing import Any
 
 import numpy as np
 
 from e5v_jax.data.inputs import Input, InputError
-from e5v_jax.data.pairs import Side, TrainingPairs
+from e5v_jax.data.pairs import TrainingPairs
 from e5v_jax.data.pipeline import number_inputs
 from e5v_jax.families.base import Batch, BatchShape, Measured, Processor
 from e5v_jax.prompts import IMAGE_PLACEHOLDER, PLAIN, PROMPTS, PromptChoice
@@ -18,22 +19,21 @@ from e5v_jax.train.step import PairBatch
 
 @dataclass(frozen=True)
 class PairTokens:
-    """Every input inside its prompt, tokenised; of an image, only the header was read."""
+    """It holds every input inside its prompt, tokenised; of an image, only the header was read."""
 
     items: list[list[Measured]]  # [column][row]; 3 columns for triplets, 2 for pairs
     lengths: np.ndarray  # int64 [columns, rows], the positions of images counted
     text_ids: np.ndarray  # int32 [columns, rows], equal where two inputs are
-    image_shapes: dict[int, BatchShape]
-    """Of the columns with images: the shape of each step's batch but for its rows."""
+    image_shapes: dict[int, BatchShape]  # column with images -> of each step's batch but its rows
 
     @property
     def columns(self) -> int:
-        """3 for triplets, 2 for pairs."""
+        """Count the columns: 3 for triplets, 2 for pairs."""
         return len(self.items)
 
     @property
     def text_columns(self) -> list[int]:
-        """Those without images."""
+        """List the columns without images."""
         return [column for column in range(self.columns) if column not in self.image_shapes]
 
 
@@ -48,14 +48,18 @@ def tokenize_pairs(pairs: TrainingPairs, processor: Processor, cfg: DataConfig) 
     """
     items, image_shapes = [], {}
     for column, side in enumerate(pairs.sides):
-        prompts = _prompts(cfg.prompt) if side.images is None else PromptChoice()
+        texts, images = side.texts, side.images
+        inputs: Sequence[Input] = images or texts or []
+        if texts is not None and images is not None:
+            inputs = [{"text": t, "image": i} for t, i in zip(texts, images, strict=True)]
+        prompts = _prompts(cfg.prompt) if images is None else PromptChoice()
         try:
-            measured = processor.measure(_inputs(side), prompts, max_tokens=cfg.max_tokens)
+            measured = processor.measure(inputs, prompts, max_tokens=cfg.max_tokens)
         except InputError as error:
-            where = pairs.row_ids[error.position]
-            raise ValueError(f"{where}: {side.column}: {error.reason}") from None
+            row = pairs.row_ids[error.position]
+            raise ValueError(f"{row}: {side.column}: {error.reason}") from None
         items.append(measured)
-        if side.images is not None:
+        if images is not None:
             key = max(item.shape_key for item in measured)
             length = processor.padded_length(max(item.length for item in measured), key)
             image_shapes[column] = BatchShape(0, length, key)
@@ -65,15 +69,6 @@ def tokenize_pairs(pairs: TrainingPairs, processor: Processor, cfg: DataConfig) 
         text_ids=number_inputs(pairs.sides).astype(np.int32).reshape(len(items), -1),
         image_shapes=image_shapes,
     )
-
-
-def _inputs(side: Side) -> Sequence[Input]:
-    if side.images is None:
-        return side.texts or []
-    if side.texts is None:
-        return side.images
-    both = zip(side.texts, side.images, strict=True)
-    return [{"text": text, "image": image} for text, image in both]
 
 
 def _prompts(name: str) -> PromptChoice:
@@ -104,89 +99,67 @@ def _group_bounds(count: int, groups: int, multiple: int) -> list[int]:
 def group_lengths(
     lengths: np.ndarray, batches: Iterable[np.ndarray], *, groups: int, multiple: int
 ) -> tuple[int, ...]:
-    """The padded length of each group: the longest any batch of the run needs there.
+    """Find the padded length of each group: the longest any batch of the run needs there.
 
-    Fixed for the run, so that the step compiles once. ``lengths`` is [columns, rows]; ``batches``
-    are row indices; group sizes are multiples of ``multiple``: the devices that share a batch, or
-    the chunk size. Without columns there are no groups.
+    They are fixed for the run, so that the step compiles once. ``lengths`` is [columns, rows];
+    ``batches`` are row indices; group sizes are multiples of ``multiple``: the devices that share a
+    batch, or the chunk size. Without columns there are no groups.
     """
     if not len(lengths):
         return ()
-    caps: np.ndarray | None = None
+    needed = []
     for rows in batches:
         ordered = np.sort(lengths[:, rows], axis=None)
-        ends = np.array(_group_bounds(ordered.size, groups, multiple)[1:]) - 1
-        caps = ordered[ends] if caps is None else np.maximum(caps, ordered[ends])
-    if caps is None:
+        needed.append([ordered[e - 1] for e in _group_bounds(ordered.size, groups, multiple)[1:]])
+    if not needed:
         raise ValueError("fewer rows than one batch: lower batch_size or add data")
-    return tuple(int(c) for c in caps)
+    return tuple(int(longest) for longest in np.max(needed, axis=0))
 
 
+@dataclass(frozen=True)
 class BatchMaker:
-    """Makes the arrays of a step, in NumPy, from its row numbers."""
+    """It makes the arrays of a step, in NumPy, from its row numbers, and keeps what steps share."""
 
-    def __init__(
-        self,
-        tokens: PairTokens,
-        processor: Processor,
-        *,
-        lengths: tuple[int, ...],
-        multiple: int,
-        wanted: np.ndarray,
-        row_ids: Sequence[str],
-        pool: Executor,
-    ) -> None:
-        """Keep what all steps share.
-
-        Args:
-            tokens: all rows.
-            processor: the model's.
-            lengths: of the groups of texts, see :func:`group_lengths`.
-            multiple: of which the size of a group is one.
-            wanted: bool [B], the rows of a batch whose images are needed here; others are empty.
-            row_ids: where a person finds each row.
-            pool: decodes images.
-        """
-        self._tokens, self._processor = tokens, processor
-        self._lengths, self._multiple, self._wanted = lengths, multiple, wanted
-        self._row_ids, self._pool = row_ids, pool
+    tokens: PairTokens  # all rows
+    processor: Processor
+    lengths: tuple[int, ...]  # of the groups of texts, see :func:`group_lengths`
+    multiple: int  # the size of a group is one of it
+    wanted: np.ndarray  # bool [B], the rows of a batch whose images are needed here
+    row_ids: Sequence[str]  # where a person finds each row
+    pool: Executor  # decodes images
 
     def __call__(self, rows: np.ndarray) -> PairBatch:
-        """The batch of rows int64 [B].
+        """Make the batch of rows int64 [B].
 
-        First the texts of all columns, sorted into groups of similar length, then each column of
-        images as a group of its own.
+        First come the texts of all columns, sorted into groups of similar length, then each column
+        of images as a group of its own; an image that is not wanted here is left empty.
 
         Raises:
             ValueError: a broken image; names row and file.
         """
-        tokens = self._tokens
-        texts = [(column, row) for column in tokens.text_columns for row in range(len(rows))]
-        members = [tokens.items[column][rows[row]] for column, row in texts]
-        by_length = np.argsort([item.length for item in members], kind="stable")
-        lengths, load = self._lengths, self._processor.load
-        bounds = _group_bounds(len(members), len(lengths), self._multiple) if lengths else [0]
+        tokens, lengths = self.tokens, self.lengths
+        places = np.arange(tokens.columns * len(rows)).reshape(tokens.columns, len(rows))
+        texts = places[tokens.text_columns].reshape(-1)
+        texts = texts[np.argsort(tokens.lengths[:, rows].reshape(-1)[texts], kind="stable")]
+        bounds = _group_bounds(len(texts), len(lengths), self.multiple) if lengths else [0]
         groups: list[Batch] = []
-        for length, start, end in zip(lengths, bounds[:-1], bounds[1:], strict=True):
-            items = [load(members[i]) for i in by_length[start:end]]
-            groups.append(self._processor.stack(items, BatchShape(len(items), length)))
-        inputs = [texts[i] for i in by_length]  # (column, row) in the order of the groups
+        for length, (start, end) in zip(lengths, pairwise(bounds), strict=True):
+            columns, numbers = np.divmod(texts[start:end], len(rows))
+            items = list(map(self._load, columns, rows[numbers]))
+            groups.append(self.processor.stack(items, BatchShape(len(items), length)))
         for column, shape in tokens.image_shapes.items():
-            decoded = self._pool.map(
-                lambda row, column=column: self._load(column, row), rows[self._wanted]
-            )
-            items = [next(decoded) if here else None for here in self._wanted]
-            groups.append(self._processor.stack(items, shape))
-            inputs += [(column, row) for row in range(len(rows))]
-        places = np.array([column * len(rows) + row for column, row in inputs])
+            decoded = self.pool.map(self._load, repeat(column), rows[self.wanted])
+            items = [next(decoded) if here else None for here in self.wanted]
+            groups.append(self.processor.stack(items, shape))
+        images = places[list(tokens.image_shapes)].reshape(-1)
         return PairBatch(
             groups=tuple(groups),
-            order=np.argsort(places).astype(np.int32),
+            order=np.argsort(np.concatenate([texts, images])).astype(np.int32),
             text_ids=tokens.text_ids[:, rows].reshape(-1),
         )
 
     def _load(self, column: int, row: int) -> Any:
         try:
-            return self._processor.load(self._tokens.items[column][row])
+            return self.processor.load(self.tokens.items[column][row])
         except ValueError as error:
-            raise ValueError(f"{self._row_ids[row]}: {error}") from None
+            raise ValueError(f"{self.row_ids[row]}: {error}") from None

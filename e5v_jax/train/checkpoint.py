@@ -9,6 +9,8 @@ import logging
 from collections.abc import Callable
 from functools import partial
 from json import JSONDecodeError
+from operator import itemgetter
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import jax
@@ -16,34 +18,34 @@ import numpy as np
 import optax
 from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
+from jax.tree_util import keystr, tree_leaves_with_path
 from orbax.checkpoint import v1 as ocp
 
 from e5v_jax.checkpoints.adapters import CHECKPOINTS
 from e5v_jax.distributed import is_first, wait_for_all
 from e5v_jax.storage import absolute, as_path, remove_folder
 from e5v_jax.train.config import TrainConfig
-from e5v_jax.train.optimizer import as_saved, carry_over, implied_accumulation
+from e5v_jax.train.optimizer import as_saved, carry_over
 
 _logger = logging.getLogger(__name__)
 SCORE = "stsb_dev"
 _T = TypeVar("_T")
+_BAD_FILE = FileNotFoundError | JSONDecodeError | UnicodeDecodeError
+_NO_ARRAYS = ocp.errors.InvalidLayoutError  # or no description of them
 
 
 def open_checkpointer(cfg: TrainConfig) -> ocp.training.Checkpointer:
-    """The run's Orbax checkpointer; keeps the newest ``cfg.keep_checkpoints``, and the best."""
-    policies = ocp.training.save_decision_policies
+    """Open the run's checkpoints; the newest ``cfg.keep_checkpoints`` are kept, and the best."""
     kept = ocp.training.preservation_policies
-    preservation: list[Any] = [kept.LatestN(cfg.keep_checkpoints)]
-    if cfg.evaluation.data is not None:
-        best = kept.BestN(
-            n=1, get_metric_fn=lambda m: m[SCORE], keep_checkpoints_without_metrics=False
-        )
-        preservation.append(best)
+    latest = kept.LatestN(cfg.keep_checkpoints)
+    best = kept.BestN(n=1, get_metric_fn=itemgetter(SCORE), keep_checkpoints_without_metrics=False)
+    scored = [] if cfg.evaluation.data is None else [best]
+    every = ocp.training.save_decision_policies.FixedIntervalPolicy(cfg.checkpoint_every)
     return ocp.training.Checkpointer(
         absolute(cfg.output / CHECKPOINTS),
-        save_decision_policy=policies.FixedIntervalPolicy(cfg.checkpoint_every),
-        preservation_policy=kept.AnyPreservationPolicy(preservation),
+        save_decision_policy=every,
+        preservation_policy=kept.AnyPreservationPolicy([latest, *scored]),
         cleanup_tmp_directories=True,
     )
 
@@ -69,17 +71,6 @@ def save(
     )
 
 
-def abstract(tree: Any, mesh: Mesh) -> Any:
-    """Shapes, dtypes and shardings of ``tree``; scalars are replicated over ``mesh``."""
-    replicated = NamedSharding(mesh, PartitionSpec())
-
-    def shape(x: jax.Array) -> jax.ShapeDtypeStruct:
-        sharding = x.sharding if isinstance(x.sharding, NamedSharding) else replicated
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-    return jax.tree.map(shape, tree)
-
-
 class Restored(NamedTuple):
     """A checkpoint's contents, placed like the arrays it was asked for with."""
 
@@ -97,7 +88,7 @@ def restore(
     *,
     accumulate_steps: int = 1,
 ) -> Restored | None:
-    """The newest checkpoint that every process can read, whatever mesh it was written on.
+    """Read the newest checkpoint that every process can read, whatever mesh it was written on.
 
     ``opt_state`` is the fresh state of this run's optimizer, which accumulates over
     ``accumulate_steps``; a state saved with another number is converted (:func:`carry_over`).
@@ -108,106 +99,85 @@ def restore(
         ValueError: there are checkpoints and none is whole; or the newest could not be read for
             another reason than damage, or does not fit this run: it stays where it is.
     """
+    folder = as_path(checkpointer.directory)
+    fresh = {"trainable": trainable, "opt_state": opt_state}
     steps = {checkpoint.step for checkpoint in checkpointer.checkpoints}
     damaged: list[int] = []
-    while True:
-        mine = max(steps.difference(damaged), default=-1)
-        step = int(_of_all_processes(mine).max())
-        if step < 0:
-            break
-        folder = as_path(checkpointer.directory) / str(step)
-        found, error, worst = _together(
-            partial(_examine, checkpointer, step, trainable, opt_state, mesh)
-        )
-        stored: Any = None
-        if found is not None and worst == _WHOLE:
-            stored, error, worst = _together(partial(_load_alone, checkpointer, step, found.like))
-        reason = "another process cannot read it" if error is None else _reason(error)
-        if worst == _UNREADABLE:
-            raise ValueError(
-                f"{folder}: {reason}; it stays as it is: mend that, then --resume"
-            ) from error
-        if found is not None and worst == _WHOLE:
-            _set_aside(checkpointer, damaged)
-            saved, position = stored["opt_state"], found.position
-            before = position.get("accumulate_steps") or implied_accumulation(
-                saved, step, accumulate_steps
+    while (step := _largest(max(steps.difference(damaged), default=-1))) >= 0:
+        try:
+            read = partial(_together, folder / str(step))  # in all processes or none
+            like, position = read(partial(_examine, checkpointer, step, fresh, mesh))
+            stored = read(partial(_load_alone, checkpointer, step, like))
+        except _DamagedError as error:
+            _logger.warning(
+                "checkpoint of step %d is damaged (%s): falling back to the one before", step, error
             )
-            carried = carry_over(saved, opt_state, step=step, before=before, now=accumulate_steps)
-            return Restored(step, stored["trainable"], carried, position["iterator"])
-        _logger.warning(
-            "checkpoint of step %d is damaged (%s): falling back to the one before", step, reason
-        )
-        damaged.append(step)
+            damaged.append(step)
+            continue
+        for worse in damaged if is_first() else ():  # all processes have stopped reading them
+            target = folder.parent / f"damaged-{worse}"
+            remove_folder(target)
+            (folder / str(worse)).rename(target)
+        if damaged:
+            wait_for_all("damaged checkpoints moved")
+            checkpointer.reload()
+        saved, before = stored["opt_state"], position.get("accumulate_steps")
+        carried = carry_over(saved, opt_state, step=step, before=before, now=accumulate_steps)
+        return Restored(step, stored["trainable"], carried, position["iterator"])
     if damaged:
-        raise ValueError(
-            f"{checkpointer.directory}: none of the checkpoints of steps {sorted(damaged)} can be "
-            "read"
-        )
+        tried = sorted(damaged)
+        raise ValueError(f"{folder}: none of the checkpoints of steps {tried} can be read")
     return None
+
+
+def _largest(value: int) -> int:
+    """Compare the ``value`` of every process."""
+    return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+
+
+class _DamagedError(Exception):
+    """Files of a checkpoint are missing, cut short or not what was written."""
 
 
 _WHOLE, _DAMAGED, _UNREADABLE = range(3)
 
 
-def _of_all_processes(value: int) -> np.ndarray:
-    """The ``value`` of every process, int32 [processes]."""
-    return np.ravel(multihost_utils.process_allgather(np.int32(value)))
+def _together(folder: Path, read: Callable[[], _T]) -> _T:
+    """Return what this process reads of a checkpoint, if every process can read it.
 
-
-def _together(action: Callable[[], _T]) -> tuple[_T | None, BaseException | None, int]:
-    """(result, error, worst verdict of all processes) of what each of them does alone."""
-    result, error, verdict = None, None, _WHOLE
-    try:
-        result = action()
-    except Exception as caught:  # any of many types: _is_damage tells them apart
-        error = _root(caught)
-        verdict = _DAMAGED if _is_damage(error) else _UNREADABLE
-    return result, error, int(_of_all_processes(verdict).max())
-
-
-def _root(error: BaseException) -> BaseException:
-    """What Orbax reports as its cause: it raises a KeyError of its own for everything."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return error
-
-
-def _reason(error: BaseException) -> str:
-    """The message in one line, without the details that TensorStore appends in brackets."""
-    message = str(error).strip() or type(error).__name__
-    return message.split("\n")[0].split(" [")[0][:1000]
-
-
-def _is_damage(error: BaseException) -> bool:
-    """Whether files are missing, cut short or not what was written, as against out of reach.
-
-    TensorStore begins its messages with a status: for network, permissions and memory another one.
+    Raises:
+        _DamagedError: it is damaged for this or another process.
+        ValueError: one of them fails for another reason.
     """
-    if isinstance(error, FileNotFoundError | JSONDecodeError | UnicodeDecodeError):
-        return True
-    if isinstance(error, ocp.errors.InvalidLayoutError):  # no arrays, or no description of them
-        return True
-    return str(error).startswith(("DATA_LOSS:", "NOT_FOUND:", "OUT_OF_RANGE:"))
-
-
-class _Examined(NamedTuple):
-    like: dict[str, Any]  # what to load it into
-    position: dict[str, Any]
+    error: BaseException | None = None
+    verdict, reason = _WHOLE, "another process cannot read it"
+    try:
+        result = read()
+    except Exception as caught:  # of many types
+        error = caught
+        while error.__cause__ is not None:  # for everything, Orbax raises a KeyError of its own
+            error = error.__cause__
+        # in one line, without the details that TensorStore appends in brackets
+        reason = (str(error).strip() or type(error).__name__).split("\n")[0].split(" [")[0][:1000]
+        # TensorStore begins with a status: another one for network, permissions and memory
+        lost = str(error).startswith(("DATA_LOSS:", "NOT_FOUND:", "OUT_OF_RANGE:"))
+        damage = lost or isinstance(error, _BAD_FILE | _NO_ARRAYS)
+        verdict = _DAMAGED if damage else _UNREADABLE
+    worst = _largest(verdict)
+    if worst == _UNREADABLE:
+        reason = f"{reason}; it stays as it is: mend that, then --resume"
+        raise ValueError(f"{folder}: {reason}") from error
+    if worst == _DAMAGED:
+        raise _DamagedError(reason)
+    return result
 
 
 def _examine(
-    checkpointer: ocp.training.Checkpointer,
-    step: int,
-    trainable: nnx.State,
-    opt_state: optax.OptState,
-    mesh: Mesh,
-) -> _Examined:
-    """What a checkpoint says of itself, before any array is read.
+    checkpointer: ocp.training.Checkpointer, step: int, fresh: dict[str, Any], mesh: Mesh
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Find what to load a checkpoint into, and its own metadata, before any array is read.
 
-    Raises:
-        ValueError: the arrays are not those of this run.
-        Exception: of Orbax, about anything else.
+    It raises what Orbax does, and a ValueError if the arrays are not those of this run.
     """
     if step not in [checkpoint.step for checkpoint in checkpointer.checkpoints]:
         raise OSError("other processes see it, this one does not; all must share a storage")
@@ -217,20 +187,23 @@ def _examine(
         json.loads((as_path(metadata.path) / "_CHECKPOINT_METADATA").read_text())
         raise ValueError("it does not say where in the data it stands; it is of no training")
     saved = metadata.metadata or {}  # of an unreadable one the load says why
-    opt_state = as_saved(saved.get("opt_state"), opt_state, trainable)
-    like = abstract({"trainable": trainable, "opt_state": opt_state}, mesh)
-    found, wanted = _shapes(saved), _shapes(like)
+    opt_state = as_saved(saved.get("opt_state"), fresh["opt_state"], fresh["trainable"], mesh)
+    like = {**fresh, "opt_state": opt_state}
+    found, wanted = (
+        {keystr(path, simple=True, separator="."): x.shape for path, x in leaves}
+        for leaves in map(tree_leaves_with_path, (saved, like))
+    )
     for name in sorted(found.keys() | wanted.keys()) if saved else ():
         if found.get(name) != wanted.get(name):
             raise ValueError(
                 f"{name} has shape {found.get(name)} in it and {wanted.get(name)} in this run "
                 "(None is missing); go back to the model and recipe it was begun with"
             )
-    return _Examined(like, position)
+    return like, position
 
 
 def _load_alone(checkpointer: ocp.training.Checkpointer, step: int, like: dict[str, Any]) -> Any:
-    """The arrays, read without waiting for other processes: one that fails leaves none waiting.
+    """Read the arrays without waiting for other processes: one that fails leaves none waiting.
 
     Orbax counts loads, and saves wait for each other by that number: all processes must call this
     or none.
@@ -243,28 +216,10 @@ def _load_alone(checkpointer: ocp.training.Checkpointer, step: int, like: dict[s
         return checkpointer.load(step, like)
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="."): x.shape for path, x in leaves}
-
-
-def _set_aside(checkpointer: ocp.training.Checkpointer, damaged: list[int]) -> None:
-    """Move checkpoints to RUN/damaged-STEP; all processes have stopped reading them."""
-    if not damaged:
-        return
-    folder = as_path(checkpointer.directory)
-    for step in damaged if is_first() else ():
-        target = folder.parent / f"damaged-{step}"
-        remove_folder(target)
-        (folder / str(step)).rename(target)
-    wait_for_all("damaged checkpoints moved")
-    checkpointer.reload()
-
-
 def load_best(
-    checkpointer: ocp.training.Checkpointer, trainable: nnx.State, mesh: Mesh
+    checkpointer: ocp.training.Checkpointer, trainable: nnx.State
 ) -> tuple[int, float, nnx.State] | None:
-    """(step, score, trainable) of the best checkpoint; None if none has a score."""
+    """Load the best checkpoint: (step, score, trainable); None if none has a score."""
     checkpointer.wait()
     scored = [(c.metrics[SCORE], c.step) for c in checkpointer.checkpoints if c.metrics]
     if not scored:
@@ -273,5 +228,5 @@ def load_best(
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with context:
-        state = checkpointer.load(step, abstract({"trainable": trainable}, mesh))
+        state = checkpointer.load(step, {"trainable": trainable})
     return step, score, state["trainable"]

@@ -1,6 +1,7 @@
 """What a training run is: a frozen dataclass, filled by a file in ``configs/`` and by flags."""
 
 from dataclasses import dataclass, field
+from operator import attrgetter
 from pathlib import Path
 from typing import Literal
 
@@ -21,15 +22,12 @@ class DataConfig:
     image1, hard_neg_image for images (docs/training.md)."""
     tfds: Literal["snli", "multi_nli"] | None = None
     """A tensorflow-datasets NLI corpus turned into triplets, instead of files."""
-    tfds_dir: Path | None = None
-    """Where the tensorflow-datasets corpus was prepared; None is its own default."""
-    max_tokens: int = 32
-    """Each sentence is cut to this many tokens before the template is applied."""
+    tfds_dir: Path | None = None  # Where this corpus was prepared; None is its own default.
+    max_tokens: int = 32  # Each sentence is cut to this many tokens before the template is applied.
     prompt: str = "text"
     """The instruction: a name in e5v_jax.prompts.PROMPTS, or one of your own with <sent> in it.
     `released` is what the authors' training script makes of it (prompts.fill_released)."""
-    template: str | None = None
-    """Chat template name; None chooses by the tokenizer."""
+    template: str | None = None  # Chat template name; None chooses by the tokenizer.
     length_groups: int = 4
     """A batch's sentences are sorted by length and run in this many groups, each padded alone."""
 
@@ -57,8 +55,7 @@ class LossConfig:
     temperature: float = 0.05
     matryoshka_dims: tuple[int, ...] = ()
     """Train the first d dimensions to be embeddings too, for each d."""
-    bidirectional: bool = False
-    """Also find each sent0 among all sent0, from its sent1."""
+    bidirectional: bool = False  # Also find each sent0 among all sent0, from its sent1.
     mask_false_negatives: bool = False
     """Leave out negatives that are the same text as the anchor or its positive."""
 
@@ -79,10 +76,8 @@ class EvaluationConfig:
     The best checkpoint is kept, and is what the run leaves.
     """
 
-    data: Path | None = None
-    """Folder with STS/ in SentEval's layout; None does not evaluate."""
-    stride: int = 1
-    """Score every n-th pair only."""
+    data: Path | None = None  # Folder with STS/ in SentEval's layout; None does not evaluate.
+    stride: int = 1  # Score every n-th pair only.
 
 
 @dataclass(frozen=True)
@@ -94,8 +89,7 @@ class TrainConfig:
     python -m e5v_jax.dryrun train.
     """
 
-    model: BucketPath
-    """Converted folder of the base model (python -m convert.from_hf)."""
+    model: BucketPath  # Converted folder of the base model (python -m convert.from_hf).
     output: BucketPath
     """Run folder to write: checkpoints, metrics.jsonl, TensorBoard events, the final adapter. Like
     model and data.path it may be in a bucket, gs://BUCKET/FOLDER."""
@@ -111,10 +105,9 @@ class TrainConfig:
     """Low-rank adaptation of every decoder linear map; None, which only a configuration file can
     say, trains all decoder weights."""
     batch_size: int = 768
-    """TrainingPairs per optimizer step, over all devices; all are negatives of each other."""
+    """Triplets per optimizer step, over all devices; all are negatives of each other."""
     num_epochs: int = 2
-    max_steps: int | None = None
-    """Stop here instead of after num_epochs; the schedule then ends here too."""
+    max_steps: int | None = None  # Stop here, not after num_epochs; the schedule ends here too.
     chunk_size: int | None = None
     """Sentences in the model at a time (gradient caching): the same gradient as without, in less
     memory, for one more forward pass. Must divide the sentences of a step."""
@@ -124,42 +117,29 @@ class TrainConfig:
     """Store the frozen base as nf4 or int8 (QLoRA); needs LoRA."""
     remat: Remat = "full"
     """What the backward pass keeps per layer: none (all), dots (matmul outputs), full (inputs)."""
-    checkpoint_every: int = 100
-    """Steps between checkpoints; the last step is always saved."""
-    keep_checkpoints: int = 3
-    """Newest checkpoints kept."""
-    log_every: int = 10
-    """Steps between lines in metrics.jsonl and TensorBoard."""
+    checkpoint_every: int = 100  # Steps between checkpoints; the last step is always saved.
+    keep_checkpoints: int = 3  # Newest checkpoints kept.
+    log_every: int = 10  # Steps between lines in metrics.jsonl and TensorBoard.
     seed: int = 42
-    resume: bool = False
-    """Continue the run in `output` from its newest checkpoint."""
+    resume: bool = False  # Continue the run in `output` from its newest checkpoint.
     allow_change: tuple[str, ...] = ()
     """With --resume: fields that may differ from the run's own, such as data_fingerprint."""
     distributed: bool = False
     """This is one process of several, also if the environment does not say so."""
-    wandb_project: str | None = None
-    """Also log to this project of Weights & Biases (pip install wandb)."""
+    wandb_project: str | None = None  # Also log to this project of wandb (pip install wandb).
 
 
 def check_counts(cfg: TrainConfig) -> None:
-    """Every number that counts something is at least 1, where it is given.
+    """Check that every number that counts something is at least 1, where it is given.
 
     Raises:
-        ValueError: names the field.
+        ValueError: names the field that is not.
     """
-    counts = {
-        "batch_size": cfg.batch_size,
-        "num_epochs": cfg.num_epochs,
-        "max_steps": cfg.max_steps,
-        "chunk_size": cfg.chunk_size,
-        "checkpoint_every": cfg.checkpoint_every,
-        "keep_checkpoints": cfg.keep_checkpoints,
-        "log_every": cfg.log_every,
-        "data.max_tokens": cfg.data.max_tokens,
-        "data.length_groups": cfg.data.length_groups,
-        "optimizer.accumulate_steps": cfg.optimizer.accumulate_steps,
-        "evaluation.stride": cfg.evaluation.stride,
-    }
-    for name, value in counts.items():
+    counts = (
+        "batch_size num_epochs max_steps chunk_size checkpoint_every keep_checkpoints log_every "
+        "data.max_tokens data.length_groups optimizer.accumulate_steps evaluation.stride"
+    )
+    for name in counts.split():
+        value = attrgetter(name)(cfg)
         if value is not None and value < 1:
             raise ValueError(f"{name}: {value}, expected at least 1")

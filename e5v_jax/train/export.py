@@ -1,7 +1,7 @@
 """What a finished run leaves for others: a PEFT adapter, or a whole model as converted folder."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import jax
@@ -18,55 +18,45 @@ from e5v_jax.nn.layers import LoRAConfig
 from e5v_jax.storage import copy_file, remove_folder
 
 
-def export_adapter(dst: Path, lora: LoRAConfig, factors: nnx.State, base: ConvertedFolder) -> None:
-    """Write the LoRA factors as a PEFT folder; an earlier one is replaced."""
-    values = {dotted(path): _whole(x[...]) for path, x in nnx.to_flat_state(factors)}
-    if not is_first():
-        return
-    remove_folder(dst)
-    with new_folder(dst) as folder:
-        write_adapter(folder, Adapter(lora, values), base.table, base_model=base.info.source)
+def export(run: Path, lora: LoRAConfig | None, weights: nnx.State, base: ConvertedFolder) -> None:
+    """Write RUN/adapter as a PEFT folder, or without ``lora`` RUN/model; replace earlier ones.
 
-
-def export_model(dst: Path, weights: nnx.State, base: ConvertedFolder) -> None:
-    """Write fully trained decoder weights as a converted folder; an earlier one is replaced.
-
-    Vision tower, projector and tokenizer are the base's; weights are rounded to its dtype.
+    A model is a converted folder with fully trained decoder weights, rounded to the base's dtype;
+    vision tower, projector and tokenizer are the base's.
     """
     trained = {dotted(path): x[...] for path, x in nnx.to_flat_state(weights)}
-    if jax.process_count() > 1:
-        trained = {name: _whole(x) for name, x in trained.items()}
+    if jax.process_count() > 1:  # to the host of every process; else they go layer by layer
+        trained = multihost_utils.process_allgather(trained, tiled=True)
     if not is_first():
         return
+    dst = run / ("model" if lora is None else "adapter")
     remove_folder(dst)
     with new_folder(dst) as folder:
-        digest, shapes = write_params(folder, _groups(trained, base))
-        for file in base.folder.iterdir():
-            if file.is_file() and file.name != "config.json":
-                copy_file(file, folder / file.name)
-        write_info(folder, dataclasses.replace(base.info, content_hash=digest, parameters=shapes))
+        if lora is None:
+            _write_model(folder, trained, base)
+        else:
+            factors = {name: np.asarray(array) for name, array in trained.items()}
+            adapter = Adapter(lora, factors)
+            write_adapter(folder, adapter, base.table, base_model=base.info.source)
+    print(f"{dst}: written")
 
 
-def _whole(array: jax.Array) -> np.ndarray:
-    """A sharded array on the host of every process."""
-    if array.is_fully_addressable:
-        return np.asarray(array)
-    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+def _write_model(
+    folder: Path, trained: Mapping[str, jax.Array | np.ndarray], base: ConvertedFolder
+) -> None:
+    def array(name: str) -> np.ndarray:
+        """Take what was trained from the run, everything else from the base."""
+        slot = base.table.stored[name]
+        if slot.row.path not in trained:
+            return next(base.read([name]))
+        weight = trained[slot.row.path]
+        weight = weight if slot.layer is None else weight[slot.layer]
+        return np.asarray(weight.astype(np.dtype(base.info.dtype)))
 
-
-def _groups(
-    trained: Mapping[str, jax.Array | np.ndarray], base: ConvertedFolder
-) -> Iterator[dict[str, np.ndarray]]:
-    """Layer by layer: what was trained from the run, everything else from the base."""
-    dtype = np.dtype(base.info.dtype)
-    for group in base.table.groups(base.shapes()):
-        arrays = {}
-        for name in group:
-            slot = base.table.stored[name]
-            if slot.row.path in trained:
-                array = trained[slot.row.path]
-                array = array if slot.layer is None else array[slot.layer]
-                arrays[name] = np.asarray(array.astype(dtype))
-            else:
-                arrays[name] = next(base.read([name]))
-        yield arrays
+    layers = base.table.groups(base.shapes())
+    arrays = ({name: array(name) for name in layer} for layer in layers)
+    digest, shapes = write_params(folder, arrays)
+    for file in base.folder.iterdir():
+        if file.is_file() and file.name != "config.json":
+            copy_file(file, folder / file.name)
+    write_info(folder, dataclasses.replace(base.info, content_hash=digest, parameters=shapes))

@@ -1,7 +1,8 @@
 """The training data as a stream of step inputs: read, tokenise, batch, place on the mesh."""
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -36,16 +37,14 @@ class Feed(NamedTuple):
 
 
 def load_data(cfg: DataConfig) -> TrainingPairs:
-    """The training pairs that ``cfg`` names.
+    """Read the training pairs that ``cfg`` names.
 
     Raises:
         ValueError: no source, or two.
     """
     if bool(cfg.path) == (cfg.tfds is not None):
         raise ValueError("data: give either --data.path or --data.tfds")
-    if cfg.tfds is not None:
-        return load_tfds(cfg.tfds, data_dir=cfg.tfds_dir)
-    return load_pairs(cfg.path)
+    return load_tfds(cfg.tfds, data_dir=cfg.tfds_dir) if cfg.tfds else load_pairs(cfg.path)
 
 
 def group_multiple(cfg: TrainConfig, runtime: Runtime) -> int:
@@ -67,7 +66,7 @@ def group_multiple(cfg: TrainConfig, runtime: Runtime) -> int:
 def open_feed(
     cfg: TrainConfig, pairs: TrainingPairs, processor: Processor, runtime: Runtime
 ) -> Feed:
-    """Every sentence tokenised once; batches in an order fixed by the seed.
+    """Tokenise every sentence once; the seed fixes the order of the batches.
 
     Every process goes through the same global batches, whose texts are small; :func:`place` gives
     each device its part. Images are decoded where they are needed only.
@@ -83,34 +82,22 @@ def open_feed(
             f"{multiple} (the devices that share a batch, or chunk_size)"
         )
 
-    batching: dict[str, Any] = {
-        "batch_size": cfg.batch_size,
-        "seed": cfg.seed,
-        "num_epochs": cfg.num_epochs,
-    }
-    order = list(make_batches(pairs, **batching))
+    batches = partial(
+        make_batches, pairs, batch_size=cfg.batch_size, seed=cfg.seed, num_epochs=cfg.num_epochs
+    )
+    order = list(batches())
     total_steps = len(order) if cfg.max_steps is None else min(cfg.max_steps, len(order))
-    lengths = group_lengths(
-        tokens.lengths[tokens.text_columns],
-        order[:total_steps],
-        groups=cfg.data.length_groups,
-        multiple=multiple,
-    )
-    make_batch = BatchMaker(
-        tokens,
-        processor,
-        lengths=lengths,
-        multiple=multiple,
-        wanted=local_rows(cfg.batch_size, runtime.mesh),
-        row_ids=pairs.row_ids,
-        pool=ThreadPoolExecutor(),  # starts no thread before there is an image
-    )
+    texts, groups = tokens.lengths[tokens.text_columns], cfg.data.length_groups
+    lengths = group_lengths(texts, order[:total_steps], groups=groups, multiple=multiple)
+    wanted = local_rows(cfg.batch_size, runtime.mesh)
+    pool = ThreadPoolExecutor()  # starts no thread before there is an image
+    make_batch = BatchMaker(tokens, processor, lengths, multiple, wanted, pairs.row_ids, pool)
 
     def host_batch(rows: np.ndarray) -> HostBatch:
         return HostBatch(rows, make_batch(rows), int(tokens.lengths[:, rows].sum()))
 
     return Feed(
-        make_batches(pairs, **batching, transform=host_batch),
+        batches(transform=host_batch),
         total_steps,
         tokens.columns,
         lengths + tuple(shape.length for shape in tokens.image_shapes.values()),
@@ -119,9 +106,6 @@ def open_feed(
 
 
 def place(batch: PairBatch, mesh: Mesh) -> PairBatch:
-    """Host arrays onto the mesh: groups split along the batch, the rest replicated."""
-    return PairBatch(
-        groups=place_split(batch.groups, mesh),
-        order=place_replicated(batch.order, mesh),
-        text_ids=place_replicated(batch.text_ids, mesh),
-    )
+    """Bring host arrays onto the mesh: groups split along the batch, the rest replicated."""
+    rest = place_replicated((batch.order, batch.text_ids), mesh)
+    return PairBatch(place_split(batch.groups, mesh), *rest)

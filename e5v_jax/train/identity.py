@@ -33,24 +33,20 @@ def check_run_folder(cfg: TrainConfig) -> None:
             raise ValueError(f"{cfg.output}: cannot resume, there is no run.json in it")
 
 
-def run_info(cfg: TrainConfig, base_hash: str, data_fingerprint: str) -> dict[str, Any]:
-    """The contents of ``run.json``."""
-    info = {
-        "config": dataclasses.asdict(cfg),
-        "base_hash": base_hash,
-        "data_fingerprint": data_fingerprint,
-    }
+def run_info(cfg: TrainConfig, base_hash: str, fingerprint: str) -> dict[str, Any]:
+    """Make the contents of ``run.json``, of JSON's types; ``fingerprint`` is that of the data."""
+    config = dataclasses.asdict(cfg)
+    info = {"config": config, "base_hash": base_hash, "data_fingerprint": fingerprint}
     plain: dict[str, Any] = json.loads(json.dumps(info, default=str))
     return plain
 
 
 def check_same_run(run: Path, info: dict[str, Any], *, allowed: tuple[str, ...] = ()) -> None:
-    """Refuse to resume with what makes the saved state mean something else. A new run passes.
-
-    ``allowed`` names fields that may differ all the same.
+    """Refuse to resume with what makes the saved state mean something else; a new run passes.
 
     Raises:
-        ValueError: a field that differs, one of ``allowed`` that is none, or a malformed run.json.
+        ValueError: a field that differs, but for those that are ``allowed`` to; one of these that
+            is none; or a malformed run.json.
     """
     if not (run / "run.json").is_file():
         return
@@ -68,48 +64,36 @@ def check_same_run(run: Path, info: dict[str, Any], *, allowed: tuple[str, ...] 
             )
 
 
-_IDENTITY = ("batch_size", "num_epochs", "max_steps", "seed", "quantize")
+_SINGLE = ("batch_size", "num_epochs", "max_steps", "seed", "quantize")
+# which rows there are is the fingerprint's to tell
+_FREE = ("data.path", "data.tfds", "data.tfds_dir", "data.length_groups")
 
 
 def _identity(run: Path, info: dict[str, Any]) -> dict[str, Any]:
-    """What must stay the same; a field that came after the run had its default then."""
+    """Tell what must stay the same; a field that came after the run had its default then."""
     default = run_info(TrainConfig(model=Path(), output=Path()), "", "")["config"]
-    lora_then = default.pop("lora")  # for a run without any; one with fewer fields has LoRAConfig's
-    config = {"lora": lora_then, **_with_defaults(info["config"], default)}
-    lora = lora_of(run, config)
-    match {**info, **config}:
-        case {
-            "base_hash": str(base_hash),
-            "data_fingerprint": str(data_fingerprint),
-            "data": dict(data),
-            "loss": dict(loss),
-            "optimizer": dict(optimizer),
-        }:
-            return {
-                "base_hash": base_hash,
-                "data_fingerprint": data_fingerprint,
-                "lora": None if lora is None else dataclasses.asdict(lora),
-                **{name: config[name] for name in _IDENTITY},
-                **{f"data.{name}": data[name] for name in ("max_tokens", "prompt", "template")},
-                **{f"loss.{name}": value for name, value in loss.items()},
-                **{f"optimizer.{name}": value for name, value in optimizer.items()},
-            }
-    raise ValueError(
-        f"{run / 'run.json'}: expected base_hash, data_fingerprint and, in config, the objects "
-        "data, loss and optimizer; restore it from a copy"
-    )
-
-
-def _with_defaults(found: Any, default: Any) -> Any:
-    """``found`` and, at any depth, the fields of ``default`` that it lacks."""
-    if not (isinstance(found, dict) and isinstance(default, dict)):
-        return found
-    filled = {name: _with_defaults(value, default.get(name)) for name, value in found.items()}
-    return default | filled
+    config = default | info["config"]
+    lora = lora_of(run, config)  # if it is there and has fewer fields, LoRAConfig's are the others
+    hashes, groups = ("base_hash", "data_fingerprint"), ("data", "loss", "optimizer")
+    right = [isinstance(info.get(name), str) for name in hashes]
+    right += [isinstance(config[group], dict) for group in groups]
+    if not all(right):
+        raise ValueError(
+            f"{run / 'run.json'}: expected base_hash, data_fingerprint and, in config, the objects "
+            "data, loss and optimizer; restore it from a copy"
+        )
+    filled = {group: default[group] | config[group] for group in groups}
+    fields = {f"{group}.{name}": x for group in groups for name, x in filled[group].items()}
+    return {
+        **{name: info[name] for name in hashes},
+        "lora": None if lora is None else dataclasses.asdict(lora),
+        **{name: config[name] for name in _SINGLE},
+        **{name: value for name, value in fields.items() if name not in _FREE},
+    }
 
 
 def write_run_info(run: Path, info: dict[str, Any]) -> None:
-    """Create the run folder with its ``run.json``, or renew that of a resumed run.
+    """Create the run folder with its ``run.json``, or renew that of a resumed run but for its id.
 
     A run keeps the ``id`` that it got when it began, wherever its folder is moved.
     """

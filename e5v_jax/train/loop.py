@@ -1,8 +1,9 @@
 """A training run from top to bottom."""
 
+from math import isfinite
+
 import jax
-import numpy as np
-from flax import nnx
+import optax
 from orbax.checkpoint import v1 as ocp
 
 from e5v_jax.checkpoints.converted import ConvertedFolder
@@ -12,13 +13,12 @@ from e5v_jax.encode.encoder import Encoder
 from e5v_jax.storage import remove_folder
 from e5v_jax.train.checkpoint import load_best, open_checkpointer, restore, save
 from e5v_jax.train.config import TrainConfig, check_counts
-from e5v_jax.train.export import export_adapter, export_model
-from e5v_jax.train.feed import HostBatch, load_data
+from e5v_jax.train.export import export
+from e5v_jax.train.feed import load_data
 from e5v_jax.train.identity import check_run_folder, check_same_run, run_info, write_run_info
-from e5v_jax.train.metrics import Meter, MetricsLog
+from e5v_jax.train.metrics import MetricsLog
 from e5v_jax.train.preemption import preemption
 from e5v_jax.train.setup import Training, set_up
-from e5v_jax.train.step import Metrics
 from e5v_jax.train.validation import Validation
 
 
@@ -50,20 +50,11 @@ def train(cfg: TrainConfig) -> None:
     with open_checkpointer(cfg) as checkpointer:
         if not _take_steps(cfg, training, triplets, validation, checkpointer):
             return
-        if validation:
-            best = load_best(checkpointer, training.trainable, training.runtime.mesh)
-            if best is not None:
-                step, score, training.trainable = best
-                if is_first():
-                    print(f"best checkpoint: step {step}, STS-B dev {score:.2f}")
-    if cfg.lora is not None:
-        result = cfg.output / "adapter"
-        export_adapter(result, cfg.lora, training.trainable, base)
-    else:
-        result = cfg.output / "model"
-        export_model(result, training.trainable, base)
-    if is_first():
-        print(f"{result}: written")
+        if validation and (best := load_best(checkpointer, training.trainable)):
+            step, score, training.trainable = best
+            if is_first():
+                print(f"best checkpoint: step {step}, STS-B dev {score:.2f}")
+    export(cfg.output, cfg.lora, training.trainable, base)
 
 
 def _take_steps(
@@ -73,9 +64,8 @@ def _take_steps(
     validation: Validation | None,
     checkpointer: ocp.training.Checkpointer,
 ) -> bool:
-    """From the newest checkpoint to the last step; False when preempted before it."""
-    feed = training.feed
-    start = 0
+    """Go from the newest checkpoint to the last step; False when preempted before it."""
+    feed, start = training.feed, 0
     accumulate_steps = cfg.optimizer.accumulate_steps
     restored = restore(
         checkpointer,
@@ -87,10 +77,10 @@ def _take_steps(
     if restored is not None:
         start, training.trainable, training.opt_state, position = restored
         feed.batches.set_state(position)
-    if is_first() and start < feed.total_steps:
-        remove_folder(cfg.output / "adapter")  # of an earlier, shorter end
     if is_first():
-        trained, kept = _size(training.trainable), _size(training.frozen)
+        if start < feed.total_steps:
+            remove_folder(cfg.output / "adapter")  # of an earlier, shorter end
+        trained, kept = map(optax.tree.size, (training.trainable, training.frozen))
         print(
             f"{len(triplets)} rows, {feed.total_steps} steps of {cfg.batch_size}, padded "
             f"lengths {feed.lengths}, {trained / 1e6:.2f} M trainable of "
@@ -99,25 +89,24 @@ def _take_steps(
     dropout_key = jax.random.key(cfg.seed)
     log = MetricsLog(cfg.output, start, feed.total_steps, wandb_project=cfg.wandb_project)
     with log, preemption() as noted:
-        meter = Meter(start)
         for step in range(start + 1, feed.total_steps + 1):
             batch = next(feed.batches)
             metrics = training.step(batch, jax.random.fold_in(dropout_key, step))
-            _check_finite(step, metrics, batch, triplets, checkpointer)
-            speed = meter.add(step, cfg.batch_size, batch.tokens)
-            log.show(step, float(metrics.loss), speed)
-            if step % cfg.log_every == 0 or step in (start + 1, feed.total_steps):
-                values = {name: float(value) for name, value in metrics._asdict().items()}
-                log.write(step, values, speed)
-                meter = Meter(step)
-            preempted = noted(step)
+            values = {name: float(value) for name, value in metrics._asdict().items()}
+            loss, norm = values["loss"], values["grad_norm"]
+            if not isfinite(loss) or not isfinite(norm):  # nothing of this step is saved
+                rows = ", ".join(triplets.row_ids[row] for row in batch.rows)
+                found = f"step {step}: the loss is {loss}, the gradient norm {norm}"
+                raise ValueError(f"{found}: {_remedy(checkpointer)}; its rows: {rows}")
             last = step == feed.total_steps
+            due = step % cfg.log_every == 0 or last or step == start + 1
+            log.add(step, values, triplets=cfg.batch_size, tokens=batch.tokens, due=due)
+            preempted = noted(step)
             score = None
             saved = last or step % cfg.checkpoint_every == 0
             if validation and saved and not preempted:
                 score = validation.score(training.trainable, training.frozen)
-                log.write_score(step, score)
-                meter = Meter(step)  # time spent here is not the step's
+                log.add_score(step, score)
             if saved or preempted:
                 log.upload()
             save(
@@ -138,28 +127,12 @@ def _take_steps(
     return True
 
 
-def _check_finite(
-    step: int,
-    metrics: Metrics,
-    batch: HostBatch,
-    triplets: TrainingPairs,
-    checkpointer: ocp.training.Checkpointer,
-) -> None:
-    """Stop before anything of a step that went wrong is saved."""
-    loss, grad_norm = float(metrics.loss), float(metrics.grad_norm)
-    if np.isfinite([loss, grad_norm]).all():
-        return
+def _remedy(checkpointer: ocp.training.Checkpointer) -> str:
+    """Tell what to do about a step that is not finite, once all checkpoints are written."""
     checkpointer.wait()
-    remedy = "start again with a lower learning rate"
-    if checkpointer.latest is not None:
-        remedy = (
-            f"--resume from step {checkpointer.latest.step}, the last good checkpoint, with a "
-            "lower learning rate (--allow-change optimizer.learning_rate)"
-        )
-    ids = ", ".join(triplets.row_ids[row] for row in batch.rows)
-    found = f"step {step}: the loss is {loss}, the gradient norm {grad_norm}"
-    raise ValueError(f"{found}: {remedy}; its rows: {ids}")
-
-
-def _size(state: nnx.State) -> int:
-    return sum(int(x.size) for x in jax.tree.leaves(state))
+    if checkpointer.latest is None:
+        return "start again with a lower learning rate"
+    return (
+        f"--resume from step {checkpointer.latest.step}, the last good checkpoint, with a "
+        "lower learning rate (--allow-change optimizer.learning_rate)"
+    )

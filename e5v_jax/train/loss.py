@@ -26,18 +26,13 @@ def info_nce(
 ) -> InfoNCE:
     """Cross-entropy of each anchor's positive among all positives and all hard negatives.
 
-    Under ``jit`` on a mesh B is the global batch: negatives are shared across all devices.
-
-    Args:
-        anchor: fp32 unit vectors [B, D].
-        positive: fp32 unit vectors [B, D]; row i belongs to anchor i.
-        hard_negative: fp32 unit vectors [B, D], or None for plain pairs.
-        temperature: divides the cosines; 0.05 in the paper.
-        excluded: bool [B, 2B] or [B, B], candidates that are no negatives of an anchor.
+    All are fp32 unit vectors [B, D], row i of each belongs to anchor i; plain pairs have no
+    ``hard_negative``. ``temperature`` divides the cosines. ``excluded``, bool [B, 2B] or [B, B],
+    marks candidates that are no negatives of an anchor. Under ``jit`` on a mesh B is the global
+    batch: negatives are shared across all devices.
     """
-    candidates = positive
-    if hard_negative is not None:
-        candidates = jnp.concatenate([positive, hard_negative])  # [2B, D]
+    hard = [] if hard_negative is None else [hard_negative]
+    candidates = jnp.concatenate([positive, *hard])  # [2B, D]
     logits = jnp.matmul(anchor, candidates.T, precision=jax.lax.Precision.HIGHEST)  # cosines, fp32
     logits = logits / temperature  # [B, 2B]
     if excluded is not None:
@@ -46,21 +41,6 @@ def info_nce(
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
     accuracy = jnp.mean((jnp.argmax(logits, axis=-1) == labels).astype(jnp.float32))
     return InfoNCE(loss, accuracy)
-
-
-def false_negatives(text_ids: jax.Array, columns: int) -> jax.Array:
-    """Candidates that say the same as an anchor or its positive, bool [B, (columns - 1) * B].
-
-    Args:
-        text_ids: int32 [columns * B], equal where the inputs are equal; all sent0, then sent1, then
-            hard_neg.
-        columns: 3 for triplets, 2 for plain pairs.
-    """
-    size = text_ids.shape[0] // columns
-    anchor, positive, candidates = text_ids[:size], text_ids[size : 2 * size], text_ids[size:]
-    same = (candidates == anchor[:, None]) | (candidates == positive[:, None])
-    own_positive = jnp.eye(size, candidates.shape[0], dtype=bool)
-    return same & ~own_positive
 
 
 def contrastive_loss(
@@ -74,29 +54,31 @@ def contrastive_loss(
 ) -> InfoNCE:
     """:func:`info_nce` of pooled vectors, with what embedding trainers add to it.
 
-    Args:
-        vectors: fp32 [columns * B, D], not normalised; all sent0, then sent1, then hard_neg.
-        columns: 3 for triplets, 2 for plain pairs.
-        temperature: divides the cosines.
-        text_ids: int32 [columns * B], to leave out false negatives (:func:`false_negatives`).
-        matryoshka_dims: besides all dimensions, the loss of the first d of them, for each d; the
-            mean of all (Kusupati et al. 2022, arXiv 2205.13147).
-        bidirectional: the mean of this loss and that of each positive's anchor among all anchors.
+    ``vectors`` are fp32 [columns * B, D], not normalised: all sent0, then sent1, then hard_neg.
+    ``columns`` is 3 for triplets, 2 for plain pairs. ``text_ids``, int32 [columns * B], equal where
+    the inputs are, leave out candidates that say the same as an anchor or its positive.
+    ``matryoshka_dims`` make it the mean of the losses of the first d dimensions for each d, and of
+    all (Kusupati et al. 2022, arXiv 2205.13147); ``bidirectional`` the mean of each and that of
+    each positive's anchor among all anchors.
     """
-    excluded = None if text_ids is None else false_negatives(text_ids, columns)
-    losses, accuracies = [], []
-    for dim in (*matryoshka_dims, vectors.shape[1]):  # accuracy is that of all dimensions, the last
+    excluded = None
+    if text_ids is not None:
+        anchor, positive, *_ = jnp.split(text_ids, columns)
+        candidates = text_ids[len(anchor) :]
+        same = (candidates == anchor[:, None]) | (candidates == positive[:, None])
+        own = jnp.eye(len(anchor), len(candidates), dtype=bool)
+        excluded = same & ~own  # [B, 2B], but for its own positive
+    losses = []
+    for dim in (*matryoshka_dims, vectors.shape[1]):
         unit = l2_normalize(vectors[:, :dim])
         anchor, positive, *rest = jnp.split(unit, columns)  # each [B, dim]
-        hard_negative = rest[0] if rest else None
-        forward = info_nce(
-            anchor, positive, hard_negative, temperature=temperature, excluded=excluded
-        )
+        hard = rest[0] if rest else None
+        forward = info_nce(anchor, positive, hard, temperature=temperature, excluded=excluded)
         loss = forward.loss
         if bidirectional:
             back = None if excluded is None else excluded[:, : anchor.shape[0]].T
             backward = info_nce(positive, anchor, None, temperature=temperature, excluded=back)
             loss = (loss + backward.loss) / 2
         losses.append(loss)
-        accuracies.append(forward.accuracy)
-    return InfoNCE(jnp.mean(jnp.stack(losses)), accuracies[-1])
+    # the last accuracy is that of all dimensions
+    return InfoNCE(jnp.mean(jnp.stack(losses)), forward.accuracy)

@@ -5,10 +5,11 @@ import json
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from e5v_jax.atomic import write_whole
 from e5v_jax.checkpoints.adapters import read_run_info
@@ -16,29 +17,8 @@ from e5v_jax.distributed import is_first
 from e5v_jax.storage import in_bucket, upload
 
 
-class Speed(NamedTuple):
-    """These are averages since the last line of the log."""
-
-    triplets_per_s: float
-    tokens_per_s: float  # padding not counted
-    seconds_per_step: float
-
-
-class Meter:
-    """It averages what is counted since its creation after ``step``."""
-
-    def __init__(self, step: int) -> None:
-        self._start, self._step, self._tokens = time.perf_counter(), step, 0
-
-    def add(self, step: int, triplets: int, tokens: int) -> Speed:
-        """Count a finished step of ``triplets`` and ``tokens``."""
-        self._tokens += tokens
-        elapsed, steps = time.perf_counter() - self._start, step - self._step
-        return Speed(steps * triplets / elapsed, self._tokens / elapsed, elapsed / steps)
-
-
 class MetricsLog:
-    """Writes ``metrics.jsonl`` and TensorBoard events; shows progress on a terminal.
+    """It writes ``metrics.jsonl`` and TensorBoard events, and shows progress on a terminal.
 
     On resume, lines and events after ``start_step`` are dropped, so every step appears once. With
     several processes only the first one writes. In a bucket nothing can be appended to: both are
@@ -55,28 +35,25 @@ class MetricsLog:
         """
         self._writes = is_first()
         self._live = self._writes and sys.stderr.isatty()
-        self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-            disable=not self._live,
-        )
+        done = (MofNCompleteColumn(), BarColumn())
+        columns = ("step", *done, "{task.description}", TimeRemainingColumn())
+        self._progress = Progress(*columns, disable=not self._live)
         self._task = self._progress.add_task("compiling", total=total_steps, completed=start_step)
         self._total = total_steps
+        self._restart()
         if not self._writes:
             return
         self._wandb = None if wandb_project is None else _open_wandb(wandb_project, run)
         self._run, self._uploaded = run, time.monotonic()
         self._spool = tempfile.TemporaryDirectory() if in_bucket(run) else None
         folder = Path(self._spool.name) if self._spool else run
+        before, path = run / "metrics.jsonl", folder / "metrics.jsonl"
         kept = []
-        if (run / "metrics.jsonl").is_file():
-            lines = (run / "metrics.jsonl").read_text().splitlines()
-            kept = [line + "\n" for line in lines if _step_of(line) <= start_step]
-        path = folder / "metrics.jsonl"  # a kill in here must not cost the earlier lines
-        write_whole(path, lambda file: file.write("".join(kept).encode()))
+        for line in before.read_bytes().splitlines() if before.is_file() else ():
+            with suppress(ValueError, KeyError, TypeError):  # a kill cut the line off
+                if json.loads(line)["step"] <= start_step:
+                    kept.append(line + b"\n")
+        write_whole(path, lambda file: file.writelines(kept))  # a kill in here must not cost these
         self._file = path.open("a", buffering=1)  # a line is on disk once it is written
         from tensorboardX import SummaryWriter  # imports torch where it is installed: 2 s
 
@@ -97,29 +74,49 @@ class MetricsLog:
             if self._wandb is not None:
                 self._wandb.finish()
 
-    def show(self, step: int, loss: float, speed: Speed) -> None:
-        """Update the live line."""
-        self._progress.update(self._task, completed=step, description=_describe(loss, speed))
+    def add(
+        self, step: int, values: dict[str, float], *, triplets: int, tokens: int, due: bool
+    ) -> None:
+        """Count a finished step of so many triplets and tokens, padding not counted; show its loss.
 
-    def write(self, step: int, values: dict[str, float], speed: Speed) -> None:
-        """Append one line and its scalars elsewhere; without a terminal, print it too."""
-        self._append(step, {**values, **speed._asdict()})
+        If ``due``, append ``values`` and the speed since the last line; without a terminal, print
+        them too.
+        """
+        self._steps += 1
+        self._tokens += tokens
+        elapsed = time.perf_counter() - self._since
+        speed = {
+            "triplets_per_s": self._steps * triplets / elapsed,
+            "tokens_per_s": self._tokens / elapsed,
+            "seconds_per_step": elapsed / self._steps,
+        }
+        text = "loss {loss:.4f}  {triplets_per_s:.1f} triplets/s  {tokens_per_s:.0f} tokens/s"
+        text = text.format_map({**values, **speed})
+        self._progress.update(self._task, completed=step, description=text)
+        if not due:
+            return
+        self._append(step, {**values, **speed})
         if self._writes and not self._live:
-            minutes = (self._total - step) * speed.seconds_per_step / 60
-            line = f"step {step}/{self._total}  {_describe(values['loss'], speed)}"
-            print(f"{line}  ETA {minutes:.1f} min", file=sys.stderr, flush=True)
+            left = f"ETA {(self._total - step) * speed['seconds_per_step'] / 60:.1f} min"
+            print(f"step {step}/{self._total}  {text}  {left}", file=sys.stderr, flush=True)
+        self._restart()
 
-    def write_score(self, step: int, score: float) -> None:
-        """Append the STS-B dev score of ``step``, and print it."""
+    def add_score(self, step: int, score: float) -> None:
+        """Append the STS-B dev score of ``step``, and print it; its time is not the steps'."""
         self._append(step, {"stsb_dev": score})
         if self._writes:
             self._progress.console.print(f"step {step}/{self._total}  STS-B dev {score:.2f}")
+        self._restart()
 
     def upload(self) -> None:
         """Bring all of it to the bucket, if the run is in one."""
         if self._writes and self._spool:
             upload(Path(self._spool.name), self._run)
             self._uploaded = time.monotonic()
+
+    def _restart(self) -> None:
+        """Begin to measure the speed."""
+        self._since, self._steps, self._tokens = time.perf_counter(), 0, 0
 
     def _append(self, step: int, values: dict[str, float]) -> None:
         if not self._writes:
@@ -134,21 +131,9 @@ class MetricsLog:
             self._wandb.log(values, step=step)
 
 
-def _describe(loss: float, speed: Speed) -> str:
-    rates = f"{speed.triplets_per_s:.1f} triplets/s  {speed.tokens_per_s:.0f} tokens/s"
-    return f"loss {loss:.4f}  {rates}"
-
-
 def _open_wandb(project: str, run: Path) -> Any:
     try:
         wandb = importlib.import_module("wandb")  # optional: most runs do without
     except ImportError:
         raise ImportError("wandb_project is set, but wandb is missing: pip install wandb") from None
     return wandb.init(project=project, name=run.name, id=read_run_info(run)["id"], resume="allow")
-
-
-def _step_of(line: str) -> float:
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # a kill cut the line off
-        return float("inf")

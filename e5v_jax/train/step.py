@@ -1,6 +1,7 @@
 """One optimizer step as a pure function of arrays."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +36,7 @@ class Metrics(NamedTuple):
     grad_norm: jax.Array  # before clipping
 
 
+Key = jax.Array | None  # of dropout; None is without
 TrainStep = Callable[
     [nnx.State, optax.OptState, nnx.State, PairBatch, jax.Array],
     tuple[nnx.State, optax.OptState, Metrics],
@@ -48,15 +50,10 @@ def split_trainable(model: Model, *, lora: bool) -> tuple[nnx.GraphDef[Any], nnx
     return graphdef, trainable, rest[0]
 
 
-def embed_group(
-    model: Model,
-    group: Batch,
-    *,
-    chunk_size: int | None,
-    remat: Remat,
-    dropout_key: jax.Array | None,
+def _embed_group(
+    model: Model, group: Batch, key: Key, *, chunk_size: int | None, remat: Remat
 ) -> jax.Array:
-    """Pooled vectors of one group, fp32 [N, D], not normalised.
+    """Pool the N inputs of one group: fp32 [N, D], not normalised.
 
     With a ``chunk_size``, a divisor of N, no more inputs than that are in the model at a time: the
     backward pass runs each chunk forward again. The gradient is that of the whole batch (GradCache,
@@ -64,44 +61,32 @@ def embed_group(
     """
     size = group.last_index.shape[0]
     if chunk_size is None or size <= chunk_size:
-        return model(group, remat=remat, dropout_key=dropout_key)
+        return model(group, remat=remat, dropout_key=key)
     count = size // chunk_size
 
+    # chunk j is every count-th input from j on: so each device has its share of every chunk
     def split(x: Array) -> Array:
-        """[N * K, ...] -> [count, chunk_size * K, ...]; K is 1, or say the tiles of an image.
-
-        Chunk j is every count-th input from j on: so each device has its share of every chunk.
-        """
+        """[N * K, ...] -> [count, chunk_size * K, ...]; K is 1, or say the tiles of an image."""
         x = x.reshape(chunk_size, count, -1, *x.shape[1:]).swapaxes(0, 1)
         return x.reshape(count, -1, *x.shape[3:])
 
-    chunks = jax.tree.map(split, group)
-    keys = None if dropout_key is None else jax.random.split(dropout_key, count)
-
     @jax.checkpoint
-    def embed(chunk_and_key: tuple[Batch, jax.Array | None]) -> jax.Array:
-        chunk, key = chunk_and_key
-        return model(chunk, remat=remat, dropout_key=key)
+    def embed(chunk: tuple[Batch, Key]) -> jax.Array:
+        return model(chunk[0], remat=remat, dropout_key=chunk[1])
 
-    pooled = jax.lax.map(embed, (chunks, keys))  # [count, chunk_size, D]
-    return pooled.swapaxes(0, 1).reshape(size, -1)  # [N, D]
+    keys = None if key is None else jax.random.split(key, count)
+    pooled = jax.lax.map(embed, (jax.tree.map(split, group), keys))
+    return pooled.swapaxes(0, 1).reshape(size, -1)  # [count, chunk_size, D] -> [N, D]
 
 
 def embed_pairs(
-    model: Model,
-    batch: PairBatch,
-    *,
-    chunk_size: int | None,
-    remat: Remat,
-    dropout_key: jax.Array | None,
+    model: Model, batch: PairBatch, *, chunk_size: int | None, remat: Remat, dropout_key: Key
 ) -> jax.Array:
-    """Pooled vectors of all inputs in their original order, fp32 [3B or 2B, D]."""
+    """Pool all inputs, in their original order: fp32 [3B or 2B, D], not normalised."""
     pooled = []
     for i, group in enumerate(batch.groups):
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
-        pooled.append(
-            embed_group(model, group, chunk_size=chunk_size, remat=remat, dropout_key=key)
-        )
+        pooled.append(_embed_group(model, group, key, chunk_size=chunk_size, remat=remat))
     return jnp.concatenate(pooled)[batch.order]
 
 
@@ -113,11 +98,11 @@ def pair_loss(
     loss: LossConfig,
     chunk_size: int | None,
     remat: Remat,
-    dropout_key: jax.Array | None,
+    dropout_key: Key,
 ) -> tuple[jax.Array, jax.Array]:
     """Loss and accuracy of one batch; ``columns`` is 3 for triplets, 2 for plain pairs."""
     vectors = embed_pairs(model, batch, chunk_size=chunk_size, remat=remat, dropout_key=dropout_key)
-    result = contrastive_loss(
+    return contrastive_loss(
         vectors,
         columns=columns,
         temperature=loss.temperature,
@@ -125,7 +110,6 @@ def pair_loss(
         matryoshka_dims=loss.matryoshka_dims,
         bidirectional=loss.bidirectional,
     )
-    return result.loss, result.accuracy
 
 
 def make_train_step(
@@ -139,13 +123,12 @@ def make_train_step(
     dropout: bool,
     state: tuple[nnx.State, optax.OptState],
 ) -> TrainStep:
-    """The jitted step; trainable and optimizer state are donated.
+    """Jit the step; trainable and optimizer state are donated and placed like ``state``, the first.
 
-    ``step(trainable, opt_state, frozen, batch, key) -> (trainable, opt_state, metrics)``. New
-    trainable and optimizer state are placed like ``state``, the first ones.
+    ``step(trainable, opt_state, frozen, batch, key) -> (trainable, opt_state, metrics)``.
     """
-
     placement = jax.tree.map(lambda x: x.sharding, state)
+    loss_of = partial(pair_loss, columns=columns, loss=loss, chunk_size=chunk_size, remat=remat)
 
     def step(
         trainable: nnx.State,
@@ -155,15 +138,8 @@ def make_train_step(
         key: jax.Array,
     ) -> tuple[nnx.State, optax.OptState, Metrics]:
         def loss_fn(trainable: nnx.State) -> tuple[jax.Array, jax.Array]:
-            return pair_loss(
-                nnx.merge(graphdef, trainable, frozen),
-                batch,
-                columns=columns,
-                loss=loss,
-                chunk_size=chunk_size,
-                remat=remat,
-                dropout_key=key if dropout else None,
-            )
+            model = nnx.merge(graphdef, trainable, frozen)
+            return loss_of(model, batch, dropout_key=key if dropout else None)
 
         (value, accuracy), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
         metrics = Metrics(value, accuracy, optax.tree.norm(grads))

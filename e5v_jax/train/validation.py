@@ -1,9 +1,9 @@
 """STS-B dev inside a run: the score by which the best checkpoint is told."""
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
-import numpy as np
 from flax import nnx
 
 from e5v_jax.encode.encoder import Encoder
@@ -15,7 +15,7 @@ TASK = "stsb-dev"
 
 
 class Validation:
-    """Scores the parameters of a running training, embedding as users do."""
+    """It scores the parameters of a running training, embedding as users do."""
 
     def __init__(self, data: Path, encoder: Encoder, *, stride: int) -> None:
         """Read the pairs (every ``stride``-th) now, so that a missing file stops no running run.
@@ -31,18 +31,16 @@ class Validation:
             encoder.processor.padded_length(item.length, item.shape_key)
 
     def score(self, trainable: nnx.State, frozen: nnx.State) -> float:
-        """Spearman x 100 by the paper's protocol."""
+        """Compute Spearman x 100 by the paper's protocol."""
         state = nnx.merge_state(trainable, frozen)
 
-        def encode(sentences: list[str]) -> np.ndarray:
-            with ThreadPoolExecutor(1) as pool:  # there are no images to decode
-                return encode_stream(
-                    self._encoder,
-                    state,
-                    sentences,
-                    prompts=self._prompts,
-                    limits=BatchLimits(),
-                    pool=pool,
-                )
-
-        return score_tasks(encode, {TASK: self._pairs})[TASK].items.value()
+        with ThreadPoolExecutor(1) as pool:  # there are no images to decode
+            encode = partial(
+                encode_stream,
+                self._encoder,
+                state,
+                prompts=self._prompts,
+                limits=BatchLimits(),
+                pool=pool,
+            )
+            return score_tasks(encode, {TASK: self._pairs})[TASK].items.value()
