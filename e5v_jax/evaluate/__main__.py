@@ -1,4 +1,7 @@
-"""``python -m e5v_jax.evaluate --model DIR --tasks sts,flickr30k --data DIR``."""
+"""``python -m e5v_jax.evaluate --model DIR --tasks sts,flickr30k --data DIR``.
+
+The functions import what they need: --help waits for neither JAX nor transformers.
+"""
 
 import json
 import sys
@@ -6,10 +9,7 @@ import time
 from contextlib import nullcontext
 
 from e5v_jax import __version__, cli
-from e5v_jax.evaluate.analyse import analyse
-from e5v_jax.evaluate.compare import compare_runs
 from e5v_jax.evaluate.config import AnalyseArgs, EvaluateConfig
-from e5v_jax.evaluate.report import Report, print_report, write_report
 
 
 def evaluate(args: EvaluateConfig) -> None:
@@ -20,9 +20,10 @@ def evaluate(args: EvaluateConfig) -> None:
         ValueError, FileNotFoundError, FileExistsError: one line naming file, row or folder.
     """
     if args.compare is not None:
+        from e5v_jax.evaluate.compare import compare_runs
+
         compare_runs(*args.compare, output=args.output)
         return
-    # Here and below, not above: these load JAX and transformers, which --help does not need.
     from e5v_jax.evaluate.tasks import TASKS, choose_tasks, run_tasks
 
     names = choose_tasks(args.tasks)
@@ -39,6 +40,7 @@ def evaluate(args: EvaluateConfig) -> None:
     import jax
 
     from e5v_jax.atomic import new_folder
+    from e5v_jax.evaluate.report import Report, print_report, write_report
 
     with nullcontext() if args.output is None else new_folder(args.output) as folder:
         encoder = args.load_encoder()
@@ -58,16 +60,26 @@ def evaluate(args: EvaluateConfig) -> None:
         report = Report(settings, result.rows, result.scores)
         if report.rows:
             print_report(report)  # first: a full disk must not cost the scores
-        if folder is None:
-            return
-        write_report(report, folder)
-        for file, server, content in result.submissions:
-            (folder / file).write_text(json.dumps(content))
-            print(f"{args.output}/{file}: for {server}")
+        if folder is not None:
+            write_report(report, folder)
+            for file, server, content in result.submissions:
+                (folder / file).write_text(json.dumps(content))
+                print(f"{args.output}/{file}: for {server}")
+
+
+def _analyse(args: AnalyseArgs) -> None:
+    from e5v_jax.evaluate.analyse import analyse
+
+    analyse(args)
+
+
+def main() -> None:
+    """Run the command that the command line asks for."""
+    if sys.argv[1:2] == ["analyse"]:
+        cli.run(_analyse, AnalyseArgs, argv=sys.argv[2:])
+    default, argv = cli.split_config(sys.argv[1:], EvaluateConfig)
+    cli.run(evaluate, EvaluateConfig, default=default, argv=argv)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["analyse"]:
-        cli.run(analyse, AnalyseArgs, argv=sys.argv[2:])
-    default, argv = cli.split_config(sys.argv[1:], EvaluateConfig)
-    cli.run(evaluate, EvaluateConfig, default=default, argv=argv)
+    main()
