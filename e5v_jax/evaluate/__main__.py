@@ -9,6 +9,7 @@ import time
 from contextlib import nullcontext
 
 from e5v_jax import __version__, cli
+from e5v_jax.atomic import new_folder
 from e5v_jax.evaluate.config import AnalyseArgs, EvaluateConfig
 
 
@@ -39,7 +40,6 @@ def evaluate(args: EvaluateConfig) -> None:
 
     import jax
 
-    from e5v_jax.atomic import new_folder
     from e5v_jax.evaluate.report import Report, print_report, write_report
 
     with nullcontext() if args.output is None else new_folder(args.output) as folder:

@@ -15,13 +15,11 @@ Protocol = Literal["paper", "plain"]
 
 
 class Submission(NamedTuple):
-    """Answers to a test set whose scores only its organisers can tell."""
+    """These are answers to a test set whose scores only its organisers can tell."""
 
     file: str
-    server: str
-    """Where the file is to be sent."""
-    content: Mapping[str, object]
-    """What the file holds, as JSON."""
+    server: str  # where the file is to be sent
+    content: Mapping[str, object]  # what the file holds, as JSON
 
 
 @dataclass
@@ -35,18 +33,17 @@ class Result:
 
 @dataclass(frozen=True, eq=False)
 class Benchmark(Generic[Data]):
-    """One or more tasks that are scored together, as they share inputs or have an average."""
+    """One or more tasks are scored together, as they share inputs or have an average.
 
-    tasks: tuple[str, ...]
-    """The names that ``--tasks`` takes."""
+    ``load`` reads the ``--data`` folder for a task, every ``--stride``-th item, and raises OSError
+    or ValueError, naming file and row and what was expected. ``score`` takes what was loaded, by
+    task, and raises what :meth:`CachedEncoder.embed` does.
+    """
+
+    tasks: tuple[str, ...]  # the names that --tasks takes
     load: Callable[[Path, str, int], Data]
-    """Reads the ``--data`` folder for a task, every ``--stride``-th item; raises OSError or
-    ValueError, naming file and row and what was expected."""
     score: Callable[[CachedEncoder, Mapping[str, Data], Protocol], Result]
-    """Scores what was loaded, by task; raises what :meth:`CachedEncoder.embed` does."""
+    # words that --tasks takes for several tasks at once
     groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    """Words that ``--tasks`` takes for several tasks at once."""
-    order: int = 0
-    """Tables show a benchmark after those with less; equal ones in the order of ``--tasks``."""
-    submits: str | None = None
-    """A file that is written to ``--output``, which is then needed."""
+    order: int = 0  # in tables; equal ones stand in the order of --tasks
+    submits: str | None = None  # a file that is written to --output, which is then needed

@@ -10,12 +10,12 @@ from rich.console import Console
 from rich.progress import track
 
 from e5v_jax import __version__
+from e5v_jax.data.inputs import Input, InputError
 from e5v_jax.evaluate.cache import VectorCache, input_key
 from e5v_jax.evaluate.vectors import normalised, squared_lengths
 
 if TYPE_CHECKING:
     from e5v_jax import E5V
-    from e5v_jax.data.inputs import Input
 
 _TEXTS, _IMAGES = 1024, 64  # inputs prepared at once: sorts lengths well; bounds decoded images
 Item = TypeVar("Item")
@@ -33,40 +33,28 @@ class CachedEncoder:
         about: Mapping[str, str | None] | None = None,
     ) -> None:
         """Wrap a model; with ``cache``, vectors are kept there, ``about`` tells models apart."""
-        self._model = model
-        self._batch_size = batch_size
-        self._cache = cache
+        self._model, self._batch_size, self._cache = model, batch_size, cache
+        self.template = model.template
         self._about = {**(about or {}), "template": model.template, "e5v-jax": __version__}
-
-    @property
-    def template(self) -> str:
-        """This names the model's chat template."""
-        return self._model.template
 
     def embed(
         self,
         items: Sequence[Item],
         *,
         prompt: str,
-        make: "Callable[[Item], Input]",
+        make: Callable[[Item], Input],
         where: Callable[[int], str] | None = None,
         normalize: bool = True,
     ) -> np.ndarray:
         """Embed ``items`` and return their vectors, fp32 [N, D], in the same order.
 
-        Args:
-            items: what is to be embedded, perhaps only named.
-            prompt: instruction with ``<sent>`` and/or ``<image>``.
-            make: turns one item into an input of ``E5V.encode``; called when its turn comes, so
-                that only few images are in memory.
-            where: where a person finds an item by its position, for messages; by default its str.
-            normalize: to unit length.
+        ``prompt`` has ``<sent>`` and/or ``<image>``. ``make`` turns an item into an input of
+        ``E5V.encode`` when its turn comes, so that only few images are in memory. ``where`` tells
+        where a person finds an item by its position, for messages; by default its str.
 
         Raises:
             ValueError: a bad input, or a vector that is zero or not finite.
         """
-        from e5v_jax.data.inputs import InputError
-
         where = where or (lambda position: str(items[position]))
         cache = None
         if self._cache is not None:
@@ -75,16 +63,12 @@ class CachedEncoder:
         keys: list[bytes] = []
         chunk = _IMAGES if "<image>" in prompt else _TEXTS
         shown = sys.stderr.isatty() and len(items) > self._batch_size
-        for start in track(
-            range(0, len(items), chunk),
-            "embedding",
-            console=Console(stderr=True),
-            transient=True,
-            disable=not shown,
-        ):
+        positions = range(len(items))
+        starts, console = positions[::chunk], Console(stderr=True)
+        for start in track(starts, "embedding", console=console, transient=True, disable=not shown):
             new: dict[bytes, Input] = {}
             places: list[str] = []
-            for position in range(start, min(start + chunk, len(items))):
+            for position in positions[start : start + chunk]:
                 try:
                     made = make(items[position])
                     keys.append(input_key(made))
@@ -120,10 +104,8 @@ class CachedEncoder:
         Raises:
             ValueError: see :meth:`embed`.
         """
-        return self.embed(
-            sentences,
-            prompt=prompt,
-            make=str,
-            where=lambda i: f"sentence {sentences[i]!r}",
-            normalize=False,
-        )
+
+        def where(position: int) -> str:
+            return f"sentence {sentences[position]!r}"
+
+        return self.embed(sentences, prompt=prompt, make=str, where=where, normalize=False)

@@ -1,9 +1,9 @@
 """``python -m e5v_jax.evaluate --compare RUN_A RUN_B``: are two runs different?"""
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
+from e5v_jax.atomic import new_folder
 from e5v_jax.evaluate.report import markdown_table, print_table, read_scores
 from e5v_jax.evaluate.scores import RESAMPLES, compare
 
@@ -18,37 +18,30 @@ def compare_runs(first: Path, second: Path, *, output: Path | None = None) -> No
         FileNotFoundError, ValueError: a folder is no run, or the runs have nothing in common.
         FileExistsError: ``output`` exists and is not empty.
     """
-    runs = [
-        {(score.task, score.metric): score for score in read_scores(folder)}
-        for folder in (first, second)
-    ]
+    folders = (first, second)
+    runs = [{(score.task, score.metric): score for score in read_scores(f)} for f in folders]
     common = [key for key in runs[0] if key in runs[1]]
     if not common:
-        raise ValueError(
-            f"nothing to compare: {first} has {_tasks(runs[0])}, {second} has {_tasks(runs[1])}"
-        )
+        a, b = (", ".join(dict.fromkeys(task for task, _ in run)) or "nothing" for run in runs)
+        raise ValueError(f"nothing to compare: {first} has {a}, {second} has {b}")
     cells, results = [], []
     for key in common:
-        a, b = (run[key] for run in runs)
-        difference = compare(a, b)
-        values = {"task": key[0], "metric": key[1], "a": a.items.value(), "b": b.items.value()}
+        scores = [run[key] for run in runs]
+        before, after = (score.items.value() for score in scores)
+        difference = compare(*scores)
+        values = {"task": key[0], "metric": key[1], "a": before, "b": after}
         results.append({**values, **difference._asdict()})
         interval = f"{difference.low:+.2f} to {difference.high:+.2f}"
-        figures = [f"{values['a']:.2f}", f"{values['b']:.2f}", f"{difference.value:+.2f}"]
+        figures = [f"{before:.2f}", f"{after:.2f}", f"{difference.value:+.2f}"]
         cells.append([*key, *figures, interval, f"{difference.p:.4f}"])
     print_table(_HEADINGS, cells, caption=f"A: {first}, B: {second}; {_NOTE}")
-    for folder, run, other in ((first, runs[0], runs[1]), (second, runs[1], runs[0])):
-        if set(run) - set(other):
-            print(f"only in {folder}: {_tasks({k: run[k] for k in run if k not in other})}")
+    for folder, run in zip(folders, runs, strict=True):
+        only = dict.fromkeys(task for task, metric in run if (task, metric) not in common)
+        if only:
+            print(f"only in {folder}: {', '.join(only)}")
     if output is not None:
-        from e5v_jax.atomic import new_folder  # loads JAX
-
         with new_folder(output) as folder:
             content = {"a": str(first), "b": str(second), "results": results}
             (folder / "comparison.json").write_text(json.dumps(content, indent=2) + "\n")
             text = f"# Comparison\n\nA: {first}, B: {second}\n\n{markdown_table(_HEADINGS, cells)}"
             (folder / "comparison.md").write_text(f"{text}\n{_NOTE}.\n", encoding="utf-8")
-
-
-def _tasks(run: Iterable[tuple[str, str]]) -> str:
-    return ", ".join(dict.fromkeys(task for task, _ in run)) or "nothing"

@@ -42,45 +42,37 @@ def cirr_submission(encoder: CachedEncoder, data: ComposedSet) -> dict[str, str 
     """Return what CIRR's test server takes: the 50 best images of each query, best first."""
     queries, gallery = _embed_cirr(encoder, data)
     best = top_k(queries, gallery, _SUBMITTED, removed=data.references)
-    names = {
-        pair: [data.gallery_ids[row] for row in rows]
-        for pair, rows in zip(data.pair_ids, best, strict=True)
-    }
-    return {"version": "rc2", "metric": "recall", **names}
+    names = [[data.gallery_ids[row] for row in rows] for rows in best]
+    answers = dict(zip(data.pair_ids, names, strict=True))
+    return {"version": "rc2", "metric": "recall", **answers}
 
 
 def _embed_cirr(encoder: CachedEncoder, data: ComposedSet) -> tuple[np.ndarray, np.ndarray]:
     gallery = encoder.embed(data.gallery, prompt=CIRR_GALLERY, make=load)
-    queries = encoder.embed(
-        [(image, caption) for image, (caption,) in zip(data.images, data.captions, strict=True)],
-        prompt=CIRR_QUERY,
-        make=_composed,
-        where=lambda i: f"CIRR query {data.pair_ids[i]}",
-    )
-    return queries, gallery
+    items = [(image, text) for image, (text,) in zip(data.images, data.captions, strict=True)]
+
+    def where(position: int) -> str:
+        return f"CIRR query {data.pair_ids[position]}"
+
+    return encoder.embed(items, prompt=CIRR_QUERY, make=_composed, where=where), gallery
 
 
 def score_fashioniq(encoder: CachedEncoder, kind: str, data: ComposedSet) -> list[Score]:
     """Score recall at 10 and 50 of one type; a query counts its two captions in both orders."""
     assert data.targets is not None
     word = "shirt" if kind == "toptee" else kind
-    gallery = encoder.embed(
-        data.gallery, prompt=FASHIONIQ_GALLERY.replace("{type}", word), make=load
-    )
-    one_way, other_way = (
-        encoder.embed(
-            [
-                (image, join_captions(captions[::step]))
-                for image, captions in zip(data.images, data.captions, strict=True)
-            ],
-            prompt=FASHIONIQ_QUERY.replace("{type}", word),
-            make=_composed,
-            where=lambda i: f"FashionIQ {kind} query {i}",
-            normalize=False,
-        )
-        for step in (1, -1)
-    )
-    ranks = rank_positives(normalised(one_way + other_way), gallery, list(data.targets[:, None]))
+    prompt, of_gallery = (p.replace("{type}", word) for p in (FASHIONIQ_QUERY, FASHIONIQ_GALLERY))
+    gallery = encoder.embed(data.gallery, prompt=of_gallery, make=load)
+
+    def where(position: int) -> str:
+        return f"FashionIQ {kind} query {position}"
+
+    def embed(step: int) -> np.ndarray:
+        texts = (join_captions(captions[::step]) for captions in data.captions)
+        items = list(zip(data.images, texts, strict=True))
+        return encoder.embed(items, prompt=prompt, make=_composed, where=where, normalize=False)
+
+    ranks = rank_positives(normalised(embed(1) + embed(-1)), gallery, list(data.targets[:, None]))
     return recalls(_FASHIONIQ + kind, ranks, FASHIONIQ_AT, data.fingerprint())
 
 
@@ -102,10 +94,9 @@ def fashioniq_rows(scores: dict[str, list[Score]]) -> list[Row]:
     rows = []
     for kind, of_kind in scores.items():
         for score in of_kind:
-            queries = len(score.items)
-            whole = queries == FASHIONIQ_QUERIES[kind]
+            items, whole = len(score.items), len(score.items) == FASHIONIQ_QUERIES[kind]
             label = f"FashionIQ {kind}"
-            rows.append(make_row(score.task, label, f"{queries} queries", [score], whole))
+            rows.append(make_row(score.task, label, f"{items} queries", [score], whole))
     if set(scores) == set(FASHIONIQ_QUERIES):
         whole = all(row.published.paper is not None for row in rows)
         rows += [
@@ -116,8 +107,7 @@ def fashioniq_rows(scores: dict[str, list[Score]]) -> list[Row]:
 
 
 def _composed(item: tuple[ImageRef, str]) -> dict[str, Any]:
-    image, text = item
-    return {"image": load(image), "text": text}
+    return {"image": load(item[0]), "text": item[1]}
 
 
 def _load_cirr(data: Path, name: str, stride: int) -> ComposedSet:

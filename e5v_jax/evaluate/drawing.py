@@ -20,37 +20,35 @@ def draw_caption(text: str) -> Image.Image:
         ImportError: this Pillow was built without FreeType.
     """
     image = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
-    draw = ImageDraw.Draw(image)
     font = _font()
     lines = wrap(text, font)
-    ascent, descent = font.getmetrics()
-    y = (_HEIGHT - len(lines) * (ascent + descent)) // 2
-    for line in lines:
-        draw.text((_MARGIN, y), line, font=font, fill="black")
-        y += ascent + descent
+    height = sum(font.getmetrics())
+    for number, line in enumerate(lines):
+        y = (_HEIGHT - len(lines) * height) // 2 + number * height
+        ImageDraw.Draw(image).text((_MARGIN, y), line, font=font, fill="black")
     return image
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont) -> list[str]:
     """Split into lines of whole words that fit; a word too long for a line is broken."""
+
+    def fits(text: str) -> bool:
+        return font.getlength(text) <= _WIDTH - 2 * _MARGIN
+
     lines: list[str] = []
     line = ""
     for word in text.split():
-        if line and _fits(f"{line} {word}", font):
+        if line and fits(f"{line} {word}"):
             line = f"{line} {word}"
             continue
         if line:
             lines.append(line)
-        while not _fits(word, font):
-            fitting = next(n for n in range(len(word), 0, -1) if n == 1 or _fits(word[:n], font))
+        while not fits(word):
+            fitting = next(n for n in range(len(word), 0, -1) if n == 1 or fits(word[:n]))
             lines.append(word[:fitting])
             word = word[fitting:]
         line = word
     return [*lines, line] if line else lines
-
-
-def _fits(text: str, font: ImageFont.FreeTypeFont) -> bool:
-    return font.getlength(text) <= _WIDTH - 2 * _MARGIN
 
 
 @cache

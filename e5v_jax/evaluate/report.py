@@ -1,7 +1,7 @@
 """Scores with intervals beside the paper's: a table in the terminal, Markdown and JSON."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -28,16 +28,12 @@ _NOTE = f"percent; paper and baselines: E5-V (Llama-3-8B) and others as in {PAPE
 class Row:
     """This is one figure; all figures are in percent."""
 
-    task: str
-    """Key for programs."""
-    label: str
-    """Name for readers."""
+    task: str  # key for programs
+    label: str  # name for readers
     metric: str
-    items: str
-    """What it was measured on, as "1379" or "300 of 1500"."""
+    items: str  # what it was measured on, as "1379" or "300 of 1500"
     value: float
-    low: float
-    """Ends of the 95 % bootstrap interval."""
+    low: float  # ends of the 95 % bootstrap interval
     high: float
     published: Published = field(default_factory=Published)
 
@@ -48,8 +44,7 @@ class Report:
 
     settings: Mapping[str, str | int | float | None]
     rows: list[Row]
-    scores: list[Score] = field(default_factory=list)
-    """The figures again, item by item, to compare runs by."""
+    scores: list[Score] = field(default_factory=list)  # the same item by item, to compare runs by
 
 
 def make_row(task: str, label: str, items: str, scores: Sequence[Score], comparable: bool) -> Row:
@@ -64,20 +59,19 @@ def make_row(task: str, label: str, items: str, scores: Sequence[Score], compara
 
 def _table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Return headings and cells; figures of others than the paper only if there are any."""
-    shown = [
-        name
-        for name in _PUBLISHED_HEADINGS
-        if name in ("paper", "prompt_only")
+    shown = {
+        name: heading
+        for name, heading in _PUBLISHED_HEADINGS.items()
+        if heading.startswith("paper")
         or any(getattr(row.published, name) is not None for row in rows)
-    ]
+    }
     cells = []
     for row in rows:
-        interval = f"{row.low:.2f} to {row.high:.2f}"
         figures = [getattr(row.published, name) for name in shown]
         published = ["" if figure is None else f"{figure:.2f}" for figure in figures]
-        ours = [row.label, row.metric, row.items, f"{row.value:.2f}", interval]
-        cells.append([*ours, *published])
-    return [*_HEADINGS, *(_PUBLISHED_HEADINGS[name] for name in shown)], cells
+        ours = [f"{row.value:.2f}", f"{row.low:.2f} to {row.high:.2f}"]
+        cells.append([row.label, row.metric, row.items, *ours, *published])
+    return [*_HEADINGS, *shown.values()], cells
 
 
 def markdown_table(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
@@ -107,13 +101,13 @@ def to_json(report: Report) -> str:
 
 def print_table(headings: Sequence[str], cells: Sequence[Sequence[str]], *, caption: str) -> None:
     """Print to the terminal; figures are never cut short, a narrow terminal wraps them."""
-    table = Table(caption=caption)
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if number < _FIRST_NUMBER else "right")
+    table = Table(*headings, caption=caption)
+    for column in table.columns[_FIRST_NUMBER:]:
+        column.justify = "right"
     for row in cells:
         table.add_row(*row)
     console = Console()
-    width = sum(max(len(row[i]) for row in [headings, *cells]) + 3 for i in range(len(headings)))
+    width = sum(max(map(len, column)) + 3 for column in zip(headings, *cells, strict=True))
     console.width = max(console.width, width + 1)
     console.print(table)
 
@@ -131,8 +125,7 @@ def write_report(report: Report, folder: Path) -> None:
     for score in report.scores:
         key = f"{score.task}/{score.metric}"
         arrays[f"{key}/data"] = np.array(score.data)
-        for part in fields(score.items):
-            arrays[f"{key}/{part.name}"] = getattr(score.items, part.name)
+        arrays |= {f"{key}/{name}": values for name, values in vars(score.items).items()}
     with (folder / "items.npz").open("wb") as file:
         np.savez_compressed(file, allow_pickle=False, **arrays)
 
@@ -147,18 +140,16 @@ def read_scores(folder: Path) -> list[Score]:
     path = folder / "items.npz"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; expected the --output folder of an evaluation")
+    scores = []
     try:
         with np.load(path, allow_pickle=False) as file:
-            return list(_scores(dict(file)))
+            for name in file:
+                key, _, last = name.rpartition("/")
+                if last == "data":
+                    task, _, metric = key.partition("/")
+                    kind = Hits if f"{key}/hits" in file else Pairs
+                    items = kind(*(file[f"{key}/{part.name}"] for part in fields(kind)))
+                    scores.append(Score(task, metric, items, str(file[name])))
     except Exception as error:  # zipfile, zlib and NumPy raise many types for a damaged file
         raise ValueError(f"{path}: damaged ({error}): run the evaluation again") from error
-
-
-def _scores(arrays: Mapping[str, np.ndarray]) -> Iterator[Score]:
-    for name in arrays:
-        key, _, last = name.rpartition("/")
-        if last == "data":
-            task, _, metric = key.partition("/")
-            kind = Hits if f"{key}/hits" in arrays else Pairs
-            items = kind(*(arrays[f"{key}/{part.name}"] for part in fields(kind)))
-            yield Score(task, metric, items, str(arrays[name]))
+    return scores

@@ -4,7 +4,6 @@ Protocol: the authors' retrieval.py. A caption hits if its image is among the k 
 image if any of its captions is among the k best captions.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from e5v_jax.evaluate.files import (
     find_image,
     get,
     load,
+    parse_json,
     read_lines,
     read_parquet,
 )
@@ -33,13 +33,11 @@ AT = (1, 5, 10)
 
 
 class RetrievalTask(NamedTuple):
-    """A set as the paper has it."""
+    """This is a set as the paper has it."""
 
     label: str
-    images: int
-    """How many the paper's test set has."""
-    dataset: str
-    """Its name on the hub."""
+    images: int  # how many the paper's test set has
+    dataset: str  # its name on the hub
 
 
 TASKS = {
@@ -48,8 +46,7 @@ TASKS = {
 }
 _PAPER_CAPTIONS = 5  # of each image; COCO has six or seven of some, the authors drop those
 _I2I = "i2i-"
-OWN = "retrieval"
-"""The task that takes the data folder itself, whatever is in it."""
+OWN = "retrieval"  # takes the data folder itself, whatever is in it
 
 
 @dataclass(frozen=True)
@@ -57,8 +54,7 @@ class CaptionedImages:
     """These are images with their captions."""
 
     images: list[ImageRef]
-    captions: list[list[str]]
-    """[images][captions of it], at least one each."""
+    captions: list[list[str]]  # [images][captions of it], at least one each
 
     def flat(self) -> tuple[list[str], np.ndarray]:
         """Return all captions, and int [C], ascending: the image that each belongs to."""
@@ -75,8 +71,7 @@ def load_captioned(folder: Path) -> CaptionedImages:
     Raises:
         FileNotFoundError, ValueError: names file and row, and what was expected.
     """
-    path = folder / "captions.jsonl"
-    return _collect(path, _read_jsonl(path))
+    return _collect(folder / "captions.jsonl", _read_jsonl(folder))
 
 
 def load_task(data: Path, name: str) -> CaptionedImages:
@@ -121,14 +116,10 @@ def score_retrieval(
 def score_vectors(
     name: str, texts: np.ndarray, images: np.ndarray, image_of: np.ndarray, data: str
 ) -> list[Score]:
-    """Score image and text recall from normalised vectors.
+    """Score image and text recall of a task from normalised ``texts`` [C, D] and ``images`` [N, D].
 
-    Args:
-        name: of the task.
-        texts: [C, D].
-        images: [N, D].
-        image_of: int [C], ascending: the image that each caption belongs to.
-        data: hash of the questions.
+    ``image_of``, int [C], ascending, is the image that each caption belongs to; ``data`` is the
+    hash of the questions.
     """
     captions_of = np.split(np.arange(len(texts)), np.cumsum(np.bincount(image_of))[:-1])
     to_image = rank_positives(texts, images, [np.array([i]) for i in image_of])
@@ -154,34 +145,27 @@ def take(data: CaptionedImages, stride: int) -> CaptionedImages:
     return CaptionedImages(data.images[::stride], data.captions[::stride])
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Path, list[str]]]:
-    folders = (path.parent / "images", path.parent)
-    hint = (
-        'expected lines {"image": "a.jpg", "captions": ["a dog", ...]} and the images in '
-        f"{folders[0]}"
-    )
+def _read_jsonl(folder: Path) -> Iterator[tuple[str, Path, list[str]]]:
+    path, images = folder / "captions.jsonl", folder / "images"
+    hint = f'expected lines {{"image": "a.jpg", "captions": ["a dog", ...]}} and the images in {images}'
     for number, line in enumerate(read_lines(path, hint=hint), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, row {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where}: not valid JSON ({error})") from None
-        image = find_image(get(row, "image", str, where), folders, where)
-        yield where, image, get(row, "captions", list, where)
+        if line.strip():
+            where = f"{path}, row {number}"
+            row = parse_json(line, where)
+            image = find_image(get(row, "image", str, where), (images, folder), where)
+            yield where, image, get(row, "captions", list, where)
 
 
 def _collect(source: Path, rows: Iterator[tuple[str, ImageRef, list[str]]]) -> CaptionedImages:
-    images, captions = [], []
+    found = CaptionedImages([], [])
     for where, image, group in rows:
         if not group or not all(isinstance(text, str) and text.strip() for text in group):
             raise ValueError(f"{where}: captions {group!r}, expected a list of texts, none empty")
-        images.append(image)
-        captions.append(group)
-    if len(images) < 2:
-        raise ValueError(f"{source}: {len(images)} images, expected at least 2")
-    return CaptionedImages(images, captions)
+        found.images.append(image)
+        found.captions.append(group)
+    if len(found.images) < 2:
+        raise ValueError(f"{source}: {len(found.images)} images, expected at least 2")
+    return found
 
 
 def _load(data: Path, name: str, stride: int) -> CaptionedImages:
@@ -191,10 +175,10 @@ def _load(data: Path, name: str, stride: int) -> CaptionedImages:
 def _score(encoder: CachedEncoder, data: Mapping[str, CaptionedImages], _: Protocol) -> Result:
     ((name, items),) = data.items()
     base = name.removeprefix(_I2I)
-    label = TASKS[base].label if base in TASKS else "own images"
     drawn = base != name
-    scores = score_retrieval(encoder, name, items, drawn=drawn)
+    label = TASKS[base].label if base in TASKS else "own images"
     label += ", drawn captions" if drawn else ""
+    scores = score_retrieval(encoder, name, items, drawn=drawn)
     return Result(report_rows(name, items, scores, label=label), scores)
 
 

@@ -19,12 +19,10 @@ _CHUNK = 200  # resamples computed at once: bounds memory
 
 @dataclass(frozen=True)
 class Hits:
-    """A recall: hits summed over the queries of each unit."""
+    """This is a recall: hits summed over the queries of each unit."""
 
-    hits: np.ndarray
-    """float64 [N]"""
-    queries: np.ndarray
-    """int64 [N]"""
+    hits: np.ndarray  # float64 [N]
+    queries: np.ndarray  # int64 [N]
 
     def __len__(self) -> int:
         """Return how many units there are, N."""
@@ -42,7 +40,7 @@ class Hits:
 
 @dataclass(frozen=True)
 class Pairs:
-    """A rank correlation of cosine and human score; both float64 [N]."""
+    """This is a rank correlation of cosine and human score; both float64 [N]."""
 
     cosine: np.ndarray
     gold: np.ndarray
@@ -72,13 +70,13 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Score:
-    """One figure of a task, with what it was computed from."""
+    """This is one figure of a task, with what it was computed from."""
 
     task: str
     metric: str
     items: Hits | Pairs
+    # Hash of the questions asked: only scores over the same ones can be compared in pairs.
     data: str
-    """Hash of the questions asked: only scores over the same ones can be compared in pairs."""
 
     def resamples(self) -> np.ndarray:
         """Return [RESAMPLES] values; every score of the task draws the same units."""
@@ -93,16 +91,8 @@ class Score:
         return np.concatenate(values)
 
 
-class Summary(NamedTuple):
-    """A figure in percent with the ends of its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-
 class Difference(NamedTuple):
-    """B minus A in percent points, the ends of its 95 % interval, and a two-sided p-value."""
+    """This is B minus A in percent points, the ends of its 95 % interval, a two-sided p-value."""
 
     value: float
     low: float
@@ -110,10 +100,10 @@ class Difference(NamedTuple):
     p: float
 
 
-def summarise(scores: Sequence[Score]) -> Summary:
-    """Return the mean of scores (of one or several tasks) and its interval."""
+def summarise(scores: Sequence[Score]) -> tuple[float, float, float]:
+    """Return the mean, in percent, of one or several tasks' scores and the ends of its interval."""
     value = float(np.mean([score.items.value() for score in scores]))
-    return Summary(value, *_interval(np.mean([score.resamples() for score in scores], axis=0)))
+    return value, *_interval(np.mean([score.resamples() for score in scores], axis=0))
 
 
 def compare(first: Score, second: Score) -> Difference:
@@ -143,14 +133,13 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
     Raises:
         ValueError: it is undefined, as one array is constant.
     """
-    once = np.ones((1, len(x)), np.int64)
-    ranks = [_ranks(values, once)[0] for values in (x, y)]  # [N], [N]
-    for values, rank in zip((x, y), ranks, strict=True):
-        if np.ptp(rank) == 0:
+    for values in (x, y):
+        if np.all(values == values[0]):
             raise ValueError(
                 f"rank correlation is undefined: all {len(values)} values are {values[0]:g}"
             )
-    return float(np.corrcoef(ranks)[0, 1])
+    once = np.ones((1, len(x)), np.int64)
+    return float(np.corrcoef(*(_ranks(values, once)[0] for values in (x, y)))[0, 1])
 
 
 def fingerprint(strings: Iterable[str]) -> str:

@@ -25,11 +25,10 @@ Encode = Callable[[list[str]], np.ndarray]
 
 
 class Task(NamedTuple):
-    """A task as the paper has it."""
+    """This is a task as the paper has it."""
 
     label: str
-    pairs: int
-    """Pairs with a human score."""
+    pairs: int  # that have a human score
 
 
 TASKS = {
@@ -58,21 +57,17 @@ _SICK_COLUMNS = ["pair_ID", "sentence_A", "sentence_B", "relatedness_score"]
 
 
 class StsPairs(NamedTuple):
-    """The pairs of a task, in the order of its files; sentences as they stand there."""
+    """These are the pairs of a task, in the order of its files; sentences as they stand there."""
 
     sentences1: list[str]
     sentences2: list[str]
-    gold: np.ndarray
-    """float64 [N], human similarity, 0 to 5."""
+    gold: np.ndarray  # float64 [N], human similarity, 0 to 5
 
 
 def load_task(data_dir: str | Path, name: str, *, stride: int = 1) -> StsPairs:
-    """Read the pairs of one task; those without a human score are left out.
+    """Read every ``stride``-th pair of a task of :data:`TASKS`; those without a score do not count.
 
-    Args:
-        data_dir: folder that contains ``STS/`` and ``SICK/``.
-        name: a key of :data:`TASKS`.
-        stride: take every ``stride``-th pair, from the first on.
+    ``data_dir`` contains ``STS/`` and ``SICK/``.
 
     Raises:
         FileNotFoundError: a file of the task is missing.
@@ -82,16 +77,17 @@ def load_task(data_dir: str | Path, name: str, *, stride: int = 1) -> StsPairs:
         raise ValueError(f"unknown STS task {name!r}: expected one of {', '.join(TASKS)}")
     root = Path(data_dir)
     if name in _SUBSETS:
-        rows = list(_read_subsets(root / "STS" / f"{name.upper()}-en-test", _SUBSETS[name]))
+        rows = _read_subsets(root / "STS" / f"{name.upper()}-en-test", _SUBSETS[name])
     elif name == "sickr":
-        rows = list(_read_sick(root / "SICK" / "SICK_test_annotated.txt"))
+        rows = _read_table(root / "SICK" / "SICK_test_annotated.txt", 1, 3, _SICK_COLUMNS)
     else:
+        # genre, file, year, id, score, sentence, sentence, and in some rows sources
         split = "dev" if name == "stsb-dev" else "test"
-        rows = list(_read_stsb(root / "STS" / "STSBenchmark" / f"sts-{split}.csv"))
-    rows = rows[::stride]
-    if len(rows) < 2:
-        raise ValueError(f"{root}: {name} has {len(rows)} scored pairs, expected at least 2")
-    first, second, gold = zip(*rows, strict=True)
+        rows = _read_table(root / "STS" / "STSBenchmark" / f"sts-{split}.csv", 5, 4)
+    taken = list(rows)[::stride]
+    if len(taken) < 2:
+        raise ValueError(f"{root}: {name} has {len(taken)} scored pairs, expected at least 2")
+    first, second, gold = zip(*taken, strict=True)
     return StsPairs(list(first), list(second), np.array(gold, np.float64))
 
 
@@ -109,17 +105,11 @@ def clean_sentence(sentence: str) -> str:
 
 
 def score_tasks(
-    encode: Encode,
-    tasks: Mapping[str, StsPairs],
-    *,
-    clean: Callable[[str], str] = clean_sentence,
+    encode: Encode, tasks: Mapping[str, StsPairs], *, clean: Callable[[str], str] = clean_sentence
 ) -> dict[str, Score]:
-    """Score loaded tasks. ``encode`` is called once, with each distinct sentence of them all once.
+    """Score loaded tasks, by their names; ``clean`` is applied to each sentence.
 
-    Args:
-        encode: the model, with its prompt (``sts`` for the paper's protocol).
-        tasks: by their names, keys of :data:`TASKS`.
-        clean: applied to each sentence; the paper's protocol is the default.
+    ``encode`` is called once, with each distinct sentence of them all once.
 
     Raises:
         ValueError: ``encode`` returned another shape than [N, D], a vector that is zero or not
@@ -128,8 +118,7 @@ def score_tasks(
     index: dict[str, int] = {}  # sentence -> row of vectors
     sides = {
         name: [
-            np.array([index.setdefault(clean(s), len(index)) for s in sentences])
-            for sentences in (pairs.sentences1, pairs.sentences2)
+            np.array([index.setdefault(clean(s), len(index)) for s in side]) for side in pairs[:2]
         ]
         for name, pairs in tasks.items()
     }
@@ -144,10 +133,9 @@ def score_tasks(
         # that such pairs tie.
         norms = np.sqrt(squares[rows1] * squares[rows2])
         cosine = dot(vectors[rows1], vectors[rows2]) / norms  # [pairs]
-        items = Pairs(cosine, tasks[name].gold)
-        asked = fingerprint(
-            [*tasks[name].sentences1, *tasks[name].sentences2, *map(str, items.gold)]
-        )
+        first, second, gold = tasks[name]
+        items = Pairs(cosine, gold)
+        asked = fingerprint([*first, *second, *map(str, gold)])
         try:
             items.value()
         except ValueError as error:
@@ -169,8 +157,7 @@ def report_rows(scores: Mapping[str, Score], *, comparable: bool = True) -> list
         rows.append(make_row(name, TASKS[name].label, items, [score], name in whole and comparable))
     if whole.issuperset(PAPER_TASKS):
         seven = [scores[name] for name in PAPER_TASKS]
-        items = f"{len(seven)} tasks"
-        rows.append(make_row("sts-average", "STS average", items, seven, comparable))
+        rows.append(make_row("sts-average", "STS average", "7 tasks", seven, comparable))
     return rows
 
 
@@ -200,54 +187,46 @@ def _read_subsets(folder: Path, subsets: Sequence[str]) -> Iterator[tuple[str, s
                 f"{gold_path}: {len(gold)} rows, expected {len(pairs)} as in {pairs_path.name}"
             )
         for number, (pair, score) in enumerate(zip(pairs, gold, strict=True), start=1):
-            if not score.strip():
-                continue  # pairs that the organisers left unscored
-            fields = _split(pair, pairs_path, number, expected=2, exact=True)
-            first, second = (_sentence(field, pairs_path, number) for field in fields)
-            yield first, second, _gold(score, gold_path, number)
+            if score.strip():  # the organisers left some pairs unscored
+                where = f"{pairs_path}, row {number}"
+                first, second = _split(pair, where, 2, exact=True)
+                yield _row(first, second, score, where, f"{gold_path}, row {number}")
 
 
-def _read_stsb(path: Path) -> Iterator[tuple[str, str, float]]:
-    for number, line in enumerate(read_lines(path, hint=_HINT), start=1):
-        # genre, file, year, id, score, sentence, sentence, and in some rows sources
-        fields = _split(line, path, number, expected=7)
-        first, second = (_sentence(field, path, number) for field in fields[5:7])
-        yield first, second, _gold(fields[4], path, number)
+def _read_table(
+    path: Path, sentences: int, score: int, header: Sequence[str] = ()
+) -> Iterator[tuple[str, str, float]]:
+    """Read a file with the sentences in two columns from ``sentences`` on, the score in another."""
+    lines = read_lines(path, hint=_HINT)
+    if header:
+        found = lines.pop(0) if lines else ""
+        if found.split("\t")[: len(header)] != header:
+            raise ValueError(
+                f"{path}, row 1: found {found[:80]!r}, expected the columns {', '.join(header)}"
+            )
+    for number, line in enumerate(lines, start=2 if header else 1):
+        where = f"{path}, row {number}"
+        fields = _split(line, where, max(sentences + 2, score + 1))
+        yield _row(fields[sentences], fields[sentences + 1], fields[score], where, where)
 
 
-def _read_sick(path: Path) -> Iterator[tuple[str, str, float]]:
-    header, *lines = read_lines(path, hint=_HINT) or [""]
-    if header.split("\t")[:4] != _SICK_COLUMNS:
-        raise ValueError(
-            f"{path}, row 1: found {header[:80]!r}, expected the columns {', '.join(_SICK_COLUMNS)}"
-        )
-    for number, line in enumerate(lines, start=2):
-        fields = _split(line, path, number, expected=4)
-        first, second = (_sentence(field, path, number) for field in fields[1:3])
-        yield first, second, _gold(fields[3], path, number)
-
-
-def _split(line: str, path: Path, number: int, *, expected: int, exact: bool = False) -> list[str]:
+def _split(line: str, where: str, expected: int, *, exact: bool = False) -> list[str]:
     fields = line.split("\t")
     if len(fields) < expected or (exact and len(fields) > expected):
         least = "" if exact else "at least "
-        raise ValueError(
-            f"{path}, row {number}: {len(fields)} tab-separated fields, expected {least}{expected}"
-        )
+        raise ValueError(f"{where}: {len(fields)} tab-separated fields, expected {least}{expected}")
     return fields
 
 
-def _sentence(text: str, path: Path, number: int) -> str:
-    if not text.strip():
-        raise ValueError(f"{path}, row {number}: empty sentence")
-    return text
-
-
-def _gold(text: str, path: Path, number: int) -> float:
+def _row(
+    first: str, second: str, score: str, where: str, score_where: str
+) -> tuple[str, str, float]:
+    if not (first.strip() and second.strip()):
+        raise ValueError(f"{where}: empty sentence")
     try:
-        value = float(text)
+        value = float(score)
     except ValueError:
         value = np.nan
     if not 0 <= value <= 5:  # false for nan, too
-        raise ValueError(f"{path}, row {number}: score {text!r}, expected a number from 0 to 5")
-    return value
+        raise ValueError(f"{score_where}: score {score!r}, expected a number from 0 to 5")
+    return first, second, value

@@ -8,13 +8,9 @@ from e5v_jax.evaluate import composed, retrieval, sts
 from e5v_jax.evaluate.benchmark import Benchmark, Protocol, Result
 from e5v_jax.evaluate.cached_encoder import CachedEncoder
 
-BENCHMARKS: tuple[Benchmark[Any], ...] = (
-    sts.BENCHMARK,
-    *retrieval.BENCHMARKS,
-    *composed.BENCHMARKS,
-)
-TASKS = {task: benchmark for benchmark in BENCHMARKS for task in benchmark.tasks}
-_GROUPS = {name: tasks for benchmark in BENCHMARKS for name, tasks in benchmark.groups.items()}
+_ALL: list[Benchmark[Any]] = [sts.BENCHMARK, *retrieval.BENCHMARKS, *composed.BENCHMARKS]
+TASKS = {task: benchmark for benchmark in _ALL for task in benchmark.tasks}
+_GROUPS = {name: tasks for benchmark in _ALL for name, tasks in benchmark.groups.items()}
 
 
 def choose_tasks(text: str) -> list[str]:
