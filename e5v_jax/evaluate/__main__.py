@@ -3,10 +3,10 @@
 The functions import what they need: --help waits for neither JAX nor transformers.
 """
 
-import json
 import sys
 import time
 from contextlib import nullcontext
+from dataclasses import replace
 
 from e5v_jax import __version__, cli
 from e5v_jax.atomic import new_folder
@@ -21,7 +21,7 @@ def evaluate(args: EvaluateConfig) -> None:
         ValueError, FileNotFoundError, FileExistsError: one line naming file, row or folder.
     """
     if args.compare is not None:
-        from e5v_jax.evaluate.compare import compare_runs
+        from e5v_jax.evaluate.report import compare_runs
 
         compare_runs(*args.compare, output=args.output)
         return
@@ -40,12 +40,12 @@ def evaluate(args: EvaluateConfig) -> None:
 
     import jax
 
-    from e5v_jax.evaluate.report import Report, print_report, write_report
+    from e5v_jax.evaluate.report import print_report, write_report
 
     with nullcontext() if args.output is None else new_folder(args.output) as folder:
         encoder = args.load_encoder()
         start = time.perf_counter()
-        result = run_tasks(encoder, data, protocol=args.protocol)
+        report = run_tasks(encoder, data, protocol=args.protocol)
         settings = {
             **args.describe(),
             "template": encoder.template,
@@ -57,13 +57,12 @@ def evaluate(args: EvaluateConfig) -> None:
             "e5v-jax": __version__,
             "jax": jax.__version__,
         }
-        report = Report(settings, result.rows, result.scores)
+        report = replace(report, settings=settings)
         if report.rows:
             print_report(report)  # first: a full disk must not cost the scores
         if folder is not None:
             write_report(report, folder)
-            for file, server, content in result.submissions:
-                (folder / file).write_text(json.dumps(content))
+            for file, server, _ in report.submissions:
                 print(f"{args.output}/{file}: for {server}")
 
 

@@ -15,31 +15,28 @@ from e5v_jax.data.images import load_image
 from e5v_jax.evaluate import retrieval, sts
 from e5v_jax.evaluate.cached_encoder import CachedEncoder
 from e5v_jax.evaluate.config import AnalyseArgs
-from e5v_jax.evaluate.files import ImageRef, load
+from e5v_jax.evaluate.files import ImageRef, as_input
 from e5v_jax.evaluate.plots import PROJECTIONS, Panel, draw_projection
 from e5v_jax.evaluate.report import markdown_table, print_table, settings_table
 from e5v_jax.evaluate.scores import summarise
 from e5v_jax.evaluate.space import measure_gap
+from e5v_jax.prompts import IMAGE, STS, TEXT
 
-# What is taken away from the prompt, always inside the chat template. The last is the paper's.
-PROMPTS = {
-    "no prompt": ("<sent>", "<image>"),
-    'without "in one word"': (
-        "<sent>\nSummary above sentence: ",
-        "<image>\nSummary above image: ",
-    ),
-    "full prompt": (
-        "<sent>\nSummary above sentence in one word: ",
-        "<image>\nSummary above image in one word: ",
-    ),
-}
 FULL = "full prompt"
 BLANK = "full prompt, blank images"
-STS_PROMPTS = {
-    "no prompt": " <sent>",
-    'without "in one word"': " <sent>\nSummary above sentence:",
-    FULL: " <sent>\nSummary above sentence in one word:",
-}
+
+
+def _take_away(full: str) -> dict[str, str]:
+    """Return the paper's prompt with less and less taken away, always inside the chat template."""
+    return {
+        "no prompt": full.partition("\n")[0],
+        'without "in one word"': full.replace(" in one word", ""),
+        FULL: full,
+    }
+
+
+STS_PROMPTS = _take_away(STS)
+PROMPTS = {name: (text, _take_away(IMAGE)[name]) for name, text in _take_away(TEXT).items()}
 _STS_TASK = "stsb"
 _DRAWN = 1000  # most images in a plot, each with its first caption
 _GREY = (122, 116, 104)  # CLIP's mean colour: what the vision tower sees is zero
@@ -124,7 +121,7 @@ def _analyse_model(
         _analyse_images(encoder, name, pictures, found)
     if pairs is not None:  # Spearman for each prompt, sentences cleaned as in the paper
         for prompt, words in STS_PROMPTS.items():
-            encode = partial(encoder.embed_sentences, prompt=words)
+            encode = partial(encoder.embed, prompt=words, make=str, normalize=False)
             score = sts.score_tasks(encode, {_STS_TASK: pairs})[_STS_TASK]
             value, *interval = summarise([score])
             row = {"model": name, "prompt": prompt, "pairs": len(score.items)}
@@ -138,10 +135,8 @@ def _analyse_images(
     captions, image_of = data.flat()
     first = np.unique(image_of, return_index=True)[1][:_DRAWN]  # the first caption of each image
     for prompt, (text_prompt, image_prompt) in [*PROMPTS.items(), (BLANK, PROMPTS[FULL])]:
-        texts = encoder.embed(
-            captions, prompt=text_prompt, make=str, where=lambda i: f"caption {captions[i]!r}"
-        )
-        make = blank if prompt == BLANK else load
+        texts = encoder.embed(captions, prompt=text_prompt, make=str)
+        make = blank if prompt == BLANK else as_input
         images = encoder.embed(data.images, prompt=image_prompt, make=make)
         recall = {
             score.metric: score.items.value()
@@ -156,7 +151,7 @@ def _analyse_images(
 
 def blank(image: ImageRef) -> Image.Image:
     """Make a grey picture of the same size: the same tokens, and nothing to see."""
-    return Image.new("RGB", load_image(load(image)).size, _GREY)
+    return Image.new("RGB", load_image(as_input(image)).size, _GREY)
 
 
 def _cell(name: str, value: Any) -> str:

@@ -49,13 +49,19 @@ class CachedEncoder:
         """Embed ``items`` and return their vectors, fp32 [N, D], in the same order.
 
         ``prompt`` has ``<sent>`` and/or ``<image>``. ``make`` turns an item into an input of
-        ``E5V.encode`` when its turn comes, so that only few images are in memory. ``where`` tells
-        where a person finds an item by its position, for messages; by default its str.
+        ``E5V.encode`` when its turn comes, so that only few images are in memory. ``where`` names
+        the item at a position, for messages; by default the text or where the image lies. With
+        ``normalize`` False nothing is rounded: a cosine may tie.
 
         Raises:
             ValueError: a bad input, or a vector that is zero or not finite.
         """
-        where = where or (lambda position: str(items[position]))
+
+        def name(position: int) -> str:
+            item = items[position]
+            return f"text {item!r}" if isinstance(item, str) else str(item)
+
+        where = where or name
         cache = None
         if self._cache is not None:
             cache = VectorCache(self._cache, {**self._about, "prompt": prompt})
@@ -95,17 +101,3 @@ class CachedEncoder:
                 cache.write(list(new), vectors)
         found = np.stack([known[key] for key in keys])  # [N, D]
         return normalised(found) if normalize else found
-
-    def embed_sentences(self, sentences: list[str], *, prompt: str) -> np.ndarray:
-        """Embed ``sentences`` and return fp32 [N, D], not normalised.
-
-        Rounding would break ties of the cosine.
-
-        Raises:
-            ValueError: see :meth:`embed`.
-        """
-
-        def where(position: int) -> str:
-            return f"sentence {sentences[position]!r}"
-
-        return self.embed(sentences, prompt=prompt, make=str, where=where, normalize=False)

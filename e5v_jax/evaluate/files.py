@@ -23,17 +23,15 @@ class ParquetImage:
     def __str__(self) -> str:
         return f"{self.file}, row group {self.group}, row {self.row}"
 
-    def read(self) -> bytes:
-        """Return the encoded bytes."""
-        return _image_column(self.file, self.column, self.group)[self.row]
-
 
 ImageRef = Path | ParquetImage
 
 
-def load(image: ImageRef) -> Path | bytes:
+def as_input(image: ImageRef) -> Path | bytes:
     """Turn an image reference into an input for ``E5V.encode``."""
-    return image if isinstance(image, Path) else image.read()
+    if isinstance(image, Path):
+        return image
+    return _image_column(image.file, image.column, image.group)[image.row]
 
 
 @lru_cache(maxsize=1)
@@ -174,7 +172,7 @@ def dataset_folder(data: Path, name: str, *, neither: str) -> Path:
     try:
         return Path(snapshot_download(f"{_HUB_OWNER}/{name}", repo_type="dataset"))
     except Exception as error:  # of the hub's client, of HTTP, of the socket
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise OSError(
             f"{_HUB_OWNER}/{name}: cannot be fetched from the hub ({reason}): fetch it where there "
             "is a network and pass its parent folder as --data, see docs/evaluation.md"

@@ -1,16 +1,18 @@
-"""Scores with intervals beside the paper's: a table in the terminal, Markdown and JSON."""
+"""Scores with intervals beside the paper's or another run's: a table, Markdown and JSON."""
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from e5v_jax.atomic import new_folder
 from e5v_jax.evaluate.published import PAPER, PUBLISHED, Published
-from e5v_jax.evaluate.scores import Hits, Pairs, Score, summarise
+from e5v_jax.evaluate.scores import RESAMPLES, Hits, Pairs, Score, compare, summarise
 
 _HEADINGS = ("task", "metric", "items", "score", "95 % interval")
 _PUBLISHED_HEADINGS = {
@@ -20,8 +22,10 @@ _PUBLISHED_HEADINGS = {
     "eva_clip": "EVA-02-CLIP 5B",
     "blip": "BLIP ViT-L",
 }
+_COMPARED = ("task", "metric", "A", "B", "B - A", "95 % interval", "p")
 _FIRST_NUMBER = 2  # column
 _NOTE = f"percent; paper and baselines: E5-V (Llama-3-8B) and others as in {PAPER}"
+_COMPARED_NOTE = f"percent; paired bootstrap over the items, {RESAMPLES} resamples, two-sided p"
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,14 @@ class Row:
     published: Published = field(default_factory=Published)
 
 
+class Submission(NamedTuple):
+    """These are answers to a test set whose scores only its organisers can tell."""
+
+    file: str
+    server: str  # where the file is to be sent
+    content: Mapping[str, object]  # what the file holds, as JSON
+
+
 @dataclass(frozen=True)
 class Report:
     """This has the figures of one evaluation, and all that is needed to get them again."""
@@ -45,6 +57,7 @@ class Report:
     settings: Mapping[str, str | int | float | None]
     rows: list[Row]
     scores: list[Score] = field(default_factory=list)  # the same item by item, to compare runs by
+    submissions: list[Submission] = field(default_factory=list)
 
 
 def make_row(task: str, label: str, items: str, scores: Sequence[Score], comparable: bool) -> Row:
@@ -118,7 +131,7 @@ def print_report(report: Report) -> None:
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Write ``results.json``, ``results.md`` and ``items.npz`` into ``folder``, which exists."""
+    """Write results.json, results.md, items.npz and submissions to ``folder``, which exists."""
     (folder / "results.json").write_text(to_json(report), encoding="utf-8")
     (folder / "results.md").write_text(to_markdown(report), encoding="utf-8")
     arrays: dict[str, np.ndarray] = {}
@@ -126,8 +139,9 @@ def write_report(report: Report, folder: Path) -> None:
         key = f"{score.task}/{score.metric}"
         arrays[f"{key}/data"] = np.array(score.data)
         arrays |= {f"{key}/{name}": values for name, values in vars(score.items).items()}
-    with (folder / "items.npz").open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)
+    np.savez_compressed(folder / "items.npz", allow_pickle=False, **arrays)
+    for name, _, content in report.submissions:
+        (folder / name).write_text(json.dumps(content))
 
 
 def read_scores(folder: Path) -> list[Score]:
@@ -153,3 +167,39 @@ def read_scores(folder: Path) -> list[Score]:
     except Exception as error:  # zipfile, zlib and NumPy raise many types for a damaged file
         raise ValueError(f"{path}: damaged ({error}): run the evaluation again") from error
     return scores
+
+
+def compare_runs(first: Path, second: Path, *, output: Path | None = None) -> None:
+    """Print, and write to ``output``, the paired differences of what both runs measured.
+
+    Raises:
+        FileNotFoundError, ValueError: a folder is no run, or the runs have nothing in common.
+        FileExistsError: ``output`` exists and is not empty.
+    """
+    folders = (first, second)
+    runs = [{(score.task, score.metric): score for score in read_scores(f)} for f in folders]
+    common = [key for key in runs[0] if key in runs[1]]
+    if not common:
+        a, b = (", ".join(dict.fromkeys(task for task, _ in run)) or "nothing" for run in runs)
+        raise ValueError(f"nothing to compare: {first} has {a}, {second} has {b}")
+    cells, results = [], []
+    for key in common:
+        scores = [run[key] for run in runs]
+        before, after = (score.items.value() for score in scores)
+        difference = compare(*scores)
+        values = {"task": key[0], "metric": key[1], "a": before, "b": after}
+        results.append({**values, **difference._asdict()})
+        interval = f"{difference.low:+.2f} to {difference.high:+.2f}"
+        figures = [f"{before:.2f}", f"{after:.2f}", f"{difference.value:+.2f}"]
+        cells.append([*key, *figures, interval, f"{difference.p:.4f}"])
+    print_table(_COMPARED, cells, caption=f"A: {first}, B: {second}; {_COMPARED_NOTE}")
+    for folder, run in zip(folders, runs, strict=True):
+        only = dict.fromkeys(task for task, metric in run if (task, metric) not in common)
+        if only:
+            print(f"only in {folder}: {', '.join(only)}")
+    if output is not None:
+        with new_folder(output) as folder:
+            content = {"a": str(first), "b": str(second), "results": results}
+            (folder / "comparison.json").write_text(json.dumps(content, indent=2) + "\n")
+            text = f"# Comparison\n\nA: {first}, B: {second}\n\n{markdown_table(_COMPARED, cells)}"
+            (folder / "comparison.md").write_text(f"{text}\n{_COMPARED_NOTE}.\n", encoding="utf-8")

@@ -7,46 +7,36 @@ image if any of its captions is among the k best captions.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from e5v_jax.evaluate.benchmark import Benchmark, Protocol, Result
 from e5v_jax.evaluate.cached_encoder import CachedEncoder
+from e5v_jax.evaluate.config import Protocol
 from e5v_jax.evaluate.drawing import draw_caption
 from e5v_jax.evaluate.files import (
     ImageRef,
+    as_input,
     dataset_folder,
     find_image,
     get,
-    load,
     parse_json,
     read_lines,
     read_parquet,
 )
 from e5v_jax.evaluate.ranking import rank_positives, recalls
-from e5v_jax.evaluate.report import Row, make_row
+from e5v_jax.evaluate.report import Report, Row, make_row
 from e5v_jax.evaluate.scores import Score, fingerprint
 from e5v_jax.prompts import IMAGE, TEXT
 
 AT = (1, 5, 10)
 
 
-class RetrievalTask(NamedTuple):
-    """This is a set as the paper has it."""
-
-    label: str
-    images: int  # how many the paper's test set has
-    dataset: str  # its name on the hub
-
-
-TASKS = {
-    "flickr30k": RetrievalTask("Flickr30K", 1000, "flickr30k_test"),
-    "coco": RetrievalTask("COCO", 5000, "coco_test"),
-}
+_LABELS = {"flickr30k": "Flickr30K", "coco": "COCO"}
+_PAPER_IMAGES = {"flickr30k": 1000, "coco": 5000}  # in the test sets
 _PAPER_CAPTIONS = 5  # of each image; COCO has six or seven of some, the authors drop those
 _I2I = "i2i-"
 OWN = "retrieval"  # takes the data folder itself, whatever is in it
+NAMES = [prefix + name for prefix in ("", _I2I) for name in (*_LABELS, OWN)]
 
 
 @dataclass(frozen=True)
@@ -85,7 +75,7 @@ def load_task(data: Path, name: str) -> CaptionedImages:
     if (data / name).is_dir():
         found = load_captioned(data / name)
     else:
-        dataset = TASKS[name].dataset
+        dataset = f"{name}_test"
         neither = f"{name}/captions.jsonl nor {dataset}/*.parquet"
         folder = dataset_folder(data, dataset, neither=neither)
         rows = read_parquet(folder, ["text"], ["image"], split="test")
@@ -102,7 +92,7 @@ def score_retrieval(
         ValueError: see :meth:`CachedEncoder.embed`.
     """
     captions, image_of = data.flat()
-    images = encoder.embed(data.images, prompt=IMAGE, make=load)
+    images = encoder.embed(data.images, prompt=IMAGE, make=as_input)
     texts = encoder.embed(
         captions,
         prompt=IMAGE if drawn else TEXT,
@@ -134,8 +124,8 @@ def score_vectors(
 def report_rows(name: str, data: CaptionedImages, scores: list[Score], *, label: str) -> list[Row]:
     """Make the rows for the report; the paper's figures only beside a set of the paper's size."""
     counts = [len(group) for group in data.captions]
-    task = TASKS.get(name.removeprefix(_I2I))
-    whole = task is not None and len(counts) == task.images and set(counts) == {_PAPER_CAPTIONS}
+    images = _PAPER_IMAGES.get(name.removeprefix(_I2I))
+    whole = len(counts) == images and set(counts) == {_PAPER_CAPTIONS}
     items = f"{len(counts)} images, {sum(counts)} captions"
     return [make_row(name, label, items, [score], whole) for score in scores]
 
@@ -147,7 +137,8 @@ def take(data: CaptionedImages, stride: int) -> CaptionedImages:
 
 def _read_jsonl(folder: Path) -> Iterator[tuple[str, Path, list[str]]]:
     path, images = folder / "captions.jsonl", folder / "images"
-    hint = f'expected lines {{"image": "a.jpg", "captions": ["a dog", ...]}} and the images in {images}'
+    line = '{"image": "a.jpg", "captions": ["a dog", ...]}'
+    hint = f"expected lines {line} and the images in {images}"
     for number, line in enumerate(read_lines(path, hint=hint), start=1):
         if line.strip():
             where = f"{path}, row {number}"
@@ -168,20 +159,16 @@ def _collect(source: Path, rows: Iterator[tuple[str, ImageRef, list[str]]]) -> C
     return found
 
 
-def _load(data: Path, name: str, stride: int) -> CaptionedImages:
+def load(data: Path, name: str, stride: int) -> CaptionedImages:
+    """Load a task for the command; raises what :func:`load_task` does."""
     return take(load_task(data, name.removeprefix(_I2I)), stride)
 
 
-def _score(encoder: CachedEncoder, data: Mapping[str, CaptionedImages], _: Protocol) -> Result:
+def score(encoder: CachedEncoder, data: Mapping[str, CaptionedImages], _: Protocol) -> Report:
+    """Score the one task that was loaded; raises what :func:`score_retrieval` does."""
     ((name, items),) = data.items()
     base = name.removeprefix(_I2I)
     drawn = base != name
-    label = TASKS[base].label if base in TASKS else "own images"
-    label += ", drawn captions" if drawn else ""
+    label = _LABELS.get(base, "own images") + (", drawn captions" if drawn else "")
     scores = score_retrieval(encoder, name, items, drawn=drawn)
-    return Result(report_rows(name, items, scores, label=label), scores)
-
-
-BENCHMARKS = [
-    Benchmark((prefix + name,), _load, _score) for prefix in ("", _I2I) for name in (*TASKS, OWN)
-]
+    return Report({}, report_rows(name, items, scores, label=label), scores)

@@ -25,7 +25,6 @@ class Hits:
     queries: np.ndarray  # int64 [N]
 
     def __len__(self) -> int:
-        """Return how many units there are, N."""
         return len(self.hits)
 
     def value(self) -> float:
@@ -46,7 +45,6 @@ class Pairs:
     gold: np.ndarray
 
     def __len__(self) -> int:
-        """Return how many pairs there are, N."""
         return len(self.cosine)
 
     def value(self) -> float:

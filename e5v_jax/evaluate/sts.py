@@ -11,11 +11,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from e5v_jax.evaluate.benchmark import Benchmark, Protocol, Result
 from e5v_jax.evaluate.cached_encoder import CachedEncoder
+from e5v_jax.evaluate.config import Protocol
 from e5v_jax.evaluate.files import HUB, read_lines
 from e5v_jax.evaluate.published import PUBLISHED
-from e5v_jax.evaluate.report import Row, make_row
+from e5v_jax.evaluate.report import Report, Row, make_row
 from e5v_jax.evaluate.scores import Pairs, Score, fingerprint
 from e5v_jax.evaluate.vectors import dot, squared_lengths
 from e5v_jax.prompts import PLAIN, STS
@@ -161,20 +161,20 @@ def report_rows(scores: Mapping[str, Score], *, comparable: bool = True) -> list
     return rows
 
 
-def _load(data: Path, name: str, stride: int) -> StsPairs:
+def load(data: Path, name: str, stride: int) -> StsPairs:
+    """Load a task for the command; raises what :func:`load_task` does, and refuses the hub."""
     if data == HUB:
         raise ValueError(f"{name}: SentEval's files are not on the hub: give their folder")
     return load_task(data, name, stride=stride)
 
 
-def _score(encoder: CachedEncoder, data: Mapping[str, StsPairs], protocol: Protocol) -> Result:
+def score(encoder: CachedEncoder, data: Mapping[str, StsPairs], protocol: Protocol) -> Report:
+    """Score loaded tasks by a protocol of the command; raises what :func:`score_tasks` does."""
     paper = protocol == "paper"
-    encode = partial(encoder.embed_sentences, prompt=STS if paper else PLAIN)
+    prompt = STS if paper else PLAIN
+    encode = partial(encoder.embed, prompt=prompt, make=str, normalize=False)
     scores = score_tasks(encode, data, clean=clean_sentence if paper else str.strip)
-    return Result(report_rows(scores, comparable=paper), list(scores.values()))
-
-
-BENCHMARK = Benchmark(tuple(TASKS), _load, _score, groups={"sts": PAPER_TASKS}, order=-1)
+    return Report({}, report_rows(scores, comparable=paper), list(scores.values()))
 
 
 def _read_subsets(folder: Path, subsets: Sequence[str]) -> Iterator[tuple[str, str, float]]:
