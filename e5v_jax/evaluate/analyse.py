@@ -109,7 +109,7 @@ def analyse(args: AnalyseArgs) -> None:
 
 def _analyse_model(
     args: AnalyseArgs,
-    name: str,
+    model: str,
     pictures: retrieval.CaptionedImages | None,
     pairs: sts.StsPairs | None,
     found: _Findings,
@@ -118,13 +118,13 @@ def _analyse_model(
     encoder = args.load_encoder()
     found.template = encoder.template
     if pictures is not None:
-        _analyse_images(encoder, name, pictures, found)
+        _analyse_images(encoder, model, pictures, found)
     if pairs is not None:  # Spearman for each prompt, sentences cleaned as in the paper
         for prompt, words in STS_PROMPTS.items():
             encode = partial(encoder.embed, prompt=words, make=str, normalize=False)
             score = sts.score_tasks(encode, {_STS_TASK: pairs})[_STS_TASK]
             value, *interval = summarise([score])
-            row = {"model": name, "prompt": prompt, "pairs": len(score.items)}
+            row = {"model": model, "prompt": prompt, "pairs": len(score.items)}
             found.sts.append({**row, "spearman": value, "interval": interval})
 
 
@@ -138,13 +138,10 @@ def _analyse_images(
         texts = encoder.embed(captions, prompt=text_prompt, make=str)
         make = blank if prompt == BLANK else as_input
         images = encoder.embed(data.images, prompt=image_prompt, make=make)
-        recall = {
-            score.metric: score.items.value()
-            for score in retrieval.score_vectors("images", texts, images, image_of, "")
-            if score.metric.endswith("R@1")
-        }
-        gap = measure_gap(texts, images, image_of)
-        found.images.append({"model": model, "prompt": prompt, **gap._asdict(), **recall})
+        scores = retrieval.score_vectors("images", texts, images, image_of, "")
+        recall = {s.metric: s.items.value() for s in scores if s.metric.endswith("R@1")}
+        gap = measure_gap(texts, images, image_of)._asdict()
+        found.images.append({"model": model, "prompt": prompt, **gap, **recall})
         if prompt in (next(iter(PROMPTS)), FULL):
             found.panels.append(Panel(f"{model}, {prompt}", texts[first], images[:_DRAWN]))
 

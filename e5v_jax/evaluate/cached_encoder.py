@@ -56,15 +56,11 @@ class CachedEncoder:
         Raises:
             ValueError: a bad input, or a vector that is zero or not finite.
         """
-
-        def name(position: int) -> str:
-            item = items[position]
-            return f"text {item!r}" if isinstance(item, str) else str(item)
-
-        where = where or name
-        cache = None
-        if self._cache is not None:
-            cache = VectorCache(self._cache, {**self._about, "prompt": prompt})
+        if where is None:
+            names = [f"text {item!r}" if isinstance(item, str) else str(item) for item in items]
+            where = names.__getitem__
+        about = {**self._about, "prompt": prompt}
+        cache = None if self._cache is None else VectorCache(self._cache, about)
         known: dict[bytes, np.ndarray] = {} if cache is None else cache.vectors
         keys: list[bytes] = []
         chunk = _IMAGES if "<image>" in prompt else _TEXTS

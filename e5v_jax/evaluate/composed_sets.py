@@ -2,20 +2,13 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from e5v_jax.evaluate.files import (
-    ImageRef,
-    ParquetImage,
-    dataset_folder,
-    find_image,
-    get,
-    read_json,
-    read_parquet,
-)
+from e5v_jax.evaluate import files
 from e5v_jax.evaluate.scores import fingerprint
 
 _HINT = "expected the layout of docs/evaluation.md"
@@ -26,8 +19,8 @@ class ComposedSet:
     """These are queries and the gallery they are answered from."""
 
     gallery_ids: list[str]
-    gallery: list[ImageRef]
-    images: list[ImageRef]  # reference image of each query
+    gallery: list[files.ImageRef]
+    images: list[files.ImageRef]  # reference image of each query
     captions: list[tuple[str, ...]]  # one (CIRR) or two (FashionIQ) of each query
     # int [Q], gallery row of the reference image; None where it stays in the gallery
     references: np.ndarray | None
@@ -37,19 +30,18 @@ class ComposedSet:
     def fingerprint(self) -> str:
         """Return the hash of the questions asked."""
         answers = [] if self.targets is None else [self.gallery_ids[i] for i in self.targets]
-        texts = [text for group in self.captions for text in group]
-        return fingerprint([*self.gallery_ids, *texts, *answers])
+        return fingerprint([*self.gallery_ids, *chain(*self.captions), *answers])
 
 
 class _Query(NamedTuple):
     where: str
     captions: tuple[str, ...]
-    source: str | ImageRef  # CIRR's by its name in the gallery; FashionIQ's need not be there
+    source: str | files.ImageRef  # CIRR's by its name in the gallery; FashionIQ's need not be there
     target: str | None  # None in a test set
     pair_id: str = ""
 
 
-_Gallery = list[tuple[str, ImageRef]]
+_Gallery = list[tuple[str, files.ImageRef]]
 
 
 def load_cirr(data: Path, split: str) -> ComposedSet:
@@ -63,10 +55,11 @@ def load_cirr(data: Path, split: str) -> ComposedSet:
     if folder.is_dir():
         name = "val" if answered else "test1"
         path = folder / "image_splits" / f"split.rc2.{name}.json"
-        files = read_json(path, hint=f"{_HINT}: image names to files")
+        named = files.read_json(path, hint=f"{_HINT}: image names to files")
         folders, where = (folder, folder / "images"), str(path)
         gallery: _Gallery = [
-            (key, find_image(get(files, key, str, where), folders, where)) for key in files
+            (key, files.find_image(files.get(named, key, str, where), folders, where))
+            for key in named
         ]
         source, answer, number = "reference", "target_hard", int
         rows = _json_rows(folder / "captions" / f"cap.rc2.{name}.json")
@@ -78,9 +71,9 @@ def load_cirr(data: Path, split: str) -> ComposedSet:
         rows = _parquet_rows(data, f"cirr_{split}", split, columns, [])
     queries = []
     for where, row in rows:
-        caption, reference = (get(row, key, str, where) for key in ("caption", source))
-        target = get(row, answer, str, where) if answered else None
-        pair_id = str(get(row, "pairid", number, where))
+        caption, reference = (files.get(row, key, str, where) for key in ("caption", source))
+        target = files.get(row, answer, str, where) if answered else None
+        pair_id = str(files.get(row, "pairid", number, where))
         queries.append(_Query(where, (caption,), reference, target, pair_id))
     return _make_set(gallery, queries)
 
@@ -95,47 +88,47 @@ def load_fashioniq(data: Path, kind: str) -> ComposedSet:
     candidate: type
     if folder.is_dir():
         path = folder / "image_splits" / f"split.{kind}.val.json"
-        names = map(str, read_json(path, hint=f"{_HINT}: a list of image names"))
+        names = map(str, files.read_json(path, hint=f"{_HINT}: a list of image names"))
         gallery = [(name, _garment(folder, name, str(path))) for name in names]
         texts, answer, candidate = "captions", "target", str
         rows = _json_rows(folder / "captions" / f"cap.{kind}.val.json")
     else:
         images = _parquet_rows(data, "fashioniq_val_imgs", "val", ["id", "category"], ["img"])
         gallery = [(row["id"], row["img"]) for _, row in images if row["category"] == kind]
-        texts, answer, candidate = "caption", "target_id", ParquetImage
+        texts, answer, candidate = "caption", "target_id", files.ParquetImage
         columns = [texts, answer, "category"]
         every = _parquet_rows(data, "fashioniq_val", "val", columns, ["candidate"])
         rows = (item for item in every if item[1]["category"] == kind)
     queries = []
     for where, row in rows:
-        image = get(row, "candidate", candidate, where)
+        image = files.get(row, "candidate", candidate, where)
         if isinstance(image, str):
             image = _garment(folder, image, where)
-        captions = get(row, texts, list, where)
+        captions = files.get(row, texts, list, where)
         if len(captions) != 2 or not all(isinstance(text, str) for text in captions):
             raise ValueError(f"{where}: captions {captions!r}, expected two texts")
-        queries.append(_Query(where, tuple(captions), image, get(row, answer, str, where)))
+        queries.append(_Query(where, tuple(captions), image, files.get(row, answer, str, where)))
     return _make_set(gallery, queries)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    for number, row in enumerate(read_json(path, hint=f"{_HINT}: a list of queries")):
+    for number, row in enumerate(files.read_json(path, hint=f"{_HINT}: a list of queries")):
         yield f"{path}, query {number}", row
 
 
 def _parquet_rows(
     data: Path, name: str, split: str, columns: list[str], images: list[str]
 ) -> Iterator[tuple[str, Any]]:
-    folder = dataset_folder(data, name, neither=f"{name.partition('_')[0]}/ nor {name}/")
-    for number, row in enumerate(read_parquet(folder, columns, images, split=split)):
+    folder = files.dataset_folder(data, name, neither=f"{name.partition('_')[0]}/ nor {name}/")
+    for number, row in enumerate(files.read_parquet(folder, columns, images, split=split)):
         yield f"{folder}, row {number}", row
 
 
-def _garment(folder: Path, name: str, where: str) -> ImageRef:
+def _garment(folder: Path, name: str, where: str) -> files.ImageRef:
     stem = folder / "images" / name
     for suffix in (".png", ".jpg", ".jpeg"):
-        if stem.with_name(stem.name + suffix).is_file():
-            return stem.with_name(stem.name + suffix)
+        if (path := Path(f"{stem}{suffix}")).is_file():
+            return path
     raise FileNotFoundError(f"{where}: image {name!r} not found as {stem}.png, .jpg or .jpeg")
 
 

@@ -11,6 +11,7 @@ from functools import cache
 from PIL import Image, ImageDraw, ImageFont
 
 _WIDTH, _HEIGHT, _MARGIN, _POINTS = 800, 400, 20, 40
+_font = cache(ImageFont.load_default)  # reading it takes longer than drawing with it
 
 
 def draw_caption(text: str) -> Image.Image:
@@ -20,7 +21,9 @@ def draw_caption(text: str) -> Image.Image:
         ImportError: this Pillow was built without FreeType.
     """
     image = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
-    font = _font()
+    font = _font(_POINTS)
+    if not isinstance(font, ImageFont.FreeTypeFont):
+        raise ImportError("drawing captions needs a Pillow with FreeType, as its wheels are")
     lines = wrap(text, font)
     height = sum(font.getmetrics())
     for number, line in enumerate(lines):
@@ -49,11 +52,3 @@ def wrap(text: str, font: ImageFont.FreeTypeFont) -> list[str]:
             word = word[fitting:]
         line = word
     return [*lines, line] if line else lines
-
-
-@cache
-def _font() -> ImageFont.FreeTypeFont:
-    font = ImageFont.load_default(_POINTS)
-    if not isinstance(font, ImageFont.FreeTypeFont):
-        raise ImportError("drawing captions needs a Pillow with FreeType, as its wheels are")
-    return font

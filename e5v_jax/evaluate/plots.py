@@ -44,17 +44,14 @@ def draw_projection(projection: Projection, panels: Sequence[Panel], path: Path)
     Raises:
         ImportError: matplotlib or scikit-learn is not installed.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     placed = [projection.place(np.concatenate([p.texts, p.images])) for p in panels]  # [C + N, 2]
     low, high = min(points.min() for points in placed), max(points.max() for points in placed)
-    margin = 0.05 * (high - low)
-    limits = (low - margin, high + margin)
+    limits = (low - 0.05 * (high - low), high + 0.05 * (high - low))
     columns = min(len(panels), 4)
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(3.6 * columns, 3.6 * rows + 0.9), layout="constrained")
-    FigureCanvasAgg(figure)  # no display needed
     grid = figure.subplots(rows, columns, squeeze=False)
     for axis in grid.flat[len(panels) :]:
         axis.set_visible(False)

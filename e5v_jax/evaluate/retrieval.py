@@ -6,31 +6,21 @@ image if any of its captions is among the k best captions.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
+from e5v_jax.evaluate import files
 from e5v_jax.evaluate.cached_encoder import CachedEncoder
 from e5v_jax.evaluate.config import Protocol
 from e5v_jax.evaluate.drawing import draw_caption
-from e5v_jax.evaluate.files import (
-    ImageRef,
-    as_input,
-    dataset_folder,
-    find_image,
-    get,
-    parse_json,
-    read_lines,
-    read_parquet,
-)
 from e5v_jax.evaluate.ranking import rank_positives, recalls
 from e5v_jax.evaluate.report import Report, Row, make_row
 from e5v_jax.evaluate.scores import Score, fingerprint
 from e5v_jax.prompts import IMAGE, TEXT
 
 AT = (1, 5, 10)
-
-
 _LABELS = {"flickr30k": "Flickr30K", "coco": "COCO"}
 _PAPER_IMAGES = {"flickr30k": 1000, "coco": 5000}  # in the test sets
 _PAPER_CAPTIONS = 5  # of each image; COCO has six or seven of some, the authors drop those
@@ -43,14 +33,13 @@ NAMES = [prefix + name for prefix in ("", _I2I) for name in (*_LABELS, OWN)]
 class CaptionedImages:
     """These are images with their captions."""
 
-    images: list[ImageRef]
+    images: list[files.ImageRef]
     captions: list[list[str]]  # [images][captions of it], at least one each
 
     def flat(self) -> tuple[list[str], np.ndarray]:
         """Return all captions, and int [C], ascending: the image that each belongs to."""
         counts = [len(group) for group in self.captions]
-        captions = [caption for group in self.captions for caption in group]
-        return captions, np.repeat(np.arange(len(counts)), counts)
+        return list(chain(*self.captions)), np.repeat(np.arange(len(counts)), counts)
 
 
 def load_captioned(folder: Path) -> CaptionedImages:
@@ -64,23 +53,27 @@ def load_captioned(folder: Path) -> CaptionedImages:
     return _collect(folder / "captions.jsonl", _read_jsonl(folder))
 
 
-def load_task(data: Path, name: str) -> CaptionedImages:
+def load_task(data: Path, name: str, stride: int = 1) -> CaptionedImages:
     """Read the set of a task: ``data`` itself for ``retrieval``, else DATA/name or Parquet files.
+
+    Every ``stride``-th image is taken; a task with drawn captions has the set of that without.
 
     Raises:
         FileNotFoundError, ValueError: names file and row, and what was expected.
     """
+    name = name.removeprefix(_I2I)
     if name == OWN:
-        return load_captioned(data)
+        return take(load_captioned(data), stride)
     if (data / name).is_dir():
         found = load_captioned(data / name)
     else:
         dataset = f"{name}_test"
         neither = f"{name}/captions.jsonl nor {dataset}/*.parquet"
-        folder = dataset_folder(data, dataset, neither=neither)
-        rows = read_parquet(folder, ["text"], ["image"], split="test")
+        folder = files.dataset_folder(data, dataset, neither=neither)
+        rows = files.read_parquet(folder, ["text"], ["image"], split="test")
         found = _collect(folder, ((str(row["image"]), row["image"], row["text"]) for row in rows))
-    return CaptionedImages(found.images, [group[:_PAPER_CAPTIONS] for group in found.captions])
+    kept = [group[:_PAPER_CAPTIONS] for group in found.captions]
+    return take(CaptionedImages(found.images, kept), stride)
 
 
 def score_retrieval(
@@ -92,7 +85,7 @@ def score_retrieval(
         ValueError: see :meth:`CachedEncoder.embed`.
     """
     captions, image_of = data.flat()
-    images = encoder.embed(data.images, prompt=IMAGE, make=as_input)
+    images = encoder.embed(data.images, prompt=IMAGE, make=files.as_input)
     texts = encoder.embed(
         captions,
         prompt=IMAGE if drawn else TEXT,
@@ -139,15 +132,17 @@ def _read_jsonl(folder: Path) -> Iterator[tuple[str, Path, list[str]]]:
     path, images = folder / "captions.jsonl", folder / "images"
     line = '{"image": "a.jpg", "captions": ["a dog", ...]}'
     hint = f"expected lines {line} and the images in {images}"
-    for number, line in enumerate(read_lines(path, hint=hint), start=1):
+    for number, line in enumerate(files.read_lines(path, hint=hint), start=1):
         if line.strip():
             where = f"{path}, row {number}"
-            row = parse_json(line, where)
-            image = find_image(get(row, "image", str, where), (images, folder), where)
-            yield where, image, get(row, "captions", list, where)
+            row = files.parse_json(line, where)
+            image = files.find_image(files.get(row, "image", str, where), (images, folder), where)
+            yield where, image, files.get(row, "captions", list, where)
 
 
-def _collect(source: Path, rows: Iterator[tuple[str, ImageRef, list[str]]]) -> CaptionedImages:
+def _collect(
+    source: Path, rows: Iterator[tuple[str, files.ImageRef, list[str]]]
+) -> CaptionedImages:
     found = CaptionedImages([], [])
     for where, image, group in rows:
         if not group or not all(isinstance(text, str) and text.strip() for text in group):
@@ -157,11 +152,6 @@ def _collect(source: Path, rows: Iterator[tuple[str, ImageRef, list[str]]]) -> C
     if len(found.images) < 2:
         raise ValueError(f"{source}: {len(found.images)} images, expected at least 2")
     return found
-
-
-def load(data: Path, name: str, stride: int) -> CaptionedImages:
-    """Load a task for the command; raises what :func:`load_task` does."""
-    return take(load_task(data, name.removeprefix(_I2I)), stride)
 
 
 def score(encoder: CachedEncoder, data: Mapping[str, CaptionedImages], _: Protocol) -> Report:

@@ -33,8 +33,7 @@ class Hits:
 
     def resample(self, weights: np.ndarray) -> np.ndarray:
         """Return the value of each resample, [B]; ``weights`` [B, N] count each unit in it."""
-        resampled: np.ndarray = 100 * (weights @ self.hits) / (weights @ self.queries)
-        return resampled
+        return 100 * (weights @ self.hits) / (weights @ self.queries)
 
 
 @dataclass(frozen=True)
@@ -62,8 +61,7 @@ class Pairs:
         y = _ranks(self.gold, weights) - middle
         covariance, xx, yy = ((weights * a * b).sum(axis=1) for a, b in ((x, y), (x, x), (y, y)))
         with np.errstate(invalid="ignore", divide="ignore"):
-            correlation: np.ndarray = covariance / np.sqrt(xx * yy)
-        return 100 * correlation
+            return 100 * (covariance / np.sqrt(xx * yy))
 
 
 @dataclass(frozen=True)
@@ -149,17 +147,14 @@ def fingerprint(strings: Iterable[str]) -> str:
 
 
 def _ranks(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return average ranks from 1 of ``x`` [N] in each resample ``weights``, float64 [B, N].
-
-    ``x`` is sorted once for all resamples, which are only counted.
-    """
+    """Return average ranks from 1 of ``x`` [N] in each resample ``weights``, float64 [B, N]."""
+    # sorted once for all resamples, which are only counted
     _, inverse = np.unique(x, return_inverse=True)
     order = np.argsort(inverse, kind="stable")
     starts = np.flatnonzero(np.diff(inverse[order], prepend=-1))  # [U], U distinct values
     counts = np.add.reduceat(weights[:, order], starts, axis=1)  # [B, U]
     last = np.cumsum(counts, axis=1)
-    ranks: np.ndarray = (last - (counts - 1) / 2)[:, inverse]
-    return ranks
+    return (last - (counts - 1) / 2)[:, inverse]
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:

@@ -58,7 +58,7 @@ def project(vectors: np.ndarray, *, centred: bool) -> np.ndarray:
     if centred:
         vectors = vectors - vectors.mean(axis=0)
     u, s, _ = np.linalg.svd(vectors, full_matrices=False)
-    coordinates: np.ndarray = u[:, :2] * s[:2]
+    coordinates = u[:, :2] * s[:2]
     # the sign of a direction is arbitrary: the larger half points up
     return coordinates * np.where(coordinates.sum(axis=0) < 0, -1, 1)
 
@@ -73,5 +73,4 @@ def tsne(vectors: np.ndarray, *, seed: int = 0) -> np.ndarray:
 
     perplexity = min(30.0, (len(vectors) - 1) / 3)
     model = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=seed)
-    placed: np.ndarray = model.fit_transform(vectors)
-    return placed
+    return np.asarray(model.fit_transform(vectors))

@@ -20,8 +20,7 @@ from e5v_jax.evaluate.scores import Pairs, Score, fingerprint
 from e5v_jax.evaluate.vectors import dot, squared_lengths
 from e5v_jax.prompts import PLAIN, STS
 
-Encode = Callable[[list[str]], np.ndarray]
-"""Texts to vectors [N, D], normalised or not."""
+Encode = Callable[[list[str]], np.ndarray]  # texts to vectors [N, D], normalised or not
 
 
 class Task(NamedTuple):
@@ -64,18 +63,20 @@ class StsPairs(NamedTuple):
     gold: np.ndarray  # float64 [N], human similarity, 0 to 5
 
 
-def load_task(data_dir: str | Path, name: str, *, stride: int = 1) -> StsPairs:
+def load_task(data_dir: str | Path, name: str, stride: int = 1) -> StsPairs:
     """Read every ``stride``-th pair of a task of :data:`TASKS`; those without a score do not count.
 
     ``data_dir`` contains ``STS/`` and ``SICK/``.
 
     Raises:
         FileNotFoundError: a file of the task is missing.
-        ValueError: an unknown task, or a damaged file; names file and row.
+        ValueError: an unknown task, the hub, or a damaged file; names file and row.
     """
     if name not in TASKS:
         raise ValueError(f"unknown STS task {name!r}: expected one of {', '.join(TASKS)}")
     root = Path(data_dir)
+    if root == HUB:
+        raise ValueError(f"{name}: SentEval's files are not on the hub: give their folder")
     if name in _SUBSETS:
         rows = _read_subsets(root / "STS" / f"{name.upper()}-en-test", _SUBSETS[name])
     elif name == "sickr":
@@ -117,10 +118,8 @@ def score_tasks(
     """
     index: dict[str, int] = {}  # sentence -> row of vectors
     sides = {
-        name: [
-            np.array([index.setdefault(clean(s), len(index)) for s in side]) for side in pairs[:2]
-        ]
-        for name, pairs in tasks.items()
+        name: [np.array([index.setdefault(clean(s), len(index)) for s in side]) for side in both]
+        for name, (*both, _) in tasks.items()
     }
     sentences = list(index)
     vectors = np.asarray(encode(sentences))  # [N, D]
@@ -159,13 +158,6 @@ def report_rows(scores: Mapping[str, Score], *, comparable: bool = True) -> list
         seven = [scores[name] for name in PAPER_TASKS]
         rows.append(make_row("sts-average", "STS average", "7 tasks", seven, comparable))
     return rows
-
-
-def load(data: Path, name: str, stride: int) -> StsPairs:
-    """Load a task for the command; raises what :func:`load_task` does, and refuses the hub."""
-    if data == HUB:
-        raise ValueError(f"{name}: SentEval's files are not on the hub: give their folder")
-    return load_task(data, name, stride=stride)
 
 
 def score(encoder: CachedEncoder, data: Mapping[str, StsPairs], protocol: Protocol) -> Report:

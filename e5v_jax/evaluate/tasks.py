@@ -31,8 +31,8 @@ class Benchmark(Generic[Data]):
 
 
 _ALL: list[Benchmark[Any]] = [
-    Benchmark(tuple(sts.TASKS), sts.load, sts.score, order=-1),
-    *(Benchmark((task,), retrieval.load, retrieval.score) for task in retrieval.NAMES),
+    Benchmark(tuple(sts.TASKS), sts.load_task, sts.score, order=-1),
+    *(Benchmark((task,), retrieval.load_task, retrieval.score) for task in retrieval.NAMES),
     Benchmark((composed.CIRR,), composed.load, composed.report_cirr),
     Benchmark(
         (composed.CIRR_TEST,), composed.load, composed.submit_cirr, submits=composed.SUBMISSION

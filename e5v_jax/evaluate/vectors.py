@@ -7,14 +7,12 @@ import numpy as np
 
 def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Multiply each row with its like, [N, D] x [N, D] -> float64 [N]."""
-    products: np.ndarray = np.einsum("nd,nd->n", a, b, dtype=np.float64)
-    return products
+    return np.einsum("nd,nd->n", a, b, dtype=np.float64)
 
 
 def normalised(vectors: np.ndarray) -> np.ndarray:
     """Scale the vectors [N, D] to unit length."""
-    scaled: np.ndarray = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    return scaled
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
 def squared_lengths(
