@@ -31,10 +31,9 @@ def evaluate(args: EvaluateConfig) -> None:
     args.check()
     assert args.data is not None
     for name in names:
-        if TASKS[name].submits and args.output is None:
-            raise cli.UsageError(
-                f"--output: {name} writes {TASKS[name].submits} there, give a folder"
-            )
+        submission = TASKS[name].submits
+        if submission and args.output is None:
+            raise cli.UsageError(f"--output: {name} writes {submission} there, give a folder")
     # Before the model: it takes minutes to load, bad data should not wait for it.
     data = {name: TASKS[name].load(args.data, name, args.stride) for name in names}
 

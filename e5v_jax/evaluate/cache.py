@@ -20,12 +20,11 @@ from e5v_jax.atomic import write_whole
 
 
 def input_key(item: object) -> bytes:
-    """32 bytes that stand for one input of ``E5V.encode``: its text and the bytes of its image."""
-    parts = (
-        item if isinstance(item, Mapping) else {"text" if isinstance(item, str) else "image": item}
-    )
+    """Return 32 bytes that stand for an input of ``E5V.encode``: for its text and image's bytes."""
+    if not isinstance(item, Mapping):
+        item = {"text" if isinstance(item, str) else "image": item}
     digest = hashlib.sha256()
-    for name, value in sorted(parts.items()):
+    for name, value in sorted(item.items()):
         if isinstance(value, Image.Image):
             content = f"{value.mode} {value.size}".encode() + value.tobytes()
         elif name == "text":
@@ -39,13 +38,11 @@ def input_key(item: object) -> bytes:
 class VectorCache:
     """This holds the vectors of one model with one prompt."""
 
-    vectors: dict[bytes, np.ndarray]
-    """What was there when the cache was opened: by :func:`input_key`, float32 [D]."""
-
     def __init__(self, folder: Path, about: Mapping[str, str | None]) -> None:
-        """Read what is there; ``about`` names model and prompt, and all else a vector depends on.
+        """Read what is there into ``vectors``, float32 [D] by :func:`input_key`.
 
-        A damaged shard is left out and said so: its inputs are embedded again.
+        ``about`` names model and prompt, and all else a vector depends on. A damaged shard is left
+        out and said so: its inputs are embedded again.
 
         Raises:
             OSError: the folder cannot be made or read.
@@ -54,7 +51,7 @@ class VectorCache:
         self._folder = folder / hashlib.sha256(text).hexdigest()[:32]
         self._folder.mkdir(parents=True, exist_ok=True)
         write_whole(self._folder / "about.json", lambda file: file.write(text))
-        self.vectors = {}
+        self.vectors: dict[bytes, np.ndarray] = {}
         for path in sorted(self._folder.glob("*.npz")):
             try:
                 with np.load(path, allow_pickle=False) as shard:

@@ -59,9 +59,8 @@ def score_fashioniq(encoder: CachedEncoder, kind: str, data: ComposedSet) -> lis
     prompt, of_gallery = (p.replace("{type}", word) for p in (FASHIONIQ_QUERY, FASHIONIQ_GALLERY))
     gallery = encoder.embed(data.gallery, prompt=of_gallery, make=as_input)
     both_ways = [map(join_captions, data.captions), (join_captions(c[::-1]) for c in data.captions)]
-    first, second = (
-        _embed_queries(encoder, prompt, data, texts, f"FashionIQ {kind}") for texts in both_ways
-    )
+    label = f"FashionIQ {kind}"
+    first, second = (_embed_queries(encoder, prompt, data, texts, label) for texts in both_ways)
     ranks = rank_positives(normalised(first + second), gallery, list(data.targets[:, None]))
     return recalls(_FASHIONIQ + kind, ranks, FASHIONIQ_AT, data.fingerprint())
 
@@ -97,9 +96,9 @@ def fashioniq_rows(scores: dict[str, list[Score]]) -> list[Row]:
     rows = []
     for kind, of_kind in scores.items():
         for score in of_kind:
-            items, whole = len(score.items), len(score.items) == FASHIONIQ_QUERIES[kind]
-            label = f"FashionIQ {kind}"
-            rows.append(make_row(score.task, label, f"{items} queries", [score], whole))
+            asked, label = len(score.items), f"FashionIQ {kind}"
+            whole = asked == FASHIONIQ_QUERIES[kind]
+            rows.append(make_row(score.task, label, f"{asked} queries", [score], whole))
     if set(scores) == set(FASHIONIQ_QUERIES):
         whole = all(row.published.paper is not None for row in rows)
         rows += [

@@ -145,14 +145,12 @@ def _make_set(gallery: _Gallery, queries: Sequence[_Query]) -> ComposedSet:
     row_of = {name: row for row, (name, _) in enumerate(gallery)}
     if len(row_of) != len(gallery):
         raise ValueError("an image is in the gallery twice")
-    for query in queries:
-        for name in (query.source, query.target):
+    for where, _, source, target, _ in queries:
+        for name in (source, target):
             if isinstance(name, str) and name not in row_of:
-                raise ValueError(
-                    f"{query.where}: image {name!r} is not in the gallery of {len(row_of)}"
-                )
-        if query.source == query.target:
-            raise ValueError(f"{query.where}: the target is the reference image itself")
+                raise ValueError(f"{where}: image {name!r} is not in the gallery of {len(row_of)}")
+        if source == target:
+            raise ValueError(f"{where}: the target is the reference image itself")
     references = [row_of[query.source] for query in queries if isinstance(query.source, str)]
     images = [gallery[row][1] for row in references]
     images += [query.source for query in queries if not isinstance(query.source, str)]

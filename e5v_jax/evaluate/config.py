@@ -30,11 +30,7 @@ class ScoringArgs(ModelArgs):
         self.require_positive("stride", "batch_size")
 
     def load_encoder(self) -> "CachedEncoder":
-        """Load the model to embed with, its vectors kept in ``cache`` if that is given.
-
-        Raises:
-            UsageError, FileNotFoundError, ValueError: see :meth:`ModelArgs.load`.
-        """
+        """Load the model, its vectors kept in ``cache`` if given; raises what :meth:`load` does."""
         from e5v_jax.evaluate.cached_encoder import CachedEncoder
 
         about = {}

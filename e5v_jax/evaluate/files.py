@@ -70,10 +70,8 @@ def read_parquet(
             names = parquet.schema_arrow.names
             for name in needed:
                 if name not in names:
-                    found, expected = ", ".join(names), ", ".join(needed)
-                    raise ValueError(
-                        f"{file}: no column {name}; found {found}, expected {expected}"
-                    )
+                    found = f"found {', '.join(names)}, expected {', '.join(needed)}"
+                    raise ValueError(f"{file}: no column {name}; {found}")
             for group in range(parquet.num_row_groups):
                 rows = parquet.read_row_group(group, columns=list(columns)).to_pylist()
                 for number, row in enumerate(rows):
@@ -97,12 +95,7 @@ def read_lines(path: Path, *, hint: str) -> list[str]:
 
 
 def read_json(path: Path, *, hint: str) -> Any:
-    """Return the content of a JSON file.
-
-    Raises:
-        FileNotFoundError: it is missing; ``hint`` says what should be there.
-        ValueError: it is damaged.
-    """
+    """Return the content of a JSON file; raises what read_lines and parse_json do."""
     return parse_json(_read(path, hint).removeprefix("\ufeff"), str(path))
 
 

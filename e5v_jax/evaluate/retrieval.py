@@ -1,7 +1,8 @@
 """Text-image retrieval: Flickr30K, COCO and any folder of captioned images; I2I draws the captions.
 
 Protocol: the authors' retrieval.py. A caption hits if its image is among the k best images, an
-image if any of its captions is among the k best captions.
+image if any of its captions is among the k best captions. Scoring raises what
+:meth:`CachedEncoder.embed` does.
 """
 
 from collections.abc import Iterator, Mapping
@@ -67,9 +68,8 @@ def load_task(data: Path, name: str, stride: int = 1) -> CaptionedImages:
     if (data / name).is_dir():
         found = load_captioned(data / name)
     else:
-        dataset = f"{name}_test"
-        neither = f"{name}/captions.jsonl nor {dataset}/*.parquet"
-        folder = files.dataset_folder(data, dataset, neither=neither)
+        neither = f"{name}/captions.jsonl nor {name}_test/*.parquet"
+        folder = files.dataset_folder(data, f"{name}_test", neither=neither)
         rows = files.read_parquet(folder, ["text"], ["image"], split="test")
         found = _collect(folder, ((str(row["image"]), row["image"], row["text"]) for row in rows))
     kept = [group[:_PAPER_CAPTIONS] for group in found.captions]
@@ -79,11 +79,7 @@ def load_task(data: Path, name: str, stride: int = 1) -> CaptionedImages:
 def score_retrieval(
     encoder: CachedEncoder, name: str, data: CaptionedImages, *, drawn: bool = False
 ) -> list[Score]:
-    """Score image and text recall at 1, 5, 10; with ``drawn`` captions are embedded as pictures.
-
-    Raises:
-        ValueError: see :meth:`CachedEncoder.embed`.
-    """
+    """Score image and text recall at 1, 5, 10; with ``drawn`` captions are embedded as pictures."""
     captions, image_of = data.flat()
     images = encoder.embed(data.images, prompt=IMAGE, make=files.as_input)
     texts = encoder.embed(
@@ -155,7 +151,7 @@ def _collect(
 
 
 def score(encoder: CachedEncoder, data: Mapping[str, CaptionedImages], _: Protocol) -> Report:
-    """Score the one task that was loaded; raises what :func:`score_retrieval` does."""
+    """Score the one task that was loaded."""
     ((name, items),) = data.items()
     base = name.removeprefix(_I2I)
     drawn = base != name

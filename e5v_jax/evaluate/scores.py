@@ -47,11 +47,7 @@ class Pairs:
         return len(self.cosine)
 
     def value(self) -> float:
-        """Return Spearman's correlation times 100.
-
-        Raises:
-            ValueError: see :func:`spearman`.
-        """
+        """Return Spearman's correlation times 100; raises what :func:`spearman` does."""
         return 100 * spearman(self.cosine, self.gold)
 
     def resample(self, weights: np.ndarray) -> np.ndarray:
@@ -131,9 +127,8 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
     """
     for values in (x, y):
         if np.all(values == values[0]):
-            raise ValueError(
-                f"rank correlation is undefined: all {len(values)} values are {values[0]:g}"
-            )
+            constant = f"all {len(values)} values are {values[0]:g}"
+            raise ValueError(f"rank correlation is undefined: {constant}")
     once = np.ones((1, len(x)), np.int64)
     return float(np.corrcoef(*(_ranks(values, once)[0] for values in (x, y)))[0, 1])
 

@@ -55,6 +55,9 @@ _HINT = "the data folder must contain STS/ and SICK/ as SentEval has them"
 _SICK_COLUMNS = ["pair_ID", "sentence_A", "sentence_B", "relatedness_score"]
 
 
+_Pair = tuple[str, str, float]
+
+
 class StsPairs(NamedTuple):
     """These are the pairs of a task, in the order of its files; sentences as they stand there."""
 
@@ -123,9 +126,8 @@ def score_tasks(
     }
     sentences = list(index)
     vectors = np.asarray(encode(sentences))  # [N, D]
-    squares = squared_lengths(
-        vectors, len(sentences), what="sentences", where=lambda i: repr(sentences[i])
-    )  # [N]
+    names = [repr(sentence) for sentence in sentences]
+    squares = squared_lengths(vectors, len(names), what="sentences", where=names.__getitem__)  # [N]
     scores = {}
     for name, (rows1, rows2) in sides.items():
         # One root of the product, not two roots: a sentence paired with itself gets exactly 1, so
@@ -169,15 +171,14 @@ def score(encoder: CachedEncoder, data: Mapping[str, StsPairs], protocol: Protoc
     return Report({}, report_rows(scores, comparable=paper), list(scores.values()))
 
 
-def _read_subsets(folder: Path, subsets: Sequence[str]) -> Iterator[tuple[str, str, float]]:
+def _read_subsets(folder: Path, subsets: Sequence[str]) -> Iterator[_Pair]:
     for subset in subsets:
         pairs_path = folder / f"STS.input.{subset}.txt"
         gold_path = folder / f"STS.gs.{subset}.txt"
         pairs, gold = (read_lines(path, hint=_HINT) for path in (pairs_path, gold_path))
         if len(pairs) != len(gold):
-            raise ValueError(
-                f"{gold_path}: {len(gold)} rows, expected {len(pairs)} as in {pairs_path.name}"
-            )
+            expected = f"expected {len(pairs)} as in {pairs_path.name}"
+            raise ValueError(f"{gold_path}: {len(gold)} rows, {expected}")
         for number, (pair, score) in enumerate(zip(pairs, gold, strict=True), start=1):
             if score.strip():  # the organisers left some pairs unscored
                 where = f"{pairs_path}, row {number}"
@@ -187,15 +188,14 @@ def _read_subsets(folder: Path, subsets: Sequence[str]) -> Iterator[tuple[str, s
 
 def _read_table(
     path: Path, sentences: int, score: int, header: Sequence[str] = ()
-) -> Iterator[tuple[str, str, float]]:
+) -> Iterator[_Pair]:
     """Read a file with the sentences in two columns from ``sentences`` on, the score in another."""
     lines = read_lines(path, hint=_HINT)
     if header:
         found = lines.pop(0) if lines else ""
         if found.split("\t")[: len(header)] != header:
-            raise ValueError(
-                f"{path}, row 1: found {found[:80]!r}, expected the columns {', '.join(header)}"
-            )
+            columns = ", ".join(header)
+            raise ValueError(f"{path}, row 1: found {found[:80]!r}, expected the columns {columns}")
     for number, line in enumerate(lines, start=2 if header else 1):
         where = f"{path}, row {number}"
         fields = _split(line, where, max(sentences + 2, score + 1))
@@ -210,9 +210,7 @@ def _split(line: str, where: str, expected: int, *, exact: bool = False) -> list
     return fields
 
 
-def _row(
-    first: str, second: str, score: str, where: str, score_where: str
-) -> tuple[str, str, float]:
+def _row(first: str, second: str, score: str, where: str, score_where: str) -> _Pair:
     if not (first.strip() and second.strip()):
         raise ValueError(f"{where}: empty sentence")
     try:

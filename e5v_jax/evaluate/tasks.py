@@ -31,13 +31,11 @@ class Benchmark(Generic[Data]):
 
 
 _ALL: list[Benchmark[Any]] = [
-    Benchmark(tuple(sts.TASKS), sts.load_task, sts.score, order=-1),
+    Benchmark(tuple(sts.TASKS), sts.load_task, sts.score, -1),
     *(Benchmark((task,), retrieval.load_task, retrieval.score) for task in retrieval.NAMES),
     Benchmark((composed.CIRR,), composed.load, composed.report_cirr),
-    Benchmark(
-        (composed.CIRR_TEST,), composed.load, composed.submit_cirr, submits=composed.SUBMISSION
-    ),
-    Benchmark(composed.FASHIONIQ_TASKS, composed.load, composed.report_fashioniq, order=1),
+    Benchmark((composed.CIRR_TEST,), composed.load, composed.submit_cirr, 0, composed.SUBMISSION),
+    Benchmark(composed.FASHIONIQ_TASKS, composed.load, composed.report_fashioniq, 1),
 ]
 # Words that --tasks takes for several tasks at once.
 _GROUPS = {"sts": sts.PAPER_TASKS, "fashioniq": composed.FASHIONIQ_TASKS}
@@ -62,11 +60,7 @@ def choose_tasks(text: str) -> list[str]:
 
 
 def run_tasks(encoder: CachedEncoder, data: Mapping[str, Any], *, protocol: Protocol) -> Report:
-    """Score all tasks; ``data`` is what their benchmarks loaded, by task.
-
-    Raises:
-        ValueError: see :meth:`CachedEncoder.embed`.
-    """
+    """Score ``data``, loaded tasks by name; raises what :meth:`CachedEncoder.embed` does."""
     result = Report({}, [])
     benchmarks = dict.fromkeys(TASKS[name] for name in data)
     for benchmark in sorted(benchmarks, key=lambda benchmark: benchmark.order):
