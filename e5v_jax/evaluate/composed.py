@@ -121,7 +121,7 @@ def report_cirr(encoder: CachedEncoder, data: Mapping[str, ComposedSet], _: Prot
     return Report({}, cirr_rows(scores), scores)
 
 
-def submit_cirr(encoder: CachedEncoder, data: Mapping[str, ComposedSet], _: Protocol) -> Report:
+def submit(encoder: CachedEncoder, data: Mapping[str, ComposedSet], _: Protocol) -> Report:
     """Answer CIRR's test set."""
     content = cirr_submission(encoder, data[CIRR_TEST])
     submission = Submission(SUBMISSION, "https://cirr.cecs.anu.edu.au", content)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -33,15 +33,10 @@ class ComposedSet:
         return fingerprint([*self.gallery_ids, *chain(*self.captions), *answers])
 
 
-class _Query(NamedTuple):
-    where: str
-    captions: tuple[str, ...]
-    source: str | files.ImageRef  # CIRR's by its name in the gallery; FashionIQ's need not be there
-    target: str | None  # None in a test set
-    pair_id: str = ""
-
-
 _Gallery = list[tuple[str, files.ImageRef]]
+# Where it stands, its captions, its source, target (None in a test set) and name: CIRR's source is
+# named, and in the gallery; FashionIQ's is an image that need not be there.
+_Query = tuple[str, tuple[str, ...], str | files.ImageRef, str | None, str]
 
 
 def load_cirr(data: Path, split: str) -> ComposedSet:
@@ -69,12 +64,12 @@ def load_cirr(data: Path, split: str) -> ComposedSet:
         source, answer, number = "candidate_id", "target_id", object
         columns = ["caption", source, "pairid", *([answer] if answered else [])]
         rows = _parquet_rows(data, f"cirr_{split}", split, columns, [])
-    queries = []
+    queries: list[_Query] = []
     for where, row in rows:
         caption, reference = (files.get(row, key, str, where) for key in ("caption", source))
         target = files.get(row, answer, str, where) if answered else None
         pair_id = str(files.get(row, "pairid", number, where))
-        queries.append(_Query(where, (caption,), reference, target, pair_id))
+        queries.append((where, (caption,), reference, target, pair_id))
     return _make_set(gallery, queries)
 
 
@@ -99,7 +94,7 @@ def load_fashioniq(data: Path, kind: str) -> ComposedSet:
         columns = [texts, answer, "category"]
         every = _parquet_rows(data, "fashioniq_val", "val", columns, ["candidate"])
         rows = (item for item in every if item[1]["category"] == kind)
-    queries = []
+    queries: list[_Query] = []
     for where, row in rows:
         image = files.get(row, "candidate", candidate, where)
         if isinstance(image, str):
@@ -107,7 +102,7 @@ def load_fashioniq(data: Path, kind: str) -> ComposedSet:
         captions = files.get(row, texts, list, where)
         if len(captions) != 2 or not all(isinstance(text, str) for text in captions):
             raise ValueError(f"{where}: captions {captions!r}, expected two texts")
-        queries.append(_Query(where, tuple(captions), image, files.get(row, answer, str, where)))
+        queries.append((where, tuple(captions), image, files.get(row, answer, str, where), ""))
     return _make_set(gallery, queries)
 
 
@@ -151,16 +146,14 @@ def _make_set(gallery: _Gallery, queries: Sequence[_Query]) -> ComposedSet:
                 raise ValueError(f"{where}: image {name!r} is not in the gallery of {len(row_of)}")
         if source == target:
             raise ValueError(f"{where}: the target is the reference image itself")
-    references = [row_of[query.source] for query in queries if isinstance(query.source, str)]
-    images = [gallery[row][1] for row in references]
-    images += [query.source for query in queries if not isinstance(query.source, str)]
-    targets = [row_of[query.target] for query in queries if query.target is not None]
+    _, captions, sources, targets, pair_ids = zip(*queries, strict=True)
+    references = [row_of[source] for source in sources if isinstance(source, str)]
     return ComposedSet(
-        gallery_ids=[name for name, _ in gallery],
+        gallery_ids=list(row_of),
         gallery=[image for _, image in gallery],
-        images=images,
-        captions=[query.captions for query in queries],
+        images=[gallery[row_of[s]][1] if isinstance(s, str) else s for s in sources],
+        captions=list(captions),
         references=np.array(references) if references else None,
-        targets=np.array(targets) if targets else None,
-        pair_ids=[query.pair_id for query in queries if query.pair_id],
+        targets=None if None in targets else np.array([row_of[name] for name in targets]),
+        pair_ids=[name for name in pair_ids if name],
     )

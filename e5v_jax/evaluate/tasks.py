@@ -31,11 +31,11 @@ class Benchmark(Generic[Data]):
 
 
 _ALL: list[Benchmark[Any]] = [
-    Benchmark(tuple(sts.TASKS), sts.load_task, sts.score, -1),
+    Benchmark(tuple(sts.TASKS), sts.load_task, sts.score, order=-1),
     *(Benchmark((task,), retrieval.load_task, retrieval.score) for task in retrieval.NAMES),
     Benchmark((composed.CIRR,), composed.load, composed.report_cirr),
-    Benchmark((composed.CIRR_TEST,), composed.load, composed.submit_cirr, 0, composed.SUBMISSION),
-    Benchmark(composed.FASHIONIQ_TASKS, composed.load, composed.report_fashioniq, 1),
+    Benchmark((composed.CIRR_TEST,), composed.load, composed.submit, submits=composed.SUBMISSION),
+    Benchmark(composed.FASHIONIQ_TASKS, composed.load, composed.report_fashioniq, order=1),
 ]
 # Words that --tasks takes for several tasks at once.
 _GROUPS = {"sts": sts.PAPER_TASKS, "fashioniq": composed.FASHIONIQ_TASKS}

@@ -1,7 +1,5 @@
 """E5-V for mteb 2.x, and the registration of its name ``e5v-jax/e5-v``.
 
-    import mteb
-    from e5v_jax.integrations.mteb import MtebEncoder
     model = MtebEncoder(path="e5-v")  # a converted folder; also dtype=, adapter=, fsdp= ...
     mteb.evaluate(model, mteb.get_tasks(tasks=["Flickr30kT2IRetrieval"]))
 
@@ -14,14 +12,13 @@ checkpoint (``royokong/e5-v``), whose prompt for text with image differs from th
 
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import Any, cast
 
 import numpy as np
-from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_implementations import MODEL_REGISTRY
 from mteb.models.model_meta import ModelMeta
-from mteb.types import BatchedInput, EncodeKwargs, PromptType
+from mteb.types import BatchedInput
 from torch.utils.data import DataLoader
 
 from e5v_jax import E5V
@@ -68,23 +65,16 @@ class MtebEncoder(AbsEncoder):
         self.mteb_model_meta = META.model_copy(update={"revision": revision})
 
     def encode(
-        self,
-        inputs: DataLoader[BatchedInput],
-        *,
-        task_metadata: TaskMetadata,
-        hf_split: str,
-        hf_subset: str,
-        prompt_type: PromptType | None = None,
-        **kwargs: Unpack[EncodeKwargs],
+        self, inputs: DataLoader[BatchedInput], *, batch_size: int = 32, **_: Any
     ) -> np.ndarray:
         """Embed texts, images, or where a row has both, the two fused: float32 [N, D], unit length.
 
-        mteb has put a document's title in front of its text and an instruction behind a query.
+        What else mteb passes tells of the task; by then it has put a document's title in front of
+        its text and an instruction behind a query.
 
         Raises:
             ValueError: a batch has neither text nor image, or an input is bad.
         """
-        batch_size = kwargs.get("batch_size", 32)
         rows = chain.from_iterable(map(split_batch, inputs))
         vectors = []
         while some := list(islice(rows, _IMAGES_AT_ONCE)):
