@@ -55,9 +55,6 @@ _HINT = "the data folder must contain STS/ and SICK/ as SentEval has them"
 _SICK_COLUMNS = ["pair_ID", "sentence_A", "sentence_B", "relatedness_score"]
 
 
-_Pair = tuple[str, str, float]
-
-
 class StsPairs(NamedTuple):
     """These are the pairs of a task, in the order of its files; sentences as they stand there."""
 
@@ -80,19 +77,67 @@ def load_task(data_dir: str | Path, name: str, stride: int = 1) -> StsPairs:
     root = Path(data_dir)
     if root == HUB:
         raise ValueError(f"{name}: SentEval's files are not on the hub: give their folder")
+    rows = list(_read(root, name))[::stride]
+    if len(rows) < 2:
+        raise ValueError(f"{root}: {name} has {len(rows)} scored pairs, expected at least 2")
+    first, second, gold = zip(*rows, strict=True)
+    return StsPairs(list(first), list(second), np.array(gold, np.float64))
+
+
+def _read(root: Path, name: str) -> Iterator[tuple[str, str, float]]:
+    found: list[tuple[str, list[str], str, str]] = []  # place, sentences, place of the score, score
     if name in _SUBSETS:
-        rows = _read_subsets(root / "STS" / f"{name.upper()}-en-test", _SUBSETS[name])
+        folder = root / "STS" / f"{name.upper()}-en-test"
+        for subset in _SUBSETS[name]:
+            pairs = _split_lines(folder / f"STS.input.{subset}.txt", 2, exact=True)
+            gold = _split_lines(folder / f"STS.gs.{subset}.txt", 1, exact=True)
+            if len(pairs) != len(gold):
+                expected = f"expected {len(pairs)} as in STS.input.{subset}.txt"
+                raise ValueError(f"{folder}/STS.gs.{subset}.txt: {len(gold)} rows, {expected}")
+            both = zip(pairs, gold, strict=True)
+            # the organisers left some pairs unscored
+            found += [(*pair, place, score) for pair, (place, (score,)) in both if score.strip()]
     elif name == "sickr":
-        rows = _read_table(root / "SICK" / "SICK_test_annotated.txt", 1, 3, _SICK_COLUMNS)
+        path = root / "SICK" / "SICK_test_annotated.txt"
+        rows = _split_lines(path, 4, header=_SICK_COLUMNS)
+        found = [(place, row[1:3], place, row[3]) for place, row in rows]
     else:
         # genre, file, year, id, score, sentence, sentence, and in some rows sources
         split = "dev" if name == "stsb-dev" else "test"
-        rows = _read_table(root / "STS" / "STSBenchmark" / f"sts-{split}.csv", 5, 4)
-    taken = list(rows)[::stride]
-    if len(taken) < 2:
-        raise ValueError(f"{root}: {name} has {len(taken)} scored pairs, expected at least 2")
-    first, second, gold = zip(*taken, strict=True)
-    return StsPairs(list(first), list(second), np.array(gold, np.float64))
+        rows = _split_lines(root / "STS" / "STSBenchmark" / f"sts-{split}.csv", 7)
+        found = [(place, row[5:7], place, row[4]) for place, row in rows]
+    for place, (first, second), score_place, score in found:
+        if not (first.strip() and second.strip()):
+            raise ValueError(f"{place}: empty sentence")
+        try:
+            value = float(score)
+        except ValueError:
+            value = np.nan
+        if not 0 <= value <= 5:  # false for nan, too
+            raise ValueError(f"{score_place}: score {score!r}, expected a number from 0 to 5")
+        yield first, second, value
+
+
+def _split_lines(
+    path: Path, expected: int, *, exact: bool = False, header: Sequence[str] = ()
+) -> list[tuple[str, list[str]]]:
+    """Return the tab-separated fields of each line below the header, and where it stands."""
+    lines = [line.split("\t") for line in read_lines(path, hint=_HINT)]
+    if header:
+        found = lines.pop(0) if lines else [""]
+        if found[: len(header)] != header:
+            shown, columns = "\t".join(found)[:80], ", ".join(header)
+            raise ValueError(f"{path}, row 1: found {shown!r}, expected the columns {columns}")
+    rows = [
+        (f"{path}, row {i}", fields) for i, fields in enumerate(lines, start=2 if header else 1)
+    ]
+    for place, fields in rows:
+        if len(fields) < expected or (exact and len(fields) > expected):
+            least = "" if exact else "at least "
+            raise ValueError(
+                f"{place}: {len(fields)} tab-separated fields, expected {least}{expected}"
+            )
+    return rows
 
 
 def clean_sentence(sentence: str) -> str:
@@ -169,54 +214,3 @@ def score(encoder: CachedEncoder, data: Mapping[str, StsPairs], protocol: Protoc
     encode = partial(encoder.embed, prompt=prompt, make=str, normalize=False)
     scores = score_tasks(encode, data, clean=clean_sentence if paper else str.strip)
     return Report({}, report_rows(scores, comparable=paper), list(scores.values()))
-
-
-def _read_subsets(folder: Path, subsets: Sequence[str]) -> Iterator[_Pair]:
-    for subset in subsets:
-        pairs_path = folder / f"STS.input.{subset}.txt"
-        gold_path = folder / f"STS.gs.{subset}.txt"
-        pairs, gold = (read_lines(path, hint=_HINT) for path in (pairs_path, gold_path))
-        if len(pairs) != len(gold):
-            expected = f"expected {len(pairs)} as in {pairs_path.name}"
-            raise ValueError(f"{gold_path}: {len(gold)} rows, {expected}")
-        for number, (pair, score) in enumerate(zip(pairs, gold, strict=True), start=1):
-            if score.strip():  # the organisers left some pairs unscored
-                where = f"{pairs_path}, row {number}"
-                first, second = _split(pair, where, 2, exact=True)
-                yield _row(first, second, score, where, f"{gold_path}, row {number}")
-
-
-def _read_table(
-    path: Path, sentences: int, score: int, header: Sequence[str] = ()
-) -> Iterator[_Pair]:
-    """Read a file with the sentences in two columns from ``sentences`` on, the score in another."""
-    lines = read_lines(path, hint=_HINT)
-    if header:
-        found = lines.pop(0) if lines else ""
-        if found.split("\t")[: len(header)] != header:
-            columns = ", ".join(header)
-            raise ValueError(f"{path}, row 1: found {found[:80]!r}, expected the columns {columns}")
-    for number, line in enumerate(lines, start=2 if header else 1):
-        where = f"{path}, row {number}"
-        fields = _split(line, where, max(sentences + 2, score + 1))
-        yield _row(fields[sentences], fields[sentences + 1], fields[score], where, where)
-
-
-def _split(line: str, where: str, expected: int, *, exact: bool = False) -> list[str]:
-    fields = line.split("\t")
-    if len(fields) < expected or (exact and len(fields) > expected):
-        least = "" if exact else "at least "
-        raise ValueError(f"{where}: {len(fields)} tab-separated fields, expected {least}{expected}")
-    return fields
-
-
-def _row(first: str, second: str, score: str, where: str, score_where: str) -> _Pair:
-    if not (first.strip() and second.strip()):
-        raise ValueError(f"{where}: empty sentence")
-    try:
-        value = float(score)
-    except ValueError:
-        value = np.nan
-    if not 0 <= value <= 5:  # false for nan, too
-        raise ValueError(f"{score_where}: score {score!r}, expected a number from 0 to 5")
-    return first, second, value
