@@ -155,7 +155,7 @@ class CachedEncoder:
                 )
             except InputError as error:
                 raise ValueError(f"{places[error.position]}: {error.reason}") from error
-            squared_lengths(vectors, len(new), what="inputs", where=places.__getitem__)
+            squared_lengths(vectors, places, what="inputs")
             known.update(zip(new, vectors, strict=True))
             if cache is not None:
                 cache.write(list(new), vectors)

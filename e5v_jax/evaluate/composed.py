@@ -85,10 +85,7 @@ def join_captions(captions: Sequence[str]) -> str:
 
 def cirr_rows(scores: list[Score]) -> list[Row]:
     """Make the rows for the report. The paper has no validation figures."""
-    return [
-        make_row(score.task, "CIRR val", f"{len(score.items)} queries", [score], False)
-        for score in scores
-    ]
+    return [make_row(CIRR, "CIRR val", f"{len(s.items)} queries", [s], False) for s in scores]
 
 
 def fashioniq_rows(scores: dict[str, list[Score]]) -> list[Row]:

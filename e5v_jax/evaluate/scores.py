@@ -135,10 +135,7 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
 
 def fingerprint(strings: Iterable[str]) -> str:
     """Return the hash of the questions of a task."""
-    digest = hashlib.sha256()
-    for string in strings:
-        digest.update(string.encode() + b"\0")
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(string.encode() + b"\0" for string in strings)).hexdigest()
 
 
 def _ranks(x: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -171,8 +171,7 @@ def score_tasks(
     }
     sentences = list(index)
     vectors = np.asarray(encode(sentences))  # [N, D]
-    names = [repr(sentence) for sentence in sentences]
-    squares = squared_lengths(vectors, len(names), what="sentences", where=names.__getitem__)  # [N]
+    squares = squared_lengths(vectors, list(map(repr, sentences)), what="sentences")  # [N]
     scores = {}
     for name, (rows1, rows2) in sides.items():
         # One root of the product, not two roots: a sentence paired with itself gets exactly 1, so
