@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from e5v_jax.evaluate.compare import compare_runs
 from e5v_jax.evaluate.published import PUBLISHED, Published
 from e5v_jax.evaluate.report import (
     Report,
     Row,
+    compare_runs,
     make_row,
     print_report,
     read_scores,

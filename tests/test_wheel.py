@@ -45,6 +45,7 @@ def test_contents(installed: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"e5v_jax"}
     assert "e5v_jax/demo/train.csv" in names and "e5v_jax/demo/heldout.csv" in names
+    assert "e5v_jax/evaluate/published.csv" in names
     assert {f"e5v-{name}" for name in COMMANDS} <= {f.name for f in (installed / "bin").iterdir()}
 
 

@@ -4,65 +4,55 @@ import gc
 import json
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
+from PIL import Image
 
+from e5v_jax.atomic import new_folder
+from e5v_jax.data.images import load_image
+from e5v_jax.evaluate import retrieval, sts
+from e5v_jax.evaluate.cached_encoder import CachedEncoder
 from e5v_jax.evaluate.config import AnalyseArgs
+from e5v_jax.evaluate.files import ImageRef, as_input
+from e5v_jax.evaluate.plots import PROJECTIONS, Panel, draw_projection
 from e5v_jax.evaluate.report import markdown_table, print_table, settings_table
 from e5v_jax.evaluate.scores import summarise
+from e5v_jax.evaluate.space import measure_gap
+from e5v_jax.prompts import IMAGE, STS, TEXT
 
-if TYPE_CHECKING:
-    from PIL import Image
-
-    from e5v_jax.evaluate.cached_encoder import CachedEncoder
-    from e5v_jax.evaluate.files import ImageRef
-    from e5v_jax.evaluate.plots import Panel
-    from e5v_jax.evaluate.retrieval import CaptionedImages
-    from e5v_jax.evaluate.sts import StsPairs
-
-# What is taken away from the prompt, always inside the chat template. The last is the paper's.
-PROMPTS = {
-    "no prompt": ("<sent>", "<image>"),
-    'without "in one word"': (
-        "<sent>\nSummary above sentence: ",
-        "<image>\nSummary above image: ",
-    ),
-    "full prompt": (
-        "<sent>\nSummary above sentence in one word: ",
-        "<image>\nSummary above image in one word: ",
-    ),
-}
 FULL = "full prompt"
 BLANK = "full prompt, blank images"
-STS_PROMPTS = {
-    "no prompt": " <sent>",
-    'without "in one word"': " <sent>\nSummary above sentence:",
-    FULL: " <sent>\nSummary above sentence in one word:",
-}
+
+
+def _take_away(full: str) -> dict[str, str]:
+    """Return the paper's prompt with less and less taken away, always inside the chat template."""
+    return {
+        "no prompt": full.partition("\n")[0],
+        'without "in one word"': full.replace(" in one word", ""),
+        FULL: full,
+    }
+
+
+STS_PROMPTS = _take_away(STS)
+PROMPTS = {name: (text, _take_away(IMAGE)[name]) for name, text in _take_away(TEXT).items()}
 _STS_TASK = "stsb"
 _DRAWN = 1000  # most images in a plot, each with its first caption
 _GREY = (122, 116, 104)  # CLIP's mean colour: what the vision tower sees is zero
 
-_GAP_HEADINGS = (
-    "model",
-    "prompt",
-    "centroid distance",
-    "matched cosine",
-    "mismatched cosine",
-    "alignment",
-    "uniformity, texts",
-    "uniformity, images",
-    "image R@1",
-    "text R@1",
-)
+_HEADINGS = {  # of columns; others are the keys of analysis.json
+    "uniformity_texts": "uniformity, texts",
+    "uniformity_images": "uniformity, images",
+    "spearman": "Spearman",
+    "interval": "95 % interval",
+}
 _NOTE = (
     "Prompts are always inside the chat template: `no prompt` is the bare text or image in it. "
     "Blank images are grey and of the same size. Alignment and uniformity are Wang & Isola's "
     "(2020; alpha 2, t 2), the centroid distance is Liang et al.'s modality gap (2022); recall in "
     "percent. Plots show the first caption of each image."
 )
-_STS_HEADINGS = ("model", "prompt", "pairs", "Spearman", "95 % interval")
 
 
 @dataclass
@@ -70,7 +60,7 @@ class _Findings:
     template: str = ""
     images: list[dict[str, Any]] = field(default_factory=list)
     sts: list[dict[str, Any]] = field(default_factory=list)
-    panels: "list[Panel]" = field(default_factory=list)
+    panels: list[Panel] = field(default_factory=list)
 
 
 def analyse(args: AnalyseArgs) -> None:
@@ -82,16 +72,12 @@ def analyse(args: AnalyseArgs) -> None:
         ImportError: matplotlib or scikit-learn is missing.
     """
     args.check()
-    if args.data is not None:
-        _check_plotting()
-
-    from e5v_jax.atomic import new_folder
-    from e5v_jax.evaluate import retrieval, sts
-    from e5v_jax.evaluate.plots import PROJECTIONS, draw_projection
-
     # Before the models, which take minutes to load.
     pictures = pairs = None
     if args.data is not None:
+        for library in ("matplotlib", "sklearn"):
+            if find_spec(library) is None:
+                raise ImportError(f"{library} is needed to plot: pip install 'e5v-jax[analyse]'")
         pictures = retrieval.take(retrieval.load_captioned(args.data), args.stride)
     if args.sts is not None:
         pairs = sts.load_task(args.sts, _STS_TASK, stride=args.stride)
@@ -106,11 +92,9 @@ def analyse(args: AnalyseArgs) -> None:
             gc.collect()  # modules refer to each other in cycles: their weights would stay
         settings = {**args.describe(), "template": found.template, "stride": args.stride}
         text = f"# Analysis\n\n{settings_table(settings)}"
-        for title, headings, rows in (
-            ("Texts against images", _GAP_HEADINGS, found.images),
-            ("STS-B", _STS_HEADINGS, found.sts),
-        ):
+        for title, rows in (("Texts against images", found.images), ("STS-B", found.sts)):
             if rows:
+                headings = [_HEADINGS.get(key, key.replace("_", " ")) for key in rows[0]]
                 cells = [[_cell(*item) for item in row.items()] for row in rows]
                 print_table(headings, cells, caption=title)
                 text += f"\n## {title}\n\n{markdown_table(headings, cells)}"
@@ -125,87 +109,51 @@ def analyse(args: AnalyseArgs) -> None:
 
 def _analyse_model(
     args: AnalyseArgs,
-    name: str,
-    pictures: "CaptionedImages | None",
-    pairs: "StsPairs | None",
+    model: str,
+    pictures: retrieval.CaptionedImages | None,
+    pairs: sts.StsPairs | None,
     found: _Findings,
 ) -> None:
     """Add what one model shows; a function of its own, so that the model is gone at its end."""
     encoder = args.load_encoder()
     found.template = encoder.template
     if pictures is not None:
-        _analyse_images(encoder, name, pictures, found)
-    if pairs is not None:
-        found.sts += _analyse_sts(encoder, name, pairs)
+        _analyse_images(encoder, model, pictures, found)
+    if pairs is not None:  # Spearman for each prompt, sentences cleaned as in the paper
+        for prompt, words in STS_PROMPTS.items():
+            encode = partial(encoder.embed, prompt=words, make=str, normalize=False)
+            score = sts.score_tasks(encode, {_STS_TASK: pairs})[_STS_TASK]
+            value, *interval = summarise([score])
+            row = {"model": model, "prompt": prompt, "pairs": len(score.items)}
+            found.sts.append({**row, "spearman": value, "interval": interval})
 
 
 def _analyse_images(
-    encoder: "CachedEncoder", model: str, data: "CaptionedImages", found: _Findings
+    encoder: CachedEncoder, model: str, data: retrieval.CaptionedImages, found: _Findings
 ) -> None:
     """Add gap and recall for each prompt and for blanked images, and panels with and without it."""
-    from e5v_jax.evaluate.files import load
-    from e5v_jax.evaluate.plots import Panel
-    from e5v_jax.evaluate.retrieval import score_vectors
-    from e5v_jax.evaluate.space import measure_gap
-
     captions, image_of = data.flat()
     first = np.unique(image_of, return_index=True)[1][:_DRAWN]  # the first caption of each image
     for prompt, (text_prompt, image_prompt) in [*PROMPTS.items(), (BLANK, PROMPTS[FULL])]:
-        texts = encoder.embed(
-            captions, prompt=text_prompt, make=str, where=lambda i: f"caption {captions[i]!r}"
-        )
-        make = blank if prompt == BLANK else load
+        texts = encoder.embed(captions, prompt=text_prompt, make=str)
+        make = blank if prompt == BLANK else as_input
         images = encoder.embed(data.images, prompt=image_prompt, make=make)
-        recall = {
-            score.metric: score.items.value()
-            for score in score_vectors("images", texts, images, image_of, "")
-            if score.metric.endswith("R@1")
-        }
-        gap = measure_gap(texts, images, image_of)
-        found.images.append({"model": model, "prompt": prompt, **gap._asdict(), **recall})
+        scores = retrieval.score_vectors("images", texts, images, image_of, "")
+        recall = {s.metric: s.items.value() for s in scores if s.metric.endswith("R@1")}
+        gap = measure_gap(texts, images, image_of)._asdict()
+        found.images.append({"model": model, "prompt": prompt, **gap, **recall})
         if prompt in (next(iter(PROMPTS)), FULL):
-            panel = Panel(f"{model}, {prompt}", texts[first], images[:_DRAWN])
-            found.panels.append(panel)
+            found.panels.append(Panel(f"{model}, {prompt}", texts[first], images[:_DRAWN]))
 
 
-def _analyse_sts(encoder: "CachedEncoder", model: str, pairs: "StsPairs") -> list[dict[str, Any]]:
-    """Return Spearman on STS-B for each prompt, sentences cleaned as in the paper."""
-    from e5v_jax.evaluate.sts import score_tasks
-
-    rows = []
-    for name, prompt in STS_PROMPTS.items():
-        encode = partial(encoder.embed_sentences, prompt=prompt)
-        score = score_tasks(encode, {_STS_TASK: pairs})[_STS_TASK]
-        value, *interval = summarise([score])
-        about = {"model": model, "prompt": name, "pairs": len(score.items)}
-        rows.append({**about, "spearman": value, "interval": interval})
-    return rows
-
-
-def blank(image: "ImageRef") -> "Image.Image":
+def blank(image: ImageRef) -> Image.Image:
     """Make a grey picture of the same size: the same tokens, and nothing to see."""
-    from PIL import Image
-
-    from e5v_jax.data.images import load_image
-    from e5v_jax.evaluate.files import load
-
-    return Image.new("RGB", load_image(load(image)).size, _GREY)
+    return Image.new("RGB", load_image(as_input(image)).size, _GREY)
 
 
 def _cell(name: str, value: Any) -> str:
     if name == "interval":
         return f"{value[0]:.2f} to {value[1]:.2f}"
     if isinstance(value, float):
-        percent = "R@" in name or name == "spearman"
-        return f"{value:.2f}" if percent else f"{value:.3f}"
+        return f"{value:.2f}" if "R@" in name or name == "spearman" else f"{value:.3f}"
     return str(value)
-
-
-def _check_plotting() -> None:
-    try:
-        import matplotlib  # noqa: F401  # only whether it is there, before hours of embedding
-        import sklearn  # noqa: F401  # the same
-    except ImportError as error:
-        raise ImportError(
-            f"{error.name} is needed to plot: pip install 'e5v-jax[analyse]'"
-        ) from error

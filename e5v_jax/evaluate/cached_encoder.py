@@ -1,24 +1,88 @@
-"""Many inputs to vectors: a few at a time, each distinct one once, through the cache if any."""
+"""Many inputs to vectors: a few at a time, each distinct one once, kept on disk if asked.
 
+    DIR/<hash of model and prompt>/about.json      what the hash stands for
+    DIR/<hash of model and prompt>/<hash>.npz      keys uint8 [n, 32], vectors float32 [n, D]
+
+A shard appears only when whole, so an evaluation that was killed goes on where it stopped, and
+several may share a folder.
+"""
+
+import hashlib
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.progress import track
 
 from e5v_jax import __version__
-from e5v_jax.evaluate.cache import VectorCache, input_key
+from e5v_jax.atomic import write_whole
+from e5v_jax.data.inputs import Input, InputError
 from e5v_jax.evaluate.vectors import normalised, squared_lengths
 
 if TYPE_CHECKING:
     from e5v_jax import E5V
-    from e5v_jax.data.inputs import Input
 
 _TEXTS, _IMAGES = 1024, 64  # inputs prepared at once: sorts lengths well; bounds decoded images
 Item = TypeVar("Item")
+
+
+def input_key(item: object) -> bytes:
+    """Return 32 bytes that stand for an input of ``E5V.encode``: for its text and image's bytes."""
+    if not isinstance(item, Mapping):
+        item = {"text" if isinstance(item, str) else "image": item}
+    digest = hashlib.sha256()
+    for name, value in sorted(item.items()):
+        if isinstance(value, Image.Image):
+            content = f"{value.mode} {value.size}".encode() + value.tobytes()
+        elif name == "text":
+            content = str(value).encode("utf-8", "surrogatepass")
+        else:
+            content = value if isinstance(value, bytes) else Path(value).read_bytes()
+        digest.update(f"{name} {len(content)} ".encode() + content)
+    return digest.digest()
+
+
+class VectorCache:
+    """This holds the vectors of one model with one prompt."""
+
+    def __init__(self, folder: Path, about: Mapping[str, str | None]) -> None:
+        """Read what is there into ``vectors``, float32 [D] by :func:`input_key`.
+
+        ``about`` names model and prompt, and all else a vector depends on. A damaged shard is left
+        out and said so: its inputs are embedded again.
+
+        Raises:
+            OSError: the folder cannot be made or read.
+        """
+        text = (json.dumps(dict(about), indent=1, sort_keys=True) + "\n").encode()
+        self._folder = folder / hashlib.sha256(text).hexdigest()[:32]
+        self._folder.mkdir(parents=True, exist_ok=True)
+        write_whole(self._folder / "about.json", lambda file: file.write(text))
+        self.vectors: dict[bytes, np.ndarray] = {}
+        for path in sorted(self._folder.glob("*.npz")):
+            try:
+                with np.load(path, allow_pickle=False) as shard:
+                    keys, vectors = shard["keys"], shard["vectors"]
+                    self.vectors.update(zip(map(bytes, keys), vectors, strict=True))
+            except Exception as error:  # zipfile, zlib and NumPy raise many types
+                print(f"{path}: damaged, left out ({error}); delete it", file=sys.stderr)
+
+    def write(self, keys: list[bytes], vectors: np.ndarray) -> None:
+        """Keep vectors [n, D] on disk, as one shard.
+
+        Raises:
+            OSError: the disk is full or the like; nothing half-written stays.
+        """
+        joined = b"".join(keys)
+        stacked = np.frombuffer(joined, np.uint8).reshape(len(keys), -1)
+        whole = vectors.astype(np.float32)
+        path = self._folder / f"{hashlib.sha256(joined).hexdigest()[:32]}.npz"
+        write_whole(path, lambda file: np.savez(file, keys=stacked, vectors=whole))
 
 
 class CachedEncoder:
@@ -33,58 +97,44 @@ class CachedEncoder:
         about: Mapping[str, str | None] | None = None,
     ) -> None:
         """Wrap a model; with ``cache``, vectors are kept there, ``about`` tells models apart."""
-        self._model = model
-        self._batch_size = batch_size
-        self._cache = cache
+        self._model, self._batch_size, self._cache = model, batch_size, cache
+        self.template = model.template
         self._about = {**(about or {}), "template": model.template, "e5v-jax": __version__}
-
-    @property
-    def template(self) -> str:
-        """This names the model's chat template."""
-        return self._model.template
 
     def embed(
         self,
         items: Sequence[Item],
         *,
         prompt: str,
-        make: "Callable[[Item], Input]",
+        make: Callable[[Item], Input],
         where: Callable[[int], str] | None = None,
         normalize: bool = True,
     ) -> np.ndarray:
         """Embed ``items`` and return their vectors, fp32 [N, D], in the same order.
 
-        Args:
-            items: what is to be embedded, perhaps only named.
-            prompt: instruction with ``<sent>`` and/or ``<image>``.
-            make: turns one item into an input of ``E5V.encode``; called when its turn comes, so
-                that only few images are in memory.
-            where: where a person finds an item by its position, for messages; by default its str.
-            normalize: to unit length.
+        ``prompt`` has ``<sent>`` and/or ``<image>``. ``make`` turns an item into an input of
+        ``E5V.encode`` when its turn comes, so that only few images are in memory. ``where`` names
+        the item at a position, for messages; by default the text or where the image lies. With
+        ``normalize`` False nothing is rounded: a cosine may tie.
 
         Raises:
             ValueError: a bad input, or a vector that is zero or not finite.
         """
-        from e5v_jax.data.inputs import InputError
-
-        where = where or (lambda position: str(items[position]))
-        cache = None
-        if self._cache is not None:
-            cache = VectorCache(self._cache, {**self._about, "prompt": prompt})
+        if where is None:
+            names = [f"text {item!r}" if isinstance(item, str) else str(item) for item in items]
+            where = names.__getitem__
+        about = {**self._about, "prompt": prompt}
+        cache = None if self._cache is None else VectorCache(self._cache, about)
         known: dict[bytes, np.ndarray] = {} if cache is None else cache.vectors
         keys: list[bytes] = []
         chunk = _IMAGES if "<image>" in prompt else _TEXTS
         shown = sys.stderr.isatty() and len(items) > self._batch_size
-        for start in track(
-            range(0, len(items), chunk),
-            "embedding",
-            console=Console(stderr=True),
-            transient=True,
-            disable=not shown,
-        ):
+        positions = range(len(items))
+        starts, console = positions[::chunk], Console(stderr=True)
+        for start in track(starts, "embedding", console=console, transient=True, disable=not shown):
             new: dict[bytes, Input] = {}
             places: list[str] = []
-            for position in range(start, min(start + chunk, len(items))):
+            for position in positions[start : start + chunk]:
                 try:
                     made = make(items[position])
                     keys.append(input_key(made))
@@ -105,25 +155,9 @@ class CachedEncoder:
                 )
             except InputError as error:
                 raise ValueError(f"{places[error.position]}: {error.reason}") from error
-            squared_lengths(vectors, len(new), what="inputs", where=places.__getitem__)
+            squared_lengths(vectors, places, what="inputs")
             known.update(zip(new, vectors, strict=True))
             if cache is not None:
                 cache.write(list(new), vectors)
         found = np.stack([known[key] for key in keys])  # [N, D]
         return normalised(found) if normalize else found
-
-    def embed_sentences(self, sentences: list[str], *, prompt: str) -> np.ndarray:
-        """Embed ``sentences`` and return fp32 [N, D], not normalised.
-
-        Rounding would break ties of the cosine.
-
-        Raises:
-            ValueError: see :meth:`embed`.
-        """
-        return self.embed(
-            sentences,
-            prompt=prompt,
-            make=str,
-            where=lambda i: f"sentence {sentences[i]!r}",
-            normalize=False,
-        )

@@ -4,19 +4,18 @@ Protocol: the authors' retrieval.py, also for what is summed: the two vectors of
 as the model gives them, then normalised. Scoring raises what :meth:`CachedEncoder.embed` does.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from e5v_jax.evaluate.benchmark import Benchmark, Protocol, Result, Submission
 from e5v_jax.evaluate.cached_encoder import CachedEncoder
 from e5v_jax.evaluate.composed_sets import ComposedSet, load_cirr, load_fashioniq, take
-from e5v_jax.evaluate.files import ImageRef, load
+from e5v_jax.evaluate.config import Protocol
+from e5v_jax.evaluate.files import as_input
 from e5v_jax.evaluate.ranking import rank_positives, recalls, top_k
-from e5v_jax.evaluate.report import Row, make_row
+from e5v_jax.evaluate.report import Report, Row, Submission, make_row
 from e5v_jax.evaluate.scores import Score
 from e5v_jax.evaluate.vectors import normalised
 from e5v_jax.prompts import CIRR_GALLERY, CIRR_QUERY, FASHIONIQ_GALLERY, FASHIONIQ_QUERY
@@ -25,8 +24,9 @@ CIRR_AT = (1, 5, 10, 50)
 FASHIONIQ_AT = (10, 50)
 # Queries of the validation sets, which the paper's figures (FashionIQ) are over.
 FASHIONIQ_QUERIES = {"dress": 2017, "shirt": 2038, "toptee": 1961}
-_CIRR, _CIRR_TEST, _FASHIONIQ = "cirr", "cirr-test", "fashioniq-"
-_SUBMISSION = "cirr-submission.json"
+CIRR, CIRR_TEST, _FASHIONIQ = "cirr", "cirr-test", "fashioniq-"
+FASHIONIQ_TASKS = tuple(_FASHIONIQ + kind for kind in FASHIONIQ_QUERIES)
+SUBMISSION = "cirr-submission.json"
 _SUBMITTED = 50  # names a query, as the CIRR server wants
 
 
@@ -35,53 +35,47 @@ def score_cirr(encoder: CachedEncoder, data: ComposedSet) -> list[Score]:
     assert data.targets is not None
     queries, gallery = _embed_cirr(encoder, data)
     ranks = rank_positives(queries, gallery, list(data.targets[:, None]), removed=data.references)
-    return recalls(_CIRR, ranks, CIRR_AT, data.fingerprint())
+    return recalls(CIRR, ranks, CIRR_AT, data.fingerprint())
 
 
 def cirr_submission(encoder: CachedEncoder, data: ComposedSet) -> dict[str, str | list[str]]:
     """Return what CIRR's test server takes: the 50 best images of each query, best first."""
-    queries, gallery = _embed_cirr(encoder, data)
-    best = top_k(queries, gallery, _SUBMITTED, removed=data.references)
-    names = {
-        pair: [data.gallery_ids[row] for row in rows]
-        for pair, rows in zip(data.pair_ids, best, strict=True)
-    }
-    return {"version": "rc2", "metric": "recall", **names}
+    best = top_k(*_embed_cirr(encoder, data), _SUBMITTED, removed=data.references)
+    names = [[data.gallery_ids[row] for row in rows] for rows in best]
+    answers = dict(zip(data.pair_ids, names, strict=True))
+    return {"version": "rc2", "metric": "recall", **answers}
 
 
 def _embed_cirr(encoder: CachedEncoder, data: ComposedSet) -> tuple[np.ndarray, np.ndarray]:
-    gallery = encoder.embed(data.gallery, prompt=CIRR_GALLERY, make=load)
-    queries = encoder.embed(
-        [(image, caption) for image, (caption,) in zip(data.images, data.captions, strict=True)],
-        prompt=CIRR_QUERY,
-        make=_composed,
-        where=lambda i: f"CIRR query {data.pair_ids[i]}",
-    )
-    return queries, gallery
+    gallery = encoder.embed(data.gallery, prompt=CIRR_GALLERY, make=as_input)
+    texts = (caption for (caption,) in data.captions)
+    return normalised(_embed_queries(encoder, CIRR_QUERY, data, texts, "CIRR")), gallery
 
 
 def score_fashioniq(encoder: CachedEncoder, kind: str, data: ComposedSet) -> list[Score]:
     """Score recall at 10 and 50 of one type; a query counts its two captions in both orders."""
     assert data.targets is not None
     word = "shirt" if kind == "toptee" else kind
-    gallery = encoder.embed(
-        data.gallery, prompt=FASHIONIQ_GALLERY.replace("{type}", word), make=load
-    )
-    one_way, other_way = (
-        encoder.embed(
-            [
-                (image, join_captions(captions[::step]))
-                for image, captions in zip(data.images, data.captions, strict=True)
-            ],
-            prompt=FASHIONIQ_QUERY.replace("{type}", word),
-            make=_composed,
-            where=lambda i: f"FashionIQ {kind} query {i}",
-            normalize=False,
-        )
-        for step in (1, -1)
-    )
-    ranks = rank_positives(normalised(one_way + other_way), gallery, list(data.targets[:, None]))
+    prompt, of_gallery = (p.replace("{type}", word) for p in (FASHIONIQ_QUERY, FASHIONIQ_GALLERY))
+    gallery = encoder.embed(data.gallery, prompt=of_gallery, make=as_input)
+    both_ways = [map(join_captions, data.captions), (join_captions(c[::-1]) for c in data.captions)]
+    label = f"FashionIQ {kind}"
+    first, second = (_embed_queries(encoder, prompt, data, texts, label) for texts in both_ways)
+    ranks = rank_positives(normalised(first + second), gallery, list(data.targets[:, None]))
     return recalls(_FASHIONIQ + kind, ranks, FASHIONIQ_AT, data.fingerprint())
+
+
+def _embed_queries(
+    encoder: CachedEncoder, prompt: str, data: ComposedSet, texts: Iterable[str], label: str
+) -> np.ndarray:
+    """Embed the reference images with one text each, [Q, D], not normalised."""
+    return encoder.embed(
+        list(zip(data.images, texts, strict=True)),
+        prompt=prompt,
+        make=lambda item: {"image": as_input(item[0]), "text": item[1]},
+        where=lambda i: f"{label} query {data.pair_ids[i] if data.pair_ids else i}",
+        normalize=False,
+    )
 
 
 def join_captions(captions: Sequence[str]) -> str:
@@ -91,10 +85,7 @@ def join_captions(captions: Sequence[str]) -> str:
 
 def cirr_rows(scores: list[Score]) -> list[Row]:
     """Make the rows for the report. The paper has no validation figures."""
-    return [
-        make_row(score.task, "CIRR val", f"{len(score.items)} queries", [score], False)
-        for score in scores
-    ]
+    return [make_row(CIRR, "CIRR val", f"{len(s.items)} queries", [s], False) for s in scores]
 
 
 def fashioniq_rows(scores: dict[str, list[Score]]) -> list[Row]:
@@ -102,10 +93,9 @@ def fashioniq_rows(scores: dict[str, list[Score]]) -> list[Row]:
     rows = []
     for kind, of_kind in scores.items():
         for score in of_kind:
-            queries = len(score.items)
-            whole = queries == FASHIONIQ_QUERIES[kind]
-            label = f"FashionIQ {kind}"
-            rows.append(make_row(score.task, label, f"{queries} queries", [score], whole))
+            asked, label = len(score.items), f"FashionIQ {kind}"
+            whole = asked == FASHIONIQ_QUERIES[kind]
+            rows.append(make_row(score.task, label, f"{asked} queries", [score], whole))
     if set(scores) == set(FASHIONIQ_QUERIES):
         whole = all(row.published.paper is not None for row in rows)
         rows += [
@@ -115,46 +105,30 @@ def fashioniq_rows(scores: dict[str, list[Score]]) -> list[Row]:
     return rows
 
 
-def _composed(item: tuple[ImageRef, str]) -> dict[str, Any]:
-    image, text = item
-    return {"image": load(image), "text": text}
+def load(data: Path, name: str, stride: int) -> ComposedSet:
+    """Load a task for the command; raises what :mod:`composed_sets` does."""
+    if name.startswith(_FASHIONIQ):
+        return take(load_fashioniq(data, name.removeprefix(_FASHIONIQ)), stride)
+    return take(load_cirr(data, "test" if name == CIRR_TEST else "val"), stride)
 
 
-def _load_cirr(data: Path, name: str, stride: int) -> ComposedSet:
-    return take(load_cirr(data, "test" if name == _CIRR_TEST else "val"), stride)
+def report_cirr(encoder: CachedEncoder, data: Mapping[str, ComposedSet], _: Protocol) -> Report:
+    """Score CIRR's validation set."""
+    scores = score_cirr(encoder, data[CIRR])
+    return Report({}, cirr_rows(scores), scores)
 
 
-def _score_cirr(encoder: CachedEncoder, data: Mapping[str, ComposedSet], _: Protocol) -> Result:
-    scores = score_cirr(encoder, data[_CIRR])
-    return Result(cirr_rows(scores), scores)
+def submit(encoder: CachedEncoder, data: Mapping[str, ComposedSet], _: Protocol) -> Report:
+    """Answer CIRR's test set."""
+    content = cirr_submission(encoder, data[CIRR_TEST])
+    submission = Submission(SUBMISSION, "https://cirr.cecs.anu.edu.au", content)
+    return Report({}, [], submissions=[submission])
 
 
-def _submit_cirr(encoder: CachedEncoder, data: Mapping[str, ComposedSet], _: Protocol) -> Result:
-    content = cirr_submission(encoder, data[_CIRR_TEST])
-    return Result(submissions=[Submission(_SUBMISSION, "https://cirr.cecs.anu.edu.au", content)])
-
-
-def _load_fashioniq(data: Path, name: str, stride: int) -> ComposedSet:
-    return take(load_fashioniq(data, name.removeprefix(_FASHIONIQ)), stride)
-
-
-def _score_fashioniq(
+def report_fashioniq(
     encoder: CachedEncoder, data: Mapping[str, ComposedSet], _: Protocol
-) -> Result:
+) -> Report:
+    """Score the types of FashionIQ that were loaded."""
     kinds = {name.removeprefix(_FASHIONIQ): garments for name, garments in data.items()}
     scores = {kind: score_fashioniq(encoder, kind, garments) for kind, garments in kinds.items()}
-    return Result(fashioniq_rows(scores), list(chain(*scores.values())))
-
-
-_FASHIONIQ_TASKS = tuple(_FASHIONIQ + kind for kind in FASHIONIQ_QUERIES)
-BENCHMARKS = [
-    Benchmark((_CIRR,), _load_cirr, _score_cirr),
-    Benchmark((_CIRR_TEST,), _load_cirr, _submit_cirr, submits=_SUBMISSION),
-    Benchmark(
-        _FASHIONIQ_TASKS,
-        _load_fashioniq,
-        _score_fashioniq,
-        groups={"fashioniq": _FASHIONIQ_TASKS},
-        order=1,
-    ),
-]
+    return Report({}, fashioniq_rows(scores), list(chain(*scores.values())))

@@ -10,6 +10,8 @@ from e5v_jax.encode.model_args import ModelArgs
 if TYPE_CHECKING:
     from e5v_jax.evaluate.cached_encoder import CachedEncoder
 
+Protocol = Literal["paper", "plain"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringArgs(ModelArgs):
@@ -28,17 +30,13 @@ class ScoringArgs(ModelArgs):
         self.require_positive("stride", "batch_size")
 
     def load_encoder(self) -> "CachedEncoder":
-        """Load the model to embed with, its vectors kept in ``cache`` if that is given.
-
-        Raises:
-            UsageError, FileNotFoundError, ValueError: see :meth:`ModelArgs.load`.
-        """
+        """Load the model, its vectors kept in ``cache`` if given; raises what :meth:`load` does."""
         from e5v_jax.evaluate.cached_encoder import CachedEncoder
 
-        if self.cache is None:
-            return CachedEncoder(self.load(), batch_size=self.batch_size)
-        about = {**self.describe(), "model": self.content_hash()}
-        del about["adapter"], about["revision"]  # they are in the hash, wherever the files lie
+        about = {}
+        if self.cache is not None:
+            about = {**self.describe(), "model": self.content_hash()}
+            del about["adapter"], about["revision"]  # they are in the hash, wherever the files lie
         return CachedEncoder(self.load(), batch_size=self.batch_size, cache=self.cache, about=about)
 
 
@@ -62,7 +60,7 @@ class EvaluateConfig(ScoringArgs):
     retrieval and i2i-retrieval (your own captioned images)."""
     compare: tuple[Path, Path] | None = None
     """Instead of all else: the outputs of two runs, to compare them item by item."""
-    protocol: Literal["paper", "plain"] = "paper"
+    protocol: Protocol = "paper"
     """Of STS. paper: prompt `sts`, sentences cleaned as the authors do. plain: the instruction
     without spaces around it, sentences as they stand in the files: not the paper's figure."""
     output: Path | None = None

@@ -11,6 +11,7 @@ from functools import cache
 from PIL import Image, ImageDraw, ImageFont
 
 _WIDTH, _HEIGHT, _MARGIN, _POINTS = 800, 400, 20, 40
+_font = cache(ImageFont.load_default)  # reading it takes longer than drawing with it
 
 
 def draw_caption(text: str) -> Image.Image:
@@ -20,42 +21,34 @@ def draw_caption(text: str) -> Image.Image:
         ImportError: this Pillow was built without FreeType.
     """
     image = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
-    draw = ImageDraw.Draw(image)
-    font = _font()
+    font = _font(_POINTS)
+    if not isinstance(font, ImageFont.FreeTypeFont):
+        raise ImportError("drawing captions needs a Pillow with FreeType, as its wheels are")
     lines = wrap(text, font)
-    ascent, descent = font.getmetrics()
-    y = (_HEIGHT - len(lines) * (ascent + descent)) // 2
-    for line in lines:
-        draw.text((_MARGIN, y), line, font=font, fill="black")
-        y += ascent + descent
+    height = sum(font.getmetrics())
+    for number, line in enumerate(lines):
+        y = (_HEIGHT - len(lines) * height) // 2 + number * height
+        ImageDraw.Draw(image).text((_MARGIN, y), line, font=font, fill="black")
     return image
 
 
 def wrap(text: str, font: ImageFont.FreeTypeFont) -> list[str]:
     """Split into lines of whole words that fit; a word too long for a line is broken."""
+
+    def fits(text: str) -> bool:
+        return font.getlength(text) <= _WIDTH - 2 * _MARGIN
+
     lines: list[str] = []
     line = ""
     for word in text.split():
-        if line and _fits(f"{line} {word}", font):
+        if line and fits(f"{line} {word}"):
             line = f"{line} {word}"
             continue
         if line:
             lines.append(line)
-        while not _fits(word, font):
-            fitting = next(n for n in range(len(word), 0, -1) if n == 1 or _fits(word[:n], font))
+        while not fits(word):
+            fitting = next(n for n in range(len(word), 0, -1) if n == 1 or fits(word[:n]))
             lines.append(word[:fitting])
             word = word[fitting:]
         line = word
     return [*lines, line] if line else lines
-
-
-def _fits(text: str, font: ImageFont.FreeTypeFont) -> bool:
-    return font.getlength(text) <= _WIDTH - 2 * _MARGIN
-
-
-@cache
-def _font() -> ImageFont.FreeTypeFont:
-    font = ImageFont.load_default(_POINTS)
-    if not isinstance(font, ImageFont.FreeTypeFont):
-        raise ImportError("drawing captions needs a Pillow with FreeType, as its wheels are")
-    return font

@@ -7,58 +7,51 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-HUB = Path("hub")
-"""``--data hub``: the authors' data sets from the Hugging Face hub."""
+HUB = Path("hub")  # --data hub: the authors' data sets from the Hugging Face hub
 _HUB_OWNER = "royokong"
 
 
 @dataclass(frozen=True)
 class ParquetImage:
-    """An encoded image in a Parquet file, read when it is needed."""
+    """This is an encoded image in a Parquet file, read when it is needed."""
 
     file: Path
     column: str
     group: int
-    row: int
-    """This counts from the start of the row group."""
+    row: int  # counts from the start of the row group
 
     def __str__(self) -> str:
         return f"{self.file}, row group {self.group}, row {self.row}"
-
-    def read(self) -> bytes:
-        """Return the encoded bytes."""
-        return _image_column(self.file, self.column, self.group)[self.row]
 
 
 ImageRef = Path | ParquetImage
 
 
-def load(image: ImageRef) -> Path | bytes:
+def as_input(image: ImageRef) -> Path | bytes:
     """Turn an image reference into an input for ``E5V.encode``."""
-    return image if isinstance(image, Path) else image.read()
+    if isinstance(image, Path):
+        return image
+    return _image_column(image.file, image.column, image.group)[image.row]
 
 
 @lru_cache(maxsize=1)
 def _image_column(file: Path, column: str, group: int) -> list[bytes]:
     import pyarrow.parquet as pq
 
-    table = pq.ParquetFile(file).read_row_group(group, columns=[column])
-    found = []
-    for row, cell in enumerate(table[column].to_pylist()):
-        content = None if cell is None else cell.get("bytes")
+    cells = pq.ParquetFile(file).read_row_group(group, columns=[column])[column].to_pylist()
+    found = [cell and cell.get("bytes") for cell in cells]
+    for row, content in enumerate(found):
         if not content:
             raise ValueError(f"{file}, row group {group}, row {row}: column {column} has no bytes")
-        found.append(content)
     return found
 
 
 def read_parquet(
-    folder: Path, columns: Sequence[str], images: Sequence[str], *, split: str | None = None
+    folder: Path, columns: Sequence[str], images: Sequence[str], *, split: str
 ) -> Iterator[dict[str, Any]]:
-    """Read the rows of a data set as the hub has it: ``*.parquet``, anywhere below ``folder``.
+    """Read the rows of a data set as the hub has it: ``split*.parquet``, anywhere below ``folder``.
 
-    ``columns`` are read, ``images`` (structs with ``bytes``) become :class:`ParquetImage`. With
-    ``split``, files are taken whose name starts with it.
+    ``columns`` are read, ``images`` (structs with ``bytes``) become :class:`ParquetImage`.
 
     Raises:
         FileNotFoundError: no file.
@@ -67,7 +60,7 @@ def read_parquet(
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    pattern = f"{split or ''}*.parquet"
+    needed, pattern = [*columns, *images], f"{split}*.parquet"
     files = sorted(folder.rglob(pattern))
     if not files:
         raise FileNotFoundError(f"{folder}: no file {pattern} in it, see docs/evaluation.md")
@@ -75,17 +68,15 @@ def read_parquet(
         try:
             parquet = pq.ParquetFile(file)
             names = parquet.schema_arrow.names
-            missing = [name for name in [*columns, *images] if name not in names]
-            if missing:
-                raise ValueError(
-                    f"{file}: no column {missing[0]}; found {', '.join(names)}, expected "
-                    f"{', '.join([*columns, *images])}"
-                )
+            for name in needed:
+                if name not in names:
+                    found = f"found {', '.join(names)}, expected {', '.join(needed)}"
+                    raise ValueError(f"{file}: no column {name}; {found}")
             for group in range(parquet.num_row_groups):
                 rows = parquet.read_row_group(group, columns=list(columns)).to_pylist()
-                for number in range(parquet.metadata.row_group(group).num_rows):
+                for number, row in enumerate(rows):
                     refs = {name: ParquetImage(file, name, group, number) for name in images}
-                    yield {**rows[number], **refs}
+                    yield {**row, **refs}
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{file}: not a whole Parquet file ({error})") from error
 
@@ -97,34 +88,37 @@ def read_lines(path: Path, *, hint: str) -> list[str]:
         FileNotFoundError: it is missing; ``hint`` says what should be there.
         ValueError: it is not UTF-8; names the row.
     """
-    try:
-        text = _read(path, hint).decode()
-    except UnicodeDecodeError as error:
-        row = error.object[: error.start].count(b"\n") + 1
-        raise ValueError(f"{path}, row {row}: expected UTF-8, {error.reason}") from None
+    text = _read(path, hint)
     # Not splitlines(): it also splits at characters that may stand in a sentence, such as U+0085.
     lines = text.removesuffix("\n").split("\n") if text else []
     return [line.removesuffix("\r") for line in lines]
 
 
-def _read(path: Path, hint: str) -> bytes:
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: not found; {hint}") from None
-
-
 def read_json(path: Path, *, hint: str) -> Any:
-    """Return the content of a JSON file.
+    """Return the content of a JSON file; raises what read_lines and parse_json do."""
+    return parse_json(_read(path, hint).removeprefix("\ufeff"), str(path))
+
+
+def parse_json(text: str, where: str) -> Any:
+    """Return what ``text`` says in JSON.
 
     Raises:
-        FileNotFoundError: it is missing; ``hint`` says what should be there.
-        ValueError: it is damaged.
+        ValueError: it is damaged; names ``where`` it stands.
     """
     try:
-        return json.loads(_read(path, hint))
+        return json.loads(text)
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
+        raise ValueError(f"{where}: not valid JSON ({error})") from None
+
+
+def _read(path: Path, hint: str) -> str:
+    try:
+        return path.read_bytes().decode()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{path}: not found; {hint}") from None
+    except UnicodeDecodeError as error:
+        row = error.object[: error.start].count(b"\n") + 1
+        raise ValueError(f"{path}, row {row}: expected UTF-8, {error.reason}") from None
 
 
 def get(row: Any, key: str, kind: type, where: str) -> Any:
@@ -171,7 +165,7 @@ def dataset_folder(data: Path, name: str, *, neither: str) -> Path:
     try:
         return Path(snapshot_download(f"{_HUB_OWNER}/{name}", repo_type="dataset"))
     except Exception as error:  # of the hub's client, of HTTP, of the socket
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise OSError(
             f"{_HUB_OWNER}/{name}: cannot be fetched from the hub ({reason}): fetch it where there "
             "is a network and pass its parent folder as --data, see docs/evaluation.md"

@@ -20,12 +20,9 @@ _CHUNK = 1024  # queries scored at once: bounds the memory of the score matrix
 class Ranks(NamedTuple):
     """This says where the best positive of each query stands; every array is int64 [Q]."""
 
-    better: np.ndarray
-    """Gallery items with a higher score."""
-    tied: np.ndarray
-    """Gallery items with the same score, itself included."""
-    positives: np.ndarray
-    """How many of the tied are positives."""
+    better: np.ndarray  # gallery items with a higher score
+    tied: np.ndarray  # gallery items with the same score, itself included
+    positives: np.ndarray  # how many of the tied are positives
 
 
 def rank_positives(
@@ -35,13 +32,10 @@ def rank_positives(
     *,
     removed: np.ndarray | None = None,
 ) -> Ranks:
-    """Rank the gallery for each query by dot product.
+    """Rank the normalised ``gallery`` [G, D] for each of ``queries`` [Q, D] by dot product.
 
-    Args:
-        queries: [Q, D], normalised.
-        gallery: [G, D], normalised.
-        positives: for each query the gallery rows that are right, at least one.
-        removed: int [Q], a gallery row that is left out for this query (CIRR's reference image).
+    ``positives`` are the gallery rows that are right for each query, at least one; ``removed``,
+    int [Q], is a row that is left out for it (CIRR's reference image).
 
     Raises:
         ValueError: a query has no positive, or its only one is removed.
@@ -102,12 +96,8 @@ def top_k(
 
     Arguments as in :func:`rank_positives`.
     """
-    return np.concatenate(
-        [
-            np.argsort(-scores, axis=1, kind="stable")[:, :k]
-            for _, scores in _scores(queries, gallery, removed)
-        ]
-    )
+    chunks = (scores for _, scores in _scores(queries, gallery, removed))
+    return np.concatenate([np.argsort(-s, axis=1, kind="stable")[:, :k] for s in chunks])
 
 
 def _scores(

@@ -1,16 +1,18 @@
-"""Scores with intervals beside the paper's: a table in the terminal, Markdown and JSON."""
+"""Scores with intervals beside the paper's or another run's: a table, Markdown and JSON."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from e5v_jax.atomic import new_folder
 from e5v_jax.evaluate.published import PAPER, PUBLISHED, Published
-from e5v_jax.evaluate.scores import Hits, Pairs, Score, summarise
+from e5v_jax.evaluate.scores import RESAMPLES, Hits, Pairs, Score, compare, summarise
 
 _HEADINGS = ("task", "metric", "items", "score", "95 % interval")
 _PUBLISHED_HEADINGS = {
@@ -20,26 +22,32 @@ _PUBLISHED_HEADINGS = {
     "eva_clip": "EVA-02-CLIP 5B",
     "blip": "BLIP ViT-L",
 }
+_COMPARED = ("task", "metric", "A", "B", "B - A", "95 % interval", "p")
 _FIRST_NUMBER = 2  # column
 _NOTE = f"percent; paper and baselines: E5-V (Llama-3-8B) and others as in {PAPER}"
+_COMPARED_NOTE = f"percent; paired bootstrap over the items, {RESAMPLES} resamples, two-sided p"
 
 
 @dataclass(frozen=True)
 class Row:
     """This is one figure; all figures are in percent."""
 
-    task: str
-    """Key for programs."""
-    label: str
-    """Name for readers."""
+    task: str  # key for programs
+    label: str  # name for readers
     metric: str
-    items: str
-    """What it was measured on, as "1379" or "300 of 1500"."""
+    items: str  # what it was measured on, as "1379" or "300 of 1500"
     value: float
-    low: float
-    """Ends of the 95 % bootstrap interval."""
+    low: float  # ends of the 95 % bootstrap interval
     high: float
     published: Published = field(default_factory=Published)
+
+
+class Submission(NamedTuple):
+    """These are answers to a test set whose scores only its organisers can tell."""
+
+    file: str
+    server: str  # where the file is to be sent
+    content: Mapping[str, object]  # what the file holds, as JSON
 
 
 @dataclass(frozen=True)
@@ -48,8 +56,8 @@ class Report:
 
     settings: Mapping[str, str | int | float | None]
     rows: list[Row]
-    scores: list[Score] = field(default_factory=list)
-    """The figures again, item by item, to compare runs by."""
+    scores: list[Score] = field(default_factory=list)  # the same item by item, to compare runs by
+    submissions: list[Submission] = field(default_factory=list)
 
 
 def make_row(task: str, label: str, items: str, scores: Sequence[Score], comparable: bool) -> Row:
@@ -64,20 +72,19 @@ def make_row(task: str, label: str, items: str, scores: Sequence[Score], compara
 
 def _table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     """Return headings and cells; figures of others than the paper only if there are any."""
-    shown = [
-        name
-        for name in _PUBLISHED_HEADINGS
-        if name in ("paper", "prompt_only")
+    shown = {
+        name: heading
+        for name, heading in _PUBLISHED_HEADINGS.items()
+        if heading.startswith("paper")
         or any(getattr(row.published, name) is not None for row in rows)
-    ]
+    }
     cells = []
     for row in rows:
-        interval = f"{row.low:.2f} to {row.high:.2f}"
         figures = [getattr(row.published, name) for name in shown]
         published = ["" if figure is None else f"{figure:.2f}" for figure in figures]
-        ours = [row.label, row.metric, row.items, f"{row.value:.2f}", interval]
-        cells.append([*ours, *published])
-    return [*_HEADINGS, *(_PUBLISHED_HEADINGS[name] for name in shown)], cells
+        ours = [f"{row.value:.2f}", f"{row.low:.2f} to {row.high:.2f}"]
+        cells.append([row.label, row.metric, row.items, *ours, *published])
+    return [*_HEADINGS, *shown.values()], cells
 
 
 def markdown_table(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
@@ -107,13 +114,13 @@ def to_json(report: Report) -> str:
 
 def print_table(headings: Sequence[str], cells: Sequence[Sequence[str]], *, caption: str) -> None:
     """Print to the terminal; figures are never cut short, a narrow terminal wraps them."""
-    table = Table(caption=caption)
-    for number, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if number < _FIRST_NUMBER else "right")
+    table = Table(*headings, caption=caption)
+    for column in table.columns[_FIRST_NUMBER:]:
+        column.justify = "right"
     for row in cells:
         table.add_row(*row)
     console = Console()
-    width = sum(max(len(row[i]) for row in [headings, *cells]) + 3 for i in range(len(headings)))
+    width = sum(max(map(len, column)) + 3 for column in zip(headings, *cells, strict=True))
     console.width = max(console.width, width + 1)
     console.print(table)
 
@@ -124,17 +131,17 @@ def print_report(report: Report) -> None:
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Write ``results.json``, ``results.md`` and ``items.npz`` into ``folder``, which exists."""
+    """Write results.json, results.md, items.npz and submissions to ``folder``, which exists."""
     (folder / "results.json").write_text(to_json(report), encoding="utf-8")
     (folder / "results.md").write_text(to_markdown(report), encoding="utf-8")
     arrays: dict[str, np.ndarray] = {}
     for score in report.scores:
         key = f"{score.task}/{score.metric}"
         arrays[f"{key}/data"] = np.array(score.data)
-        for part in fields(score.items):
-            arrays[f"{key}/{part.name}"] = getattr(score.items, part.name)
-    with (folder / "items.npz").open("wb") as file:
-        np.savez_compressed(file, allow_pickle=False, **arrays)
+        arrays |= {f"{key}/{name}": values for name, values in vars(score.items).items()}
+    np.savez_compressed(folder / "items.npz", allow_pickle=False, **arrays)
+    for name, _, content in report.submissions:
+        (folder / name).write_text(json.dumps(content))
 
 
 def read_scores(folder: Path) -> list[Score]:
@@ -147,18 +154,52 @@ def read_scores(folder: Path) -> list[Score]:
     path = folder / "items.npz"
     if not path.is_file():
         raise FileNotFoundError(f"{path}: not found; expected the --output folder of an evaluation")
+    scores = []
     try:
         with np.load(path, allow_pickle=False) as file:
-            return list(_scores(dict(file)))
+            for name in file:
+                key, _, last = name.rpartition("/")
+                if last == "data":
+                    task, _, metric = key.partition("/")
+                    kind = Hits if f"{key}/hits" in file else Pairs
+                    items = kind(*(file[f"{key}/{part.name}"] for part in fields(kind)))
+                    scores.append(Score(task, metric, items, str(file[name])))
     except Exception as error:  # zipfile, zlib and NumPy raise many types for a damaged file
         raise ValueError(f"{path}: damaged ({error}): run the evaluation again") from error
+    return scores
 
 
-def _scores(arrays: Mapping[str, np.ndarray]) -> Iterator[Score]:
-    for name in arrays:
-        key, _, last = name.rpartition("/")
-        if last == "data":
-            task, _, metric = key.partition("/")
-            kind = Hits if f"{key}/hits" in arrays else Pairs
-            items = kind(*(arrays[f"{key}/{part.name}"] for part in fields(kind)))
-            yield Score(task, metric, items, str(arrays[name]))
+def compare_runs(first: Path, second: Path, *, output: Path | None = None) -> None:
+    """Print, and write to ``output``, the paired differences of what both runs measured.
+
+    Raises:
+        FileNotFoundError, ValueError: a folder is no run, or the runs have nothing in common.
+        FileExistsError: ``output`` exists and is not empty.
+    """
+    folders = (first, second)
+    runs = [{(score.task, score.metric): score for score in read_scores(f)} for f in folders]
+    common = [key for key in runs[0] if key in runs[1]]
+    if not common:
+        a, b = (", ".join(dict.fromkeys(task for task, _ in run)) or "nothing" for run in runs)
+        raise ValueError(f"nothing to compare: {first} has {a}, {second} has {b}")
+    cells, results = [], []
+    for key in common:
+        scores = [run[key] for run in runs]
+        before, after = (score.items.value() for score in scores)
+        difference = compare(*scores)
+        values = {"task": key[0], "metric": key[1], "a": before, "b": after}
+        results.append({**values, **difference._asdict()})
+        interval = f"{difference.low:+.2f} to {difference.high:+.2f}"
+        figures = [f"{before:.2f}", f"{after:.2f}", f"{difference.value:+.2f}"]
+        cells.append([*key, *figures, interval, f"{difference.p:.4f}"])
+    print_table(_COMPARED, cells, caption=f"A: {first}, B: {second}; {_COMPARED_NOTE}")
+    for folder, run in zip(folders, runs, strict=True):
+        only = dict.fromkeys(task for task, metric in run if (task, metric) not in common)
+        if only:
+            print(f"only in {folder}: {', '.join(only)}")
+    if output is not None:
+        with new_folder(output) as folder:
+            content = {"a": str(first), "b": str(second), "results": results}
+            (folder / "comparison.json").write_text(json.dumps(content, indent=2) + "\n")
+            text = f"# Comparison\n\nA: {first}, B: {second}\n\n{markdown_table(_COMPARED, cells)}"
+            (folder / "comparison.md").write_text(f"{text}\n{_COMPARED_NOTE}.\n", encoding="utf-8")

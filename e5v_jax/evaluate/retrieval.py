@@ -1,70 +1,46 @@
 """Text-image retrieval: Flickr30K, COCO and any folder of captioned images; I2I draws the captions.
 
 Protocol: the authors' retrieval.py. A caption hits if its image is among the k best images, an
-image if any of its captions is among the k best captions.
+image if any of its captions is among the k best captions. Scoring raises what
+:meth:`CachedEncoder.embed` does.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from e5v_jax.evaluate.benchmark import Benchmark, Protocol, Result
+from e5v_jax.evaluate import files
 from e5v_jax.evaluate.cached_encoder import CachedEncoder
+from e5v_jax.evaluate.config import Protocol
 from e5v_jax.evaluate.drawing import draw_caption
-from e5v_jax.evaluate.files import (
-    ImageRef,
-    dataset_folder,
-    find_image,
-    get,
-    load,
-    read_lines,
-    read_parquet,
-)
 from e5v_jax.evaluate.ranking import rank_positives, recalls
-from e5v_jax.evaluate.report import Row, make_row
+from e5v_jax.evaluate.report import Report, Row, make_row
 from e5v_jax.evaluate.scores import Score, fingerprint
 from e5v_jax.prompts import IMAGE, TEXT
 
 AT = (1, 5, 10)
-
-
-class RetrievalTask(NamedTuple):
-    """A set as the paper has it."""
-
-    label: str
-    images: int
-    """How many the paper's test set has."""
-    dataset: str
-    """Its name on the hub."""
-
-
-TASKS = {
-    "flickr30k": RetrievalTask("Flickr30K", 1000, "flickr30k_test"),
-    "coco": RetrievalTask("COCO", 5000, "coco_test"),
-}
+_LABELS = {"flickr30k": "Flickr30K", "coco": "COCO"}
+_PAPER_IMAGES = {"flickr30k": 1000, "coco": 5000}  # in the test sets
 _PAPER_CAPTIONS = 5  # of each image; COCO has six or seven of some, the authors drop those
 _I2I = "i2i-"
-OWN = "retrieval"
-"""The task that takes the data folder itself, whatever is in it."""
+OWN = "retrieval"  # takes the data folder itself, whatever is in it
+NAMES = [prefix + name for prefix in ("", _I2I) for name in (*_LABELS, OWN)]
 
 
 @dataclass(frozen=True)
 class CaptionedImages:
     """These are images with their captions."""
 
-    images: list[ImageRef]
-    captions: list[list[str]]
-    """[images][captions of it], at least one each."""
+    images: list[files.ImageRef]
+    captions: list[list[str]]  # [images][captions of it], at least one each
 
     def flat(self) -> tuple[list[str], np.ndarray]:
         """Return all captions, and int [C], ascending: the image that each belongs to."""
         counts = [len(group) for group in self.captions]
-        captions = [caption for group in self.captions for caption in group]
-        return captions, np.repeat(np.arange(len(counts)), counts)
+        return list(chain(*self.captions)), np.repeat(np.arange(len(counts)), counts)
 
 
 def load_captioned(folder: Path) -> CaptionedImages:
@@ -75,39 +51,37 @@ def load_captioned(folder: Path) -> CaptionedImages:
     Raises:
         FileNotFoundError, ValueError: names file and row, and what was expected.
     """
-    path = folder / "captions.jsonl"
-    return _collect(path, _read_jsonl(path))
+    return _collect(folder / "captions.jsonl", _read_jsonl(folder))
 
 
-def load_task(data: Path, name: str) -> CaptionedImages:
+def load_task(data: Path, name: str, stride: int = 1) -> CaptionedImages:
     """Read the set of a task: ``data`` itself for ``retrieval``, else DATA/name or Parquet files.
+
+    Every ``stride``-th image is taken; a task with drawn captions has the set of that without.
 
     Raises:
         FileNotFoundError, ValueError: names file and row, and what was expected.
     """
+    name = name.removeprefix(_I2I)
     if name == OWN:
-        return load_captioned(data)
+        return take(load_captioned(data), stride)
     if (data / name).is_dir():
         found = load_captioned(data / name)
     else:
-        dataset = TASKS[name].dataset
-        neither = f"{name}/captions.jsonl nor {dataset}/*.parquet"
-        folder = dataset_folder(data, dataset, neither=neither)
-        rows = read_parquet(folder, ["text"], ["image"], split="test")
+        neither = f"{name}/captions.jsonl nor {name}_test/*.parquet"
+        folder = files.dataset_folder(data, f"{name}_test", neither=neither)
+        rows = files.read_parquet(folder, ["text"], ["image"], split="test")
         found = _collect(folder, ((str(row["image"]), row["image"], row["text"]) for row in rows))
-    return CaptionedImages(found.images, [group[:_PAPER_CAPTIONS] for group in found.captions])
+    kept = [group[:_PAPER_CAPTIONS] for group in found.captions]
+    return take(CaptionedImages(found.images, kept), stride)
 
 
 def score_retrieval(
     encoder: CachedEncoder, name: str, data: CaptionedImages, *, drawn: bool = False
 ) -> list[Score]:
-    """Score image and text recall at 1, 5, 10; with ``drawn`` captions are embedded as pictures.
-
-    Raises:
-        ValueError: see :meth:`CachedEncoder.embed`.
-    """
+    """Score image and text recall at 1, 5, 10; with ``drawn`` captions are embedded as pictures."""
     captions, image_of = data.flat()
-    images = encoder.embed(data.images, prompt=IMAGE, make=load)
+    images = encoder.embed(data.images, prompt=IMAGE, make=files.as_input)
     texts = encoder.embed(
         captions,
         prompt=IMAGE if drawn else TEXT,
@@ -121,14 +95,10 @@ def score_retrieval(
 def score_vectors(
     name: str, texts: np.ndarray, images: np.ndarray, image_of: np.ndarray, data: str
 ) -> list[Score]:
-    """Score image and text recall from normalised vectors.
+    """Score image and text recall of a task from normalised ``texts`` [C, D] and ``images`` [N, D].
 
-    Args:
-        name: of the task.
-        texts: [C, D].
-        images: [N, D].
-        image_of: int [C], ascending: the image that each caption belongs to.
-        data: hash of the questions.
+    ``image_of``, int [C], ascending, is the image that each caption belongs to; ``data`` is the
+    hash of the questions.
     """
     captions_of = np.split(np.arange(len(texts)), np.cumsum(np.bincount(image_of))[:-1])
     to_image = rank_positives(texts, images, [np.array([i]) for i in image_of])
@@ -143,8 +113,8 @@ def score_vectors(
 def report_rows(name: str, data: CaptionedImages, scores: list[Score], *, label: str) -> list[Row]:
     """Make the rows for the report; the paper's figures only beside a set of the paper's size."""
     counts = [len(group) for group in data.captions]
-    task = TASKS.get(name.removeprefix(_I2I))
-    whole = task is not None and len(counts) == task.images and set(counts) == {_PAPER_CAPTIONS}
+    images = _PAPER_IMAGES.get(name.removeprefix(_I2I))
+    whole = len(counts) == images and set(counts) == {_PAPER_CAPTIONS}
     items = f"{len(counts)} images, {sum(counts)} captions"
     return [make_row(name, label, items, [score], whole) for score in scores]
 
@@ -154,50 +124,37 @@ def take(data: CaptionedImages, stride: int) -> CaptionedImages:
     return CaptionedImages(data.images[::stride], data.captions[::stride])
 
 
-def _read_jsonl(path: Path) -> Iterator[tuple[str, Path, list[str]]]:
-    folders = (path.parent / "images", path.parent)
-    hint = (
-        'expected lines {"image": "a.jpg", "captions": ["a dog", ...]} and the images in '
-        f"{folders[0]}"
-    )
-    for number, line in enumerate(read_lines(path, hint=hint), start=1):
-        if not line.strip():
-            continue
-        where = f"{path}, row {number}"
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where}: not valid JSON ({error})") from None
-        image = find_image(get(row, "image", str, where), folders, where)
-        yield where, image, get(row, "captions", list, where)
+def _read_jsonl(folder: Path) -> Iterator[tuple[str, Path, list[str]]]:
+    path, images = folder / "captions.jsonl", folder / "images"
+    line = '{"image": "a.jpg", "captions": ["a dog", ...]}'
+    hint = f"expected lines {line} and the images in {images}"
+    for number, line in enumerate(files.read_lines(path, hint=hint), start=1):
+        if line.strip():
+            where = f"{path}, row {number}"
+            row = files.parse_json(line, where)
+            image = files.find_image(files.get(row, "image", str, where), (images, folder), where)
+            yield where, image, files.get(row, "captions", list, where)
 
 
-def _collect(source: Path, rows: Iterator[tuple[str, ImageRef, list[str]]]) -> CaptionedImages:
-    images, captions = [], []
+def _collect(
+    source: Path, rows: Iterator[tuple[str, files.ImageRef, list[str]]]
+) -> CaptionedImages:
+    found = CaptionedImages([], [])
     for where, image, group in rows:
         if not group or not all(isinstance(text, str) and text.strip() for text in group):
             raise ValueError(f"{where}: captions {group!r}, expected a list of texts, none empty")
-        images.append(image)
-        captions.append(group)
-    if len(images) < 2:
-        raise ValueError(f"{source}: {len(images)} images, expected at least 2")
-    return CaptionedImages(images, captions)
+        found.images.append(image)
+        found.captions.append(group)
+    if len(found.images) < 2:
+        raise ValueError(f"{source}: {len(found.images)} images, expected at least 2")
+    return found
 
 
-def _load(data: Path, name: str, stride: int) -> CaptionedImages:
-    return take(load_task(data, name.removeprefix(_I2I)), stride)
-
-
-def _score(encoder: CachedEncoder, data: Mapping[str, CaptionedImages], _: Protocol) -> Result:
+def score(encoder: CachedEncoder, data: Mapping[str, CaptionedImages], _: Protocol) -> Report:
+    """Score the one task that was loaded."""
     ((name, items),) = data.items()
     base = name.removeprefix(_I2I)
-    label = TASKS[base].label if base in TASKS else "own images"
     drawn = base != name
+    label = _LABELS.get(base, "own images") + (", drawn captions" if drawn else "")
     scores = score_retrieval(encoder, name, items, drawn=drawn)
-    label += ", drawn captions" if drawn else ""
-    return Result(report_rows(name, items, scores, label=label), scores)
-
-
-BENCHMARKS = [
-    Benchmark((prefix + name,), _load, _score) for prefix in ("", _I2I) for name in (*TASKS, OWN)
-]
+    return Report({}, report_rows(name, items, scores, label=label), scores)

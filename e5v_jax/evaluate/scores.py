@@ -19,15 +19,12 @@ _CHUNK = 200  # resamples computed at once: bounds memory
 
 @dataclass(frozen=True)
 class Hits:
-    """A recall: hits summed over the queries of each unit."""
+    """This is a recall: hits summed over the queries of each unit."""
 
-    hits: np.ndarray
-    """float64 [N]"""
-    queries: np.ndarray
-    """int64 [N]"""
+    hits: np.ndarray  # float64 [N]
+    queries: np.ndarray  # int64 [N]
 
     def __len__(self) -> int:
-        """Return how many units there are, N."""
         return len(self.hits)
 
     def value(self) -> float:
@@ -36,27 +33,21 @@ class Hits:
 
     def resample(self, weights: np.ndarray) -> np.ndarray:
         """Return the value of each resample, [B]; ``weights`` [B, N] count each unit in it."""
-        resampled: np.ndarray = 100 * (weights @ self.hits) / (weights @ self.queries)
-        return resampled
+        return 100 * (weights @ self.hits) / (weights @ self.queries)
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """A rank correlation of cosine and human score; both float64 [N]."""
+    """This is a rank correlation of cosine and human score; both float64 [N]."""
 
     cosine: np.ndarray
     gold: np.ndarray
 
     def __len__(self) -> int:
-        """Return how many pairs there are, N."""
         return len(self.cosine)
 
     def value(self) -> float:
-        """Return Spearman's correlation times 100.
-
-        Raises:
-            ValueError: see :func:`spearman`.
-        """
+        """Return Spearman's correlation times 100; raises what :func:`spearman` does."""
         return 100 * spearman(self.cosine, self.gold)
 
     def resample(self, weights: np.ndarray) -> np.ndarray:
@@ -66,19 +57,18 @@ class Pairs:
         y = _ranks(self.gold, weights) - middle
         covariance, xx, yy = ((weights * a * b).sum(axis=1) for a, b in ((x, y), (x, x), (y, y)))
         with np.errstate(invalid="ignore", divide="ignore"):
-            correlation: np.ndarray = covariance / np.sqrt(xx * yy)
-        return 100 * correlation
+            return 100 * (covariance / np.sqrt(xx * yy))
 
 
 @dataclass(frozen=True)
 class Score:
-    """One figure of a task, with what it was computed from."""
+    """This is one figure of a task, with what it was computed from."""
 
     task: str
     metric: str
     items: Hits | Pairs
+    # Hash of the questions asked: only scores over the same ones can be compared in pairs.
     data: str
-    """Hash of the questions asked: only scores over the same ones can be compared in pairs."""
 
     def resamples(self) -> np.ndarray:
         """Return [RESAMPLES] values; every score of the task draws the same units."""
@@ -93,16 +83,8 @@ class Score:
         return np.concatenate(values)
 
 
-class Summary(NamedTuple):
-    """A figure in percent with the ends of its 95 % interval."""
-
-    value: float
-    low: float
-    high: float
-
-
 class Difference(NamedTuple):
-    """B minus A in percent points, the ends of its 95 % interval, and a two-sided p-value."""
+    """This is B minus A in percent points, the ends of its 95 % interval, a two-sided p-value."""
 
     value: float
     low: float
@@ -110,10 +92,10 @@ class Difference(NamedTuple):
     p: float
 
 
-def summarise(scores: Sequence[Score]) -> Summary:
-    """Return the mean of scores (of one or several tasks) and its interval."""
+def summarise(scores: Sequence[Score]) -> tuple[float, float, float]:
+    """Return the mean, in percent, of one or several tasks' scores and the ends of its interval."""
     value = float(np.mean([score.items.value() for score in scores]))
-    return Summary(value, *_interval(np.mean([score.resamples() for score in scores], axis=0)))
+    return value, *_interval(np.mean([score.resamples() for score in scores], axis=0))
 
 
 def compare(first: Score, second: Score) -> Difference:
@@ -143,36 +125,28 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
     Raises:
         ValueError: it is undefined, as one array is constant.
     """
+    for values in (x, y):
+        if np.all(values == values[0]):
+            constant = f"all {len(values)} values are {values[0]:g}"
+            raise ValueError(f"rank correlation is undefined: {constant}")
     once = np.ones((1, len(x)), np.int64)
-    ranks = [_ranks(values, once)[0] for values in (x, y)]  # [N], [N]
-    for values, rank in zip((x, y), ranks, strict=True):
-        if np.ptp(rank) == 0:
-            raise ValueError(
-                f"rank correlation is undefined: all {len(values)} values are {values[0]:g}"
-            )
-    return float(np.corrcoef(ranks)[0, 1])
+    return float(np.corrcoef(*(_ranks(values, once)[0] for values in (x, y)))[0, 1])
 
 
 def fingerprint(strings: Iterable[str]) -> str:
     """Return the hash of the questions of a task."""
-    digest = hashlib.sha256()
-    for string in strings:
-        digest.update(string.encode() + b"\0")
-    return digest.hexdigest()
+    return hashlib.sha256(b"".join(string.encode() + b"\0" for string in strings)).hexdigest()
 
 
 def _ranks(x: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return average ranks from 1 of ``x`` [N] in each resample ``weights``, float64 [B, N].
-
-    ``x`` is sorted once for all resamples, which are only counted.
-    """
+    """Return average ranks from 1 of ``x`` [N] in each resample ``weights``, float64 [B, N]."""
+    # sorted once for all resamples, which are only counted
     _, inverse = np.unique(x, return_inverse=True)
     order = np.argsort(inverse, kind="stable")
     starts = np.flatnonzero(np.diff(inverse[order], prepend=-1))  # [U], U distinct values
     counts = np.add.reduceat(weights[:, order], starts, axis=1)  # [B, U]
     last = np.cumsum(counts, axis=1)
-    ranks: np.ndarray = (last - (counts - 1) / 2)[:, inverse]
-    return ranks
+    return (last - (counts - 1) / 2)[:, inverse]
 
 
 def _interval(values: np.ndarray) -> tuple[float, float]:

@@ -12,29 +12,26 @@ _CHUNK = 1024  # rows of a similarity matrix in memory at once
 class Gap(NamedTuple):
     """This says how texts and images lie to each other; all vectors have length 1."""
 
-    centroid_distance: float
-    """Between the mean text and the mean image: the modality gap of Liang et al. 2022."""
-    matched_cosine: float
-    """Mean over captions with their image."""
-    mismatched_cosine: float
-    """Mean over captions with all other images."""
+    centroid_distance: float  # of mean text and mean image: Liang et al.'s modality gap (2022)
+    matched_cosine: float  # mean over captions with their image
+    mismatched_cosine: float  # mean over captions with all other images
+    # Mean squared distance of caption and image (Wang & Isola 2020, alpha 2); lower is better.
     alignment: float
-    """Mean squared distance of caption and image (Wang & Isola 2020, alpha 2); lower is better."""
+    # log of the mean of exp(-2 d^2) over pairs (Wang & Isola 2020, t 2); lower is more even.
     uniformity_texts: float
-    """log of the mean of exp(-2 d^2) over pairs (Wang & Isola 2020, t 2); lower is more even."""
     uniformity_images: float
 
 
 def measure_gap(texts: np.ndarray, images: np.ndarray, image_of: np.ndarray) -> Gap:
     """Measure vectors of unit length: texts [C, D], images [N, D], ``image_of`` int [C]."""
     matched = dot(texts, images[image_of])  # [C]
+    mean_text, mean_image = (kind.mean(axis=0, dtype=np.float64) for kind in (texts, images))
     # the mean over all pairs is the product of the means
-    every = len(texts) * len(images) * float(_mean(texts) @ _mean(images))
-    mismatched = (every - matched.sum()) / (len(texts) * (len(images) - 1))
+    every = len(texts) * len(images) * float(mean_text @ mean_image)
     return Gap(
-        centroid_distance=float(np.linalg.norm(_mean(texts) - _mean(images))),
+        centroid_distance=float(np.linalg.norm(mean_text - mean_image)),
         matched_cosine=float(matched.mean()),
-        mismatched_cosine=mismatched,
+        mismatched_cosine=(every - matched.sum()) / (len(texts) * (len(images) - 1)),
         alignment=float((2 - 2 * matched).mean()),
         uniformity_texts=uniformity(texts),
         uniformity_images=uniformity(images),
@@ -61,7 +58,7 @@ def project(vectors: np.ndarray, *, centred: bool) -> np.ndarray:
     if centred:
         vectors = vectors - vectors.mean(axis=0)
     u, s, _ = np.linalg.svd(vectors, full_matrices=False)
-    coordinates: np.ndarray = u[:, :2] * s[:2]
+    coordinates = u[:, :2] * s[:2]
     # the sign of a direction is arbitrary: the larger half points up
     return coordinates * np.where(coordinates.sum(axis=0) < 0, -1, 1)
 
@@ -76,10 +73,4 @@ def tsne(vectors: np.ndarray, *, seed: int = 0) -> np.ndarray:
 
     perplexity = min(30.0, (len(vectors) - 1) / 3)
     model = TSNE(metric="cosine", init="pca", perplexity=perplexity, random_state=seed)
-    placed: np.ndarray = model.fit_transform(vectors)
-    return placed
-
-
-def _mean(vectors: np.ndarray) -> np.ndarray:
-    mean: np.ndarray = vectors.mean(axis=0, dtype=np.float64)
-    return mean
+    return np.asarray(model.fit_transform(vectors))

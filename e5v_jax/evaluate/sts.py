@@ -11,25 +11,23 @@ from typing import NamedTuple
 
 import numpy as np
 
-from e5v_jax.evaluate.benchmark import Benchmark, Protocol, Result
 from e5v_jax.evaluate.cached_encoder import CachedEncoder
+from e5v_jax.evaluate.config import Protocol
 from e5v_jax.evaluate.files import HUB, read_lines
 from e5v_jax.evaluate.published import PUBLISHED
-from e5v_jax.evaluate.report import Row, make_row
+from e5v_jax.evaluate.report import Report, Row, make_row
 from e5v_jax.evaluate.scores import Pairs, Score, fingerprint
 from e5v_jax.evaluate.vectors import dot, squared_lengths
 from e5v_jax.prompts import PLAIN, STS
 
-Encode = Callable[[list[str]], np.ndarray]
-"""Texts to vectors [N, D], normalised or not."""
+Encode = Callable[[list[str]], np.ndarray]  # texts to vectors [N, D], normalised or not
 
 
 class Task(NamedTuple):
-    """A task as the paper has it."""
+    """This is a task as the paper has it."""
 
     label: str
-    pairs: int
-    """Pairs with a human score."""
+    pairs: int  # that have a human score
 
 
 TASKS = {
@@ -58,41 +56,88 @@ _SICK_COLUMNS = ["pair_ID", "sentence_A", "sentence_B", "relatedness_score"]
 
 
 class StsPairs(NamedTuple):
-    """The pairs of a task, in the order of its files; sentences as they stand there."""
+    """These are the pairs of a task, in the order of its files; sentences as they stand there."""
 
     sentences1: list[str]
     sentences2: list[str]
-    gold: np.ndarray
-    """float64 [N], human similarity, 0 to 5."""
+    gold: np.ndarray  # float64 [N], human similarity, 0 to 5
 
 
-def load_task(data_dir: str | Path, name: str, *, stride: int = 1) -> StsPairs:
-    """Read the pairs of one task; those without a human score are left out.
+def load_task(data_dir: str | Path, name: str, stride: int = 1) -> StsPairs:
+    """Read every ``stride``-th pair of a task of :data:`TASKS`; those without a score do not count.
 
-    Args:
-        data_dir: folder that contains ``STS/`` and ``SICK/``.
-        name: a key of :data:`TASKS`.
-        stride: take every ``stride``-th pair, from the first on.
+    ``data_dir`` contains ``STS/`` and ``SICK/``.
 
     Raises:
         FileNotFoundError: a file of the task is missing.
-        ValueError: an unknown task, or a damaged file; names file and row.
+        ValueError: an unknown task, the hub, or a damaged file; names file and row.
     """
     if name not in TASKS:
         raise ValueError(f"unknown STS task {name!r}: expected one of {', '.join(TASKS)}")
     root = Path(data_dir)
-    if name in _SUBSETS:
-        rows = list(_read_subsets(root / "STS" / f"{name.upper()}-en-test", _SUBSETS[name]))
-    elif name == "sickr":
-        rows = list(_read_sick(root / "SICK" / "SICK_test_annotated.txt"))
-    else:
-        split = "dev" if name == "stsb-dev" else "test"
-        rows = list(_read_stsb(root / "STS" / "STSBenchmark" / f"sts-{split}.csv"))
-    rows = rows[::stride]
+    if root == HUB:
+        raise ValueError(f"{name}: SentEval's files are not on the hub: give their folder")
+    rows = list(_read(root, name))[::stride]
     if len(rows) < 2:
         raise ValueError(f"{root}: {name} has {len(rows)} scored pairs, expected at least 2")
     first, second, gold = zip(*rows, strict=True)
     return StsPairs(list(first), list(second), np.array(gold, np.float64))
+
+
+def _read(root: Path, name: str) -> Iterator[tuple[str, str, float]]:
+    found: list[tuple[str, list[str], str, str]] = []  # place, sentences, place of the score, score
+    if name in _SUBSETS:
+        folder = root / "STS" / f"{name.upper()}-en-test"
+        for subset in _SUBSETS[name]:
+            pairs = _split_lines(folder / f"STS.input.{subset}.txt", 2, exact=True)
+            gold = _split_lines(folder / f"STS.gs.{subset}.txt", 1, exact=True)
+            if len(pairs) != len(gold):
+                expected = f"expected {len(pairs)} as in STS.input.{subset}.txt"
+                raise ValueError(f"{folder}/STS.gs.{subset}.txt: {len(gold)} rows, {expected}")
+            both = zip(pairs, gold, strict=True)
+            # the organisers left some pairs unscored
+            found += [(*pair, place, score) for pair, (place, (score,)) in both if score.strip()]
+    elif name == "sickr":
+        path = root / "SICK" / "SICK_test_annotated.txt"
+        rows = _split_lines(path, 4, header=_SICK_COLUMNS)
+        found = [(place, row[1:3], place, row[3]) for place, row in rows]
+    else:
+        # genre, file, year, id, score, sentence, sentence, and in some rows sources
+        split = "dev" if name == "stsb-dev" else "test"
+        rows = _split_lines(root / "STS" / "STSBenchmark" / f"sts-{split}.csv", 7)
+        found = [(place, row[5:7], place, row[4]) for place, row in rows]
+    for place, (first, second), score_place, score in found:
+        if not (first.strip() and second.strip()):
+            raise ValueError(f"{place}: empty sentence")
+        try:
+            value = float(score)
+        except ValueError:
+            value = np.nan
+        if not 0 <= value <= 5:  # false for nan, too
+            raise ValueError(f"{score_place}: score {score!r}, expected a number from 0 to 5")
+        yield first, second, value
+
+
+def _split_lines(
+    path: Path, expected: int, *, exact: bool = False, header: Sequence[str] = ()
+) -> list[tuple[str, list[str]]]:
+    """Return the tab-separated fields of each line below the header, and where it stands."""
+    lines = [line.split("\t") for line in read_lines(path, hint=_HINT)]
+    if header:
+        found = lines.pop(0) if lines else [""]
+        if found[: len(header)] != header:
+            shown, columns = "\t".join(found)[:80], ", ".join(header)
+            raise ValueError(f"{path}, row 1: found {shown!r}, expected the columns {columns}")
+    rows = [
+        (f"{path}, row {i}", fields) for i, fields in enumerate(lines, start=2 if header else 1)
+    ]
+    for place, fields in rows:
+        if len(fields) < expected or (exact and len(fields) > expected):
+            least = "" if exact else "at least "
+            raise ValueError(
+                f"{place}: {len(fields)} tab-separated fields, expected {least}{expected}"
+            )
+    return rows
 
 
 def clean_sentence(sentence: str) -> str:
@@ -109,17 +154,11 @@ def clean_sentence(sentence: str) -> str:
 
 
 def score_tasks(
-    encode: Encode,
-    tasks: Mapping[str, StsPairs],
-    *,
-    clean: Callable[[str], str] = clean_sentence,
+    encode: Encode, tasks: Mapping[str, StsPairs], *, clean: Callable[[str], str] = clean_sentence
 ) -> dict[str, Score]:
-    """Score loaded tasks. ``encode`` is called once, with each distinct sentence of them all once.
+    """Score loaded tasks, by their names; ``clean`` is applied to each sentence.
 
-    Args:
-        encode: the model, with its prompt (``sts`` for the paper's protocol).
-        tasks: by their names, keys of :data:`TASKS`.
-        clean: applied to each sentence; the paper's protocol is the default.
+    ``encode`` is called once, with each distinct sentence of them all once.
 
     Raises:
         ValueError: ``encode`` returned another shape than [N, D], a vector that is zero or not
@@ -127,27 +166,21 @@ def score_tasks(
     """
     index: dict[str, int] = {}  # sentence -> row of vectors
     sides = {
-        name: [
-            np.array([index.setdefault(clean(s), len(index)) for s in sentences])
-            for sentences in (pairs.sentences1, pairs.sentences2)
-        ]
-        for name, pairs in tasks.items()
+        name: [np.array([index.setdefault(clean(s), len(index)) for s in side]) for side in both]
+        for name, (*both, _) in tasks.items()
     }
     sentences = list(index)
     vectors = np.asarray(encode(sentences))  # [N, D]
-    squares = squared_lengths(
-        vectors, len(sentences), what="sentences", where=lambda i: repr(sentences[i])
-    )  # [N]
+    squares = squared_lengths(vectors, list(map(repr, sentences)), what="sentences")  # [N]
     scores = {}
     for name, (rows1, rows2) in sides.items():
         # One root of the product, not two roots: a sentence paired with itself gets exactly 1, so
         # that such pairs tie.
         norms = np.sqrt(squares[rows1] * squares[rows2])
         cosine = dot(vectors[rows1], vectors[rows2]) / norms  # [pairs]
-        items = Pairs(cosine, tasks[name].gold)
-        asked = fingerprint(
-            [*tasks[name].sentences1, *tasks[name].sentences2, *map(str, items.gold)]
-        )
+        first, second, gold = tasks[name]
+        items = Pairs(cosine, gold)
+        asked = fingerprint([*first, *second, *map(str, gold)])
         try:
             items.value()
         except ValueError as error:
@@ -169,85 +202,14 @@ def report_rows(scores: Mapping[str, Score], *, comparable: bool = True) -> list
         rows.append(make_row(name, TASKS[name].label, items, [score], name in whole and comparable))
     if whole.issuperset(PAPER_TASKS):
         seven = [scores[name] for name in PAPER_TASKS]
-        items = f"{len(seven)} tasks"
-        rows.append(make_row("sts-average", "STS average", items, seven, comparable))
+        rows.append(make_row("sts-average", "STS average", "7 tasks", seven, comparable))
     return rows
 
 
-def _load(data: Path, name: str, stride: int) -> StsPairs:
-    if data == HUB:
-        raise ValueError(f"{name}: SentEval's files are not on the hub: give their folder")
-    return load_task(data, name, stride=stride)
-
-
-def _score(encoder: CachedEncoder, data: Mapping[str, StsPairs], protocol: Protocol) -> Result:
+def score(encoder: CachedEncoder, data: Mapping[str, StsPairs], protocol: Protocol) -> Report:
+    """Score loaded tasks by a protocol of the command; raises what :func:`score_tasks` does."""
     paper = protocol == "paper"
-    encode = partial(encoder.embed_sentences, prompt=STS if paper else PLAIN)
+    prompt = STS if paper else PLAIN
+    encode = partial(encoder.embed, prompt=prompt, make=str, normalize=False)
     scores = score_tasks(encode, data, clean=clean_sentence if paper else str.strip)
-    return Result(report_rows(scores, comparable=paper), list(scores.values()))
-
-
-BENCHMARK = Benchmark(tuple(TASKS), _load, _score, groups={"sts": PAPER_TASKS}, order=-1)
-
-
-def _read_subsets(folder: Path, subsets: Sequence[str]) -> Iterator[tuple[str, str, float]]:
-    for subset in subsets:
-        pairs_path = folder / f"STS.input.{subset}.txt"
-        gold_path = folder / f"STS.gs.{subset}.txt"
-        pairs, gold = (read_lines(path, hint=_HINT) for path in (pairs_path, gold_path))
-        if len(pairs) != len(gold):
-            raise ValueError(
-                f"{gold_path}: {len(gold)} rows, expected {len(pairs)} as in {pairs_path.name}"
-            )
-        for number, (pair, score) in enumerate(zip(pairs, gold, strict=True), start=1):
-            if not score.strip():
-                continue  # pairs that the organisers left unscored
-            fields = _split(pair, pairs_path, number, expected=2, exact=True)
-            first, second = (_sentence(field, pairs_path, number) for field in fields)
-            yield first, second, _gold(score, gold_path, number)
-
-
-def _read_stsb(path: Path) -> Iterator[tuple[str, str, float]]:
-    for number, line in enumerate(read_lines(path, hint=_HINT), start=1):
-        # genre, file, year, id, score, sentence, sentence, and in some rows sources
-        fields = _split(line, path, number, expected=7)
-        first, second = (_sentence(field, path, number) for field in fields[5:7])
-        yield first, second, _gold(fields[4], path, number)
-
-
-def _read_sick(path: Path) -> Iterator[tuple[str, str, float]]:
-    header, *lines = read_lines(path, hint=_HINT) or [""]
-    if header.split("\t")[:4] != _SICK_COLUMNS:
-        raise ValueError(
-            f"{path}, row 1: found {header[:80]!r}, expected the columns {', '.join(_SICK_COLUMNS)}"
-        )
-    for number, line in enumerate(lines, start=2):
-        fields = _split(line, path, number, expected=4)
-        first, second = (_sentence(field, path, number) for field in fields[1:3])
-        yield first, second, _gold(fields[3], path, number)
-
-
-def _split(line: str, path: Path, number: int, *, expected: int, exact: bool = False) -> list[str]:
-    fields = line.split("\t")
-    if len(fields) < expected or (exact and len(fields) > expected):
-        least = "" if exact else "at least "
-        raise ValueError(
-            f"{path}, row {number}: {len(fields)} tab-separated fields, expected {least}{expected}"
-        )
-    return fields
-
-
-def _sentence(text: str, path: Path, number: int) -> str:
-    if not text.strip():
-        raise ValueError(f"{path}, row {number}: empty sentence")
-    return text
-
-
-def _gold(text: str, path: Path, number: int) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = np.nan
-    if not 0 <= value <= 5:  # false for nan, too
-        raise ValueError(f"{path}, row {number}: score {text!r}, expected a number from 0 to 5")
-    return value
+    return Report({}, report_rows(scores, comparable=paper), list(scores.values()))

@@ -1,20 +1,45 @@
 """The names that ``--tasks`` takes, and running what they stand for."""
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
 
 from e5v_jax import cli
 from e5v_jax.evaluate import composed, retrieval, sts
-from e5v_jax.evaluate.benchmark import Benchmark, Protocol, Result
 from e5v_jax.evaluate.cached_encoder import CachedEncoder
+from e5v_jax.evaluate.config import Protocol
+from e5v_jax.evaluate.report import Report
 
-BENCHMARKS: tuple[Benchmark[Any], ...] = (
-    sts.BENCHMARK,
-    *retrieval.BENCHMARKS,
-    *composed.BENCHMARKS,
-)
-TASKS = {task: benchmark for benchmark in BENCHMARKS for task in benchmark.tasks}
-_GROUPS = {name: tasks for benchmark in BENCHMARKS for name, tasks in benchmark.groups.items()}
+Data = TypeVar("Data")
+
+
+@dataclass(frozen=True, eq=False)
+class Benchmark(Generic[Data]):
+    """One or more tasks are scored together, as they share inputs or have an average.
+
+    ``load`` reads the ``--data`` folder for a task, every ``--stride``-th item, and raises OSError
+    or ValueError, naming file and row and what was expected. ``score`` takes what was loaded, by
+    task, and raises what :meth:`CachedEncoder.embed` does.
+    """
+
+    tasks: tuple[str, ...]
+    load: Callable[[Path, str, int], Data]
+    score: Callable[[CachedEncoder, Mapping[str, Data], Protocol], Report]
+    order: int = 0  # in tables; equal ones stand in the order of --tasks
+    submits: str | None = None  # a file that is written to --output, which is then needed
+
+
+_ALL: list[Benchmark[Any]] = [
+    Benchmark(tuple(sts.TASKS), sts.load_task, sts.score, order=-1),
+    *(Benchmark((task,), retrieval.load_task, retrieval.score) for task in retrieval.NAMES),
+    Benchmark((composed.CIRR,), composed.load, composed.report_cirr),
+    Benchmark((composed.CIRR_TEST,), composed.load, composed.submit, submits=composed.SUBMISSION),
+    Benchmark(composed.FASHIONIQ_TASKS, composed.load, composed.report_fashioniq, order=1),
+]
+# Words that --tasks takes for several tasks at once.
+_GROUPS = {"sts": sts.PAPER_TASKS, "fashioniq": composed.FASHIONIQ_TASKS}
+TASKS = {task: benchmark for benchmark in _ALL for task in benchmark.tasks}
 
 
 def choose_tasks(text: str) -> list[str]:
@@ -24,7 +49,7 @@ def choose_tasks(text: str) -> list[str]:
         cli.UsageError: a name is unknown, or there is none.
     """
     names: list[str] = []
-    for word in filter(None, (word.strip() for word in text.split(","))):
+    for word in filter(None, map(str.strip, text.split(","))):
         if word not in _GROUPS and word not in TASKS:
             known = ", ".join([*_GROUPS, *TASKS])
             raise cli.UsageError(f"--tasks: unknown task {word!r}, expected of {known}")
@@ -34,18 +59,14 @@ def choose_tasks(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
-def run_tasks(encoder: CachedEncoder, data: Mapping[str, Any], *, protocol: Protocol) -> Result:
-    """Score all tasks; ``data`` is what their benchmarks loaded, by task.
-
-    Raises:
-        ValueError: see :meth:`CachedEncoder.embed`.
-    """
-    result = Result()
+def run_tasks(encoder: CachedEncoder, data: Mapping[str, Any], *, protocol: Protocol) -> Report:
+    """Score ``data``, loaded tasks by name; raises what :meth:`CachedEncoder.embed` does."""
+    result = Report({}, [])
     benchmarks = dict.fromkeys(TASKS[name] for name in data)
     for benchmark in sorted(benchmarks, key=lambda benchmark: benchmark.order):
         part = {name: items for name, items in data.items() if TASKS[name] is benchmark}
         found = benchmark.score(encoder, part, protocol)
-        result.rows += found.rows
-        result.scores += found.scores
-        result.submissions += found.submissions
+        result.rows.extend(found.rows)
+        result.scores.extend(found.scores)
+        result.submissions.extend(found.submissions)
     return result

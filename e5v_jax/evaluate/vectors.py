@@ -1,32 +1,29 @@
 """Lengths of embeddings, and the refusal of those that a broken model gives."""
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import numpy as np
 
 
 def dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Multiply each row with its like, [N, D] x [N, D] -> float64 [N]."""
-    products: np.ndarray = np.einsum("nd,nd->n", a, b, dtype=np.float64)
-    return products
+    return np.einsum("nd,nd->n", a, b, dtype=np.float64)
 
 
 def normalised(vectors: np.ndarray) -> np.ndarray:
     """Scale the vectors [N, D] to unit length."""
-    scaled: np.ndarray = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    return scaled
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def squared_lengths(
-    vectors: np.ndarray, count: int, *, what: str, where: Callable[[int], str]
-) -> np.ndarray:
-    """Return the squared length of each of ``count`` vectors [N, D], float64 [N].
+def squared_lengths(vectors: np.ndarray, names: Sequence[str], *, what: str) -> np.ndarray:
+    """Return the squared length of the vector of each name, [N, D] -> float64 [N].
 
-    ``what`` and ``where`` name the inputs and one of them by its position, for messages.
+    ``what`` says what the names are of, for messages.
 
     Raises:
         ValueError: the shape is another, or a vector is zero or not finite.
     """
+    count = len(names)
     if vectors.ndim != 2 or len(vectors) != count:
         raise ValueError(f"embeddings have shape {vectors.shape}, expected ({count}, dimensions)")
     squares = dot(vectors, vectors)
@@ -34,6 +31,6 @@ def squared_lengths(
     if bad.size:
         raise ValueError(
             f"the embeddings of {bad.size} of {count} {what} are zero or not finite, first that of "
-            f"{where(int(bad[0]))}: is the model whole, does its dtype suffice?"
+            f"{names[bad[0]]}: is the model whole, does its dtype suffice?"
         )
     return squares

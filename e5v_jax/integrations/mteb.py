@@ -1,7 +1,5 @@
 """E5-V for mteb 2.x, and the registration of its name ``e5v-jax/e5-v``.
 
-    import mteb
-    from e5v_jax.integrations.mteb import MtebEncoder
     model = MtebEncoder(path="e5-v")  # a converted folder; also dtype=, adapter=, fsdp= ...
     mteb.evaluate(model, mteb.get_tasks(tasks=["Flickr30kT2IRetrieval"]))
 
@@ -12,21 +10,22 @@ The name is its own, so that results do not mix with those of mteb's PyTorch imp
 checkpoint (``royokong/e5-v``), whose prompt for text with image differs from the authors'.
 """
 
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Unpack, cast
+from typing import Any, cast
 
 import numpy as np
-from mteb.abstasks.task_metadata import TaskMetadata
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_implementations import MODEL_REGISTRY
-from mteb.models.model_meta import ModelMeta, ScoringFunction
-from mteb.types import BatchedInput, EncodeKwargs, PromptType
+from mteb.models.model_meta import ModelMeta
+from mteb.types import BatchedInput
 from torch.utils.data import DataLoader
 
 from e5v_jax import E5V
 from e5v_jax.encode.model_args import ModelArgs
 
 NAME = "e5v-jax/e5-v"
+_THEIRS = "royokong/e5-v"
 _IMAGES_AT_ONCE = 64  # bounds decoded images
 
 
@@ -51,8 +50,7 @@ class MtebEncoder(AbsEncoder):
         mteb's and means nothing here: JAX uses the devices it has.
 
         Raises:
-            ValueError: neither ``path`` nor ``model`` is given, or both; or the model cannot be
-                loaded.
+            ValueError: not one of ``path`` and ``model`` is given; or it cannot be loaded.
             FileNotFoundError: there is no such model.
         """
         if (path is None) == (model is None):
@@ -67,38 +65,20 @@ class MtebEncoder(AbsEncoder):
         self.mteb_model_meta = META.model_copy(update={"revision": revision})
 
     def encode(
-        self,
-        inputs: DataLoader[BatchedInput],
-        *,
-        task_metadata: TaskMetadata,
-        hf_split: str,
-        hf_subset: str,
-        prompt_type: PromptType | None = None,
-        **kwargs: Unpack[EncodeKwargs],
+        self, inputs: DataLoader[BatchedInput], *, batch_size: int = 32, **_: Any
     ) -> np.ndarray:
         """Embed texts, images, or where a row has both, the two fused: float32 [N, D], unit length.
 
-        mteb has put a document's title in front of its text and an instruction behind a query.
+        What else mteb passes tells of the task; by then it has put a document's title in front of
+        its text and an instruction behind a query.
 
         Raises:
             ValueError: a batch has neither text nor image, or an input is bad.
         """
-        batch_size = kwargs.get("batch_size", 32)
-        vectors: list[np.ndarray] = []
-        waiting: list[Any] = []
-
-        def embed() -> None:
-            vectors.append(
-                self.model.encode(waiting, batch_size=batch_size, show_progress_bar=False)
-            )
-            waiting.clear()
-
-        for batch in inputs:
-            waiting += split_batch(batch)
-            if len(waiting) >= _IMAGES_AT_ONCE:
-                embed()
-        if waiting:
-            embed()
+        rows = chain.from_iterable(map(split_batch, inputs))
+        vectors = []
+        while some := list(islice(rows, _IMAGES_AT_ONCE)):
+            vectors.append(self.model.encode(some, batch_size=batch_size, show_progress_bar=False))
         return np.concatenate(vectors)
 
 
@@ -121,26 +101,16 @@ def split_batch(batch: BatchedInput) -> list[dict[str, Any]]:
     return rows
 
 
-META = ModelMeta(
-    loader=MtebEncoder,
-    name=NAME,
-    revision=None,
-    release_date="2024-07-17",
-    languages=["eng-Latn"],
-    n_parameters=8355276800,
-    memory_usage_mb=15936,
-    max_tokens=8192,
-    embed_dim=4096,
-    license=None,
-    open_weights=True,
-    public_training_code="https://github.com/kongds/E5-V",
-    public_training_data="https://huggingface.co/datasets/princeton-nlp/datasets-for-simcse",
-    framework=["JAX"],
-    reference="https://huggingface.co/royokong/e5-v",
-    similarity_fn_name=ScoringFunction.COSINE,
-    use_instructions=True,
-    training_datasets=set(),
-    adapted_from="royokong/e5-v",
-    modalities=["image", "text"],
+META = MODEL_REGISTRY[_THEIRS].model_copy(  # the same checkpoint: what they say of it holds
+    update={
+        "loader": MtebEncoder,
+        "loader_kwargs": {},
+        "name": NAME,
+        "revision": None,
+        "framework": ["JAX"],
+        "adapted_from": _THEIRS,
+        "output_dtypes": None,
+        "extra_requirements_groups": None,
+    }
 )
 MODEL_REGISTRY[NAME] = META
