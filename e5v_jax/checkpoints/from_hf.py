@@ -1,7 +1,6 @@
 """The command ``e5v-convert SRC DST``: any Hugging Face layout -> a converted folder."""
 
 import json
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -23,9 +22,14 @@ from e5v_jax.checkpoints.converted import (
 )
 from e5v_jax.checkpoints.gguf_tokenizer import build_tokenizer
 from e5v_jax.checkpoints.hf_source import HfSource, open_source, resolve
-from e5v_jax.checkpoints.peft import ADAPTER_FILES, Adapter, merge_into, read_adapter
+from e5v_jax.checkpoints.peft import ADAPTER_FILES, Adapter, read_adapter, read_merged
 from e5v_jax.checkpoints.safetensors_file import TensorSpec, write_file
-from e5v_jax.checkpoints.tokenizer import TOKENIZER_FILES, has_tokenizer, load_tokenizer
+from e5v_jax.checkpoints.tokenizer import (
+    TOKENIZER_FILES,
+    copy_named,
+    has_tokenizer,
+    load_tokenizer,
+)
 from e5v_jax.families.base import ModelConfig
 
 
@@ -47,28 +51,13 @@ class Args:
     """Branch, tag or commit, for a hub id."""
 
 
-def target_dtype(source: HfSource, dtype: str) -> np.dtype[Any]:
-    """The NumPy dtype to store."""
-    if dtype == "auto":
-        return source.dtype()
-    import ml_dtypes
-
-    return np.dtype({"bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype))
-
-
 def _read_groups(
     source: HfSource, dtype: np.dtype[Any], adapter: Adapter | None
 ) -> Iterator[dict[str, np.ndarray]]:
     # the content hash depends on the order
     groups = source.table.groups(sorted(source.shapes()))
     for group in track(groups, description="converting", disable=not sys.stderr.isatty()):
-        arrays = {}
-        for name, array in zip(group, source.read(group), strict=True):
-            if adapter is not None:
-                array = merge_into(source.table.stored[name], array, adapter)
-            arrays[name] = array.astype(dtype, copy=False)
-            del array
-        yield arrays
+        yield dict(read_merged(source, group, adapter, dtype))
 
 
 def write_unused(folder: Path, source: HfSource, dtype: np.dtype[Any]) -> None:
@@ -78,16 +67,6 @@ def write_unused(folder: Path, source: HfSource, dtype: np.dtype[Any]) -> None:
         specs = [TensorSpec(to, source.tensors.shape(key), dtype) for key, to in unused.items()]
         arrays = (source.tensors.read(key).astype(dtype, copy=False) for key in unused)
         write_file(folder / "unused.safetensors", specs, arrays)
-
-
-def copy_tokenizer(src: Path, dst: Path) -> None:
-    """Bring tokenizer and preprocessor files along, or build them from a GGUF file."""
-    if src.is_file():
-        build_tokenizer(src).save_pretrained(dst)
-        return
-    for name in TOKENIZER_FILES:
-        if (src / name).is_file():
-            shutil.copyfile(src / name, dst / name)
 
 
 def match_tokenizer(folder: Path, source: HfSource) -> ModelConfig:
@@ -106,13 +85,6 @@ def match_tokenizer(folder: Path, source: HfSource) -> ModelConfig:
     return config
 
 
-def copy_adapter(src: Path, dst: Path) -> None:
-    """Carry a PEFT folder along, without a training checkpoint's optimizer and the like."""
-    dst.mkdir()
-    for name in ADAPTER_FILES:
-        shutil.copyfile(src / name, dst / name)
-
-
 def convert(args: Args) -> None:
     """Convert; ``args.dst`` appears only when whole.
 
@@ -126,18 +98,20 @@ def convert(args: Args) -> None:
     if is_converted(path):
         raise ValueError(f"{path}: already a converted folder")
     source = open_source(path)
-    adapter = None
-    if args.adapter is not None:
-        adapter = read_adapter(args.adapter, source.table)
-    dtype = target_dtype(source, args.dtype)
+    adapter = None if args.adapter is None else read_adapter(args.adapter, source.table)
+    dtype = source.dtype() if args.dtype == "auto" else np.dtype(args.dtype)
     with new_folder(args.dst) as folder:
-        merged = adapter if args.merge else None
-        content_hash, shapes = write_params(folder, _read_groups(source, dtype, merged))
+        groups = _read_groups(source, dtype, adapter if args.merge else None)
+        content_hash, shapes = write_params(folder, groups)
         write_unused(folder, source, dtype)
-        copy_tokenizer(path, folder)
+        if path.is_file():
+            build_tokenizer(path).save_pretrained(folder)
+        else:
+            copy_named(path, folder, TOKENIZER_FILES)
         config = match_tokenizer(folder, source)
         if args.adapter is not None and not args.merge:
-            copy_adapter(args.adapter, folder / "adapter")
+            (folder / "adapter").mkdir()  # without a training checkpoint's optimizer and the like
+            copy_named(args.adapter, folder / "adapter", ADAPTER_FILES)
         (folder / "hf_config.json").write_text(json.dumps(source.raw_config, indent=1) + "\n")
         write_info(
             folder,

@@ -1,52 +1,31 @@
 """The keys of a Hugging Face checkpoint, each accounted for by a row of its family's parameters."""
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable
 
-from e5v_jax.nn.parameters import ParameterTable, Section, Slot, name_pattern
+from e5v_jax.nn.parameters import ParameterTable, Slot, name_pattern
 
-IGNORED: dict[str, str] = {
-    r".*rotary_emb\.inv_freq": "computed from rope_theta",
-    r".*embeddings\.position_ids": "0, 1, 2, ...",
-}
-"""Keys that no row takes, and why they cannot matter."""
+# Keys that no row takes: they are computed from rope_theta, and 0, 1, 2, ...
+_IGNORED = re.compile(r".*rotary_emb\.inv_freq|.*embeddings\.position_ids")
 
 
-@dataclass(frozen=True)
-class KeyMap:
-    """Every key of a checkpoint."""
+def map_keys(keys: Iterable[str], table: ParameterTable) -> tuple[dict[str, Slot], dict[str, str]]:
+    """Map every key, strictly, to what it holds, some of which only an export needs.
 
-    prefixes: dict[str, str]
-    """The prefix of each section, as this checkpoint has it if it has the section."""
-    slots: dict[str, Slot]
-    """What each key holds; some of it only an export needs."""
-    ignored: list[str]
-
-
-def find_prefixes(keys: Iterable[str], sections: Mapping[str, Section]) -> dict[str, str]:
-    """The prefix of each section present in ``keys``, found by its anchor."""
-    present = set(keys)
-    return {
-        name: next(prefix for prefix in section.prefixes if _has(present, prefix, section))
-        for name, section in sections.items()
-        if any(_has(present, prefix, section) for prefix in section.prefixes)
-    }
-
-
-def _has(present: set[str], prefix: str, section: Section) -> bool:
-    return any(prefix + anchor in present for anchor in section.anchors)
-
-
-def map_keys(keys: Iterable[str], table: ParameterTable) -> KeyMap:
-    """Map every key, strictly.
+    Also returns the prefix of each section, as this checkpoint has it if it has the section.
 
     Raises:
         ValueError: a key that no row knows or that repeats another (it is named), or no text
             model at all.
     """
     keys = sorted(keys)
-    found = find_prefixes(keys, table.sections)
+    present = set(keys)
+    found = {
+        name: prefix
+        for name, section in table.sections.items()
+        for prefix in reversed(section.prefixes)  # of several, the first in the row wins
+        if any(prefix + anchor in present for anchor in section.anchors)
+    }
     if "text" not in found:
         raise ValueError(
             "no embed_tokens.weight under any known prefix: not a Llama or LLaVA-NeXT checkpoint "
@@ -74,15 +53,12 @@ def map_keys(keys: Iterable[str], table: ParameterTable) -> KeyMap:
                     return Slot(row, None if layer is None else int(layer))
         raise ValueError(f"{key}: one too many: an unknown key, no row of the family's takes it")
 
-    result = KeyMap({**table.export_prefixes, **found}, {}, [])
     holders: dict[Slot, str] = {}
     for key in keys:
-        if any(re.fullmatch(pattern, key) for pattern in IGNORED):
-            result.ignored.append(key)
+        if _IGNORED.fullmatch(key):
             continue
         slot = slot_of(key)
         if slot in holders:
             raise ValueError(f"{key}: holds the same parameter as {holders[slot]}")
         holders[slot] = key
-        result.slots[key] = slot
-    return result
+    return {key: slot for slot, key in holders.items()}, {**table.export_prefixes, **found}

@@ -1,10 +1,10 @@
 """The command ``e5v-export SRC DST``: a converted folder -> Hugging Face or PEFT folder."""
 
 import json
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,11 +16,14 @@ from e5v_jax import cli
 from e5v_jax.atomic import check_new, new_folder
 from e5v_jax.checkpoints.adapters import load_adapter
 from e5v_jax.checkpoints.converted import ConvertedFolder
-from e5v_jax.checkpoints.hf_source import SafetensorsFolder
-from e5v_jax.checkpoints.peft import Adapter, merge_into, write_adapter
-from e5v_jax.checkpoints.safetensors_file import SHARD_BYTES, TensorSpec, write_model
-from e5v_jax.checkpoints.tokenizer import TOKENIZER_FILES
-from e5v_jax.nn.parameters import Slot
+from e5v_jax.checkpoints.peft import Adapter, read_merged, write_adapter
+from e5v_jax.checkpoints.safetensors_file import (
+    SHARD_BYTES,
+    SafetensorsFolder,
+    TensorSpec,
+    write_model,
+)
+from e5v_jax.checkpoints.tokenizer import TOKENIZER_FILES, copy_named
 
 
 @dataclass(frozen=True)
@@ -50,22 +53,14 @@ def hf_config(source: ConvertedFolder) -> dict[str, Any]:
     return config
 
 
-def _slots(source: ConvertedFolder) -> list[list[Slot]]:
-    groups = source.table.groups(source.shapes())
-    return [[source.table.stored[name] for name in group] for group in groups]
-
-
 def _tensors(
     source: ConvertedFolder, unused: SafetensorsFolder | None, adapter: Adapter | None
 ) -> Iterator[np.ndarray]:
     """Every tensor as Hugging Face has it, in the order of :func:`_specs`."""
-    progress = track(_slots(source), description="exporting", disable=not sys.stderr.isatty())
-    for slots in progress:
-        arrays = source.read([slot.name for slot in slots])
-        for slot, array in zip(slots, arrays, strict=True):
-            if adapter is not None:
-                array = merge_into(slot, array, adapter).astype(source.info.dtype, copy=False)
-            yield slot.row.to_hf(array)
+    groups = source.table.groups(source.shapes())
+    for group in track(groups, description="exporting", disable=not sys.stderr.isatty()):
+        for name, array in read_merged(source, group, adapter, np.dtype(source.info.dtype)):
+            yield source.table.stored[name].row.to_hf(array)
             del array
     if unused is not None:
         yield from map(unused.read, unused.keys())
@@ -73,11 +68,8 @@ def _tensors(
 
 def _specs(source: ConvertedFolder, unused: SafetensorsFolder | None) -> list[TensorSpec]:
     prefixes, dtype = source.table.export_prefixes, np.dtype(source.info.dtype)
-    specs = [
-        TensorSpec(slot.key(prefixes), slot.row.hf_shape, dtype)
-        for slots in _slots(source)
-        for slot in slots
-    ]
+    slots = [source.table.stored[name] for name in chain(*source.table.groups(source.shapes()))]
+    specs = [TensorSpec(slot.key(prefixes), slot.row.hf_shape, dtype) for slot in slots]
     if unused is not None:
         specs += [TensorSpec(key, unused.shape(key), unused.dtype(key)) for key in unused.keys()]  # noqa: SIM118 (no mapping)
     return specs
@@ -98,12 +90,10 @@ def write_hf(
     if (source.folder / "unused.safetensors").is_file():
         unused = SafetensorsFolder(source.folder)
     specs = _specs(source, unused)
-    write_model(folder, specs, _tensors(source, unused, adapter), shard_bytes=shard_bytes)
+    write_model(folder, specs, _tensors(source, unused, adapter), shard_bytes)
     config = hf_config(source)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for name in TOKENIZER_FILES:
-        if (source.folder / name).is_file():
-            shutil.copyfile(source.folder / name, folder / name)
+    copy_named(source.folder, folder, TOKENIZER_FILES)
     return _notes(source, {spec.name for spec in specs}, config)
 
 

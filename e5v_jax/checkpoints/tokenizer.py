@@ -1,9 +1,9 @@
-"""The tokenizer and the image processor's settings of a model folder."""
+"""The tokenizer of a model folder."""
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -27,6 +27,13 @@ TOKENIZER_FILES = (
 _AS_IN_TOKENIZER_JSON = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
+def copy_named(src: Path, dst: Path, names: Sequence[str]) -> None:
+    """Copy those of the named files that ``src`` has, here or in a bucket, to ``dst``."""
+    for name in names:
+        if (src / name).is_file():
+            copy_file(src / name, dst / name)
+
+
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder has a tokenizer, and not weights alone."""
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
@@ -44,8 +51,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise FileNotFoundError(f"{folder}: no tokenizer.json or tokenizer.model")
     if in_bucket(folder):  # transformers reads files of this machine only
         with tempfile.TemporaryDirectory() as local:
-            for name in filter(lambda name: (folder / name).is_file(), TOKENIZER_FILES):
-                copy_file(folder / name, Path(local, name))
+            copy_named(folder, Path(local), TOKENIZER_FILES)
             return load_tokenizer(Path(local))
     settings_file = folder / "tokenizer_config.json"
     settings = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
@@ -58,27 +64,3 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{folder}: only fast tokenizers (tokenizer.json) are supported")
     return tokenizer
-
-
-def read_preprocessor(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The settings of the image processor in a folder, with their files; none is fine.
-
-    transformers 4 writes preprocessor_config.json, transformers 5 processor_config.json, in which
-    they are the ``image_processor``, beside the tokenizer's and the processor's own.
-
-    Raises:
-        ValueError: a file that is no JSON object.
-    """
-    found = []
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if not (folder / name).is_file():
-            continue
-        try:
-            settings = json.loads((folder / name).read_text())
-        except ValueError as error:
-            raise ValueError(f"{folder / name}: not valid JSON ({error})") from error
-        if not isinstance(settings, dict):
-            raise ValueError(f"{folder / name}: expected a JSON object")
-        nested = settings.pop("image_processor", {})
-        found.append((folder / name, {**settings, **nested}))
-    return found
