@@ -18,8 +18,6 @@ from tyro.constructors import PrimitiveConstructorSpec
 from e5v_jax.storage import as_path
 
 Args = TypeVar("Args")
-# Errors whose message is written for the user; any other class is named in front of its message.
-_EXPECTED = (ValueError, OSError, ImportError)
 
 
 class UsageError(ValueError):
@@ -43,13 +41,8 @@ def run(
     """Parse the command line into ``args_type``, call ``main`` with it and exit.
 
     ``args_type`` is a dataclass: its docstring is the help text, the docstring of each field the
-    help of its flag. ``--traceback`` is added.
-
-    Args:
-        main: the command.
-        args_type: its arguments.
-        default: values of the flags that are not given; None takes the defaults of ``args_type``.
-        argv: the words of the command line; None takes ``sys.argv[1:]``.
+    help of its flag. ``--traceback`` is added. ``default`` has the values of the flags that are not
+    given; ``argv``, the words of the command line, are by default those of this process.
 
     Raises:
         SystemExit: always; see :func:`exit_on_error` for the codes.
@@ -94,11 +87,13 @@ def split_config(argv: Sequence[str], config_type: type[Args]) -> tuple[Args | N
     for i, word in enumerate(argv):
         name, equals, value = word.partition("=")
         if name == "--config":
+            file, rest = (
+                ([value], argv[i + 1 :]) if equals else (argv[i + 1 : i + 2], argv[i + 2 :])
+            )
             with exit_on_error(show_traceback="--traceback" in argv):
-                if not equals and i + 1 == len(argv):
+                if not file:
                     raise UsageError("--config: expected a file")
-                config = read_config(Path(value if equals else argv[i + 1]), config_type)
-            return config, [*argv[:i], *argv[i + (1 if equals else 2) :]]
+                return read_config(Path(file[0]), config_type), [*argv[:i], *rest]
     return None, argv
 
 
@@ -121,9 +116,8 @@ def refuse_remote_paths(args: object) -> None:
             "a configuration file write e5v_jax.storage.as_path(...) (tpu/README.md, Cloud Storage)"
         )
     if is_dataclass(args) and not isinstance(args, type):
-        for field in fields(args):
-            refuse_remote_paths(getattr(args, field.name))
-    elif isinstance(args, tuple):
+        args = tuple(getattr(args, field.name) for field in fields(args))
+    if isinstance(args, tuple):
         for value in args:
             refuse_remote_paths(value)
 
@@ -144,16 +138,16 @@ def exit_on_error(*, show_traceback: bool) -> Iterator[None]:
         if show_traceback:
             traceback.print_exc()
         else:
-            print(f"error: {one_line(error)}", file=sys.stderr)
+            print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
-def one_line(error: Exception) -> str:
-    """The message of ``error`` on one line."""
+def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, _EXPECTED) and lines:
+    # errors whose message is written for the user; any other class is named in front of its message
+    if isinstance(error, ValueError | OSError | ImportError) and lines:
         return " ".join(lines)
     # Only the first line: an error of XLA may go on for pages.
     return ": ".join([type(error).__name__, *lines[:1]]) + " (--traceback shows where)"

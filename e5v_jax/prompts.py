@@ -22,13 +22,7 @@ VICUNA = (
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives "
     "helpful, detailed, and polite answers to the human's questions. USER: {} ASSISTANT:"
 )
-TEMPLATES = {
-    "llama3": LLAMA3,
-    "mistral": MISTRAL,
-    "phi3": PHI3,
-    "chatml": CHATML,
-    "vicuna": VICUNA,
-}
+TEMPLATES = dict(llama3=LLAMA3, mistral=MISTRAL, phi3=PHI3, chatml=CHATML, vicuna=VICUNA)
 
 # Instructions: `<sent>` is the user's text, `{type}` a kind of garment, `<image>` the image itself.
 TEXT = "<sent>\nSummary above sentence in one word: "
@@ -144,8 +138,21 @@ def fill(
         ValueError: a slot without its value, a value without its slot, or a template that does not
             have exactly one ``{}``.
     """
-    head, tail = _split(prompt, template)
-    return head + _substitute(prompt, text, type, image) + tail
+    head, slot, tail = template.partition("{}")
+    if not slot or "{}" in tail:
+        raise ValueError(
+            f"template {template!r} has {template.count('{}')} slots {{}}, expected exactly one"
+        )
+    if prompt.endswith(" ") and tail.startswith(" "):
+        tail = tail[1:]  # the authors write "word: [/INST]", with one space
+    wanted = slots(prompt)
+    for name, value in (("text", text), ("type", type)):
+        if name in wanted and value is None:
+            raise ValueError(f"the prompt {prompt!r} needs a {name}, but none was given")
+        if name not in wanted and value is not None:
+            raise ValueError(f"the prompt {prompt!r} has no place for the {name} {value!r}")
+    values = {"<sent>": text or "", "{type}": type or "", IMAGE_PLACEHOLDER: image}
+    return head + _SLOT.sub(lambda match: values[match.group()], prompt) + tail
 
 
 def fill_released(prompt: str, *, template: str, text: str) -> str:
@@ -158,8 +165,8 @@ def fill_released(prompt: str, *, template: str, text: str) -> str:
     Raises:
         ValueError: as :func:`fill`.
     """
-    head, tail = (part.replace("_", " ") for part in _split(prompt, template))
-    return (head + _substitute(prompt.replace("_", " "), text, None, "") + tail).strip()
+    filled = fill(prompt, template=template, text="<sent>", image="")
+    return filled.replace("_", " ").replace("<sent>", text).strip()
 
 
 def detect_template(
@@ -186,9 +193,8 @@ def detect_template(
         matches = ["vicuna"]
     if len(matches) == 1:
         return matches[0]
-    reason = (
-        f"it has the tokens of {' and '.join(matches)}" if matches else "no chat token is known"
-    )
+    known = f"it has the tokens of {' and '.join(matches)}"
+    reason = known if matches else "no chat token is known"
     raise ValueError(
         f"cannot tell the prompt template from the tokenizer ({reason}; model_type "
         f"{model_type!r}): name one of {names}"
@@ -224,8 +230,7 @@ def check_text(text: str, forbidden: re.Pattern[str]) -> None:
     """
     if not text or text.isspace():
         raise TextError("the text is empty: expected at least one character that is not a space")
-    found = forbidden.search(text)
-    if found is None:
+    if (found := forbidden.search(text)) is None:
         return
     string = found.group()
     if re.fullmatch(_SURROGATE, string):
@@ -234,25 +239,3 @@ def check_text(text: str, forbidden: re.Pattern[str]) -> None:
         f"the text contains {string!r} (at character {found.start()}), which means something else "
         "to the model: remove or respell it"
     )
-
-
-def _split(prompt: str, template: str) -> tuple[str, str]:
-    head, slot, tail = template.partition("{}")
-    if not slot or "{}" in tail:
-        raise ValueError(
-            f"template {template!r} has {template.count('{}')} slots {{}}, expected exactly one"
-        )
-    if prompt.endswith(" ") and tail.startswith(" "):
-        tail = tail[1:]  # the authors write "word: [/INST]", with one space
-    return head, tail
-
-
-def _substitute(prompt: str, text: str | None, type: str | None, image: str) -> str:
-    wanted = slots(prompt)
-    for name, value in (("text", text), ("type", type)):
-        if name in wanted and value is None:
-            raise ValueError(f"the prompt {prompt!r} needs a {name}, but none was given")
-        if name not in wanted and value is not None:
-            raise ValueError(f"the prompt {prompt!r} has no place for the {name} {value!r}")
-    values = {"<sent>": text or "", "{type}": type or "", IMAGE_PLACEHOLDER: image}
-    return _SLOT.sub(lambda match: values[match.group()], prompt)

@@ -4,6 +4,7 @@ Its axes: ``data`` replicates parameters, ``fsdp`` splits them and the batch, ``
 heads and MLP columns. Which axis splits which parameter is in its row (nn/parameters.py).
 """
 
+import math
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -31,9 +32,8 @@ def make_mesh(
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) == 1:
-        known = -(data * fsdp * tensor)
-        sizes[sizes.index(-1)] = max(len(devices) // known, 1)
-    if sizes[0] * sizes[1] * sizes[2] != len(devices):
+        sizes[sizes.index(-1)] = max(len(devices) // -math.prod(sizes), 1)
+    if math.prod(sizes) != len(devices):
         raise ValueError(
             f"mesh data={data} fsdp={fsdp} tensor={tensor} does not fit {len(devices)} devices: "
             "the product must equal the number of devices (one size may be -1)"
@@ -52,10 +52,9 @@ def place_replicated(tree: T, mesh: Mesh) -> T:
 
 
 def _place(tree: T, sharding: NamedSharding) -> T:
-    def put(array: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-    placed: T = jax.tree.map(put, tree)
+    placed: T = jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), tree
+    )
     return placed
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from gguf import MODEL_ARCH, ReaderTensor, get_tensor_name_map
 from gguf.quants import dequantize
 
-from e5v_jax.checkpoints.gguf_file import GGUFError, GGUFFile, open_gguf, unreadable
+from e5v_jax.checkpoints.gguf_file import GGUFError, open_gguf, unreadable
 from e5v_jax.families.text import TEXT
 from e5v_jax.nn.config import TextConfig, UnsupportedModelError
 
@@ -65,14 +65,27 @@ def read_config(path: str | Path) -> dict[str, Any]:
             f"{file.path}: unsupported architecture {architecture!r} (general.architecture): "
             "expected 'llama'"
         )
-    _refuse_unknown_options(file)
-    config = {name: file.require(key) for key, name in CONFIG_KEYS.items()}
+    for key in file.fields:
+        if not key.startswith("llama.") or key in CONFIG_KEYS or key in IGNORED_KEYS:
+            continue
+        value = file.get(key)
+        if key not in NEUTRAL_VALUES or value != NEUTRAL_VALUES[key]:
+            what = "scaled rotary positions" if key.startswith("llama.rope.scal") else "this option"
+            raise UnsupportedModelError(f"{file.path}: {key} is {value!r}: {what} not supported")
+    tensors = {tensor.name for tensor in file.tensors}
+    if "rope_freqs.weight" in tensors:
+        raise UnsupportedModelError(
+            f"{file.path}: tensor rope_freqs.weight: scaled rotary positions (Llama 3.1 and later) "
+            "not supported"
+        )
+    config = {}
     for key, name in CONFIG_KEYS.items():
+        config[name] = file.require(key)
         if isinstance(config[name], list):
             raise UnsupportedModelError(f"{file.path}: {key} is a list; expected one value")
     for key in ("llama.attention.key_length", "llama.attention.value_length"):
         found = file.get(key)
-        if found is not None and found != config["head_dim"]:
+        if found not in (None, config["head_dim"]):
             raise UnsupportedModelError(
                 f"{file.path}: {key} is {found}, expected llama.rope.dimension_count "
                 f"({config['head_dim']})"
@@ -84,27 +97,11 @@ def read_config(path: str | Path) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "tie_word_embeddings": "output.weight" not in tensors,
         "bos_token_id": file.require("tokenizer.ggml.bos_token_id"),
         "eos_token_id": file.require("tokenizer.ggml.eos_token_id"),
         "pad_token_id": file.get("tokenizer.ggml.padding_token_id"),
     }
-
-
-def _refuse_unknown_options(file: GGUFFile) -> None:
-    """Raise for metadata or tensors that ask for something a plain Llama decoder does not do."""
-    for key in file.keys:
-        if not key.startswith("llama.") or key in CONFIG_KEYS or key in IGNORED_KEYS:
-            continue
-        value = file.get(key)
-        if key not in NEUTRAL_VALUES or value != NEUTRAL_VALUES[key]:
-            what = "scaled rotary positions" if key.startswith("llama.rope.scal") else "this option"
-            raise UnsupportedModelError(f"{file.path}: {key} is {value!r}: {what} not supported")
-    if "rope_freqs.weight" in file.tensors:
-        raise UnsupportedModelError(
-            f"{file.path}: tensor rope_freqs.weight: scaled rotary positions (Llama 3.1 and later) "
-            "not supported"
-        )
 
 
 class GGUFTensors:
@@ -116,17 +113,21 @@ class GGUFTensors:
 
     def __init__(self, path: str | Path) -> None:
         self._config = read_config(path)
-        self._layers: int = self._config["num_hidden_layers"]
         self._file = open_gguf(path)
-        names = self._hf_names()
-        self._by_key = {}
-        for name, tensor in self._file.tensors.items():
-            if name not in names:
+        layers = self._config["num_hidden_layers"]
+        text = {f.name: self._config[f.name] for f in dataclasses.fields(TextConfig)}
+        table = TEXT.parameters(TEXT.config_from_dict({"text": text}))
+        theirs = get_tensor_name_map(MODEL_ARCH.LLAMA, layers)
+        keys = [slot.key(table.export_prefixes) for slot in table.slots]
+        names = {theirs.get_name(key, try_suffixes=(".weight",)): key for key in keys}
+        self._by_key: dict[str, ReaderTensor] = {}
+        for tensor in self._file.tensors:
+            if tensor.name not in names:
                 raise UnsupportedModelError(
-                    f"{self._file.path}: tensor {name!r} has no place in a Llama model of "
-                    f"{self._layers} layers"
+                    f"{self._file.path}: tensor {tensor.name!r} has no place in a Llama model of "
+                    f"{layers} layers"
                 )
-            self._by_key[names[name]] = tensor
+            self._by_key[names[tensor.name]] = tensor
 
     def keys(self) -> list[str]:
         """Hugging Face names such as ``model.layers.0.self_attn.q_proj.weight``, in file order."""
@@ -162,33 +163,20 @@ class GGUFTensors:
                 raw = np.fromfile(file, dtype=part.dtype, count=part.size)
                 if raw.size != part.size:
                     raise unreadable(self._file.path, f"tensor {tensor.name} ends early")
-                weight[start : start + len(part)] = self._dequantize(
-                    raw.reshape(part.shape), tensor
-                )
-        weight = weight.reshape(self.shape(key))
+                try:
+                    rows = dequantize(raw.reshape(part.shape), tensor.tensor_type)
+                except NotImplementedError:
+                    raise UnsupportedModelError(
+                        f"{self._file.path}: tensor {tensor.name} is stored as "
+                        f"{tensor.tensor_type.name}, which cannot be dequantised; use a file with "
+                        "another quantisation"
+                    ) from None
+                weight[start : start + len(part)] = rows
         if key.endswith("self_attn.q_proj.weight"):
             return self._unpermute(tensor.name, weight, self._config["num_attention_heads"])
         if key.endswith("self_attn.k_proj.weight"):
             return self._unpermute(tensor.name, weight, self._config["num_key_value_heads"])
-        return weight
-
-    def _dequantize(self, raw: np.ndarray, tensor: ReaderTensor) -> np.ndarray:
-        try:
-            return dequantize(raw, tensor.tensor_type)
-        except NotImplementedError:
-            raise UnsupportedModelError(
-                f"{self._file.path}: tensor {tensor.name} is stored as {tensor.tensor_type.name}, "
-                "which cannot be dequantised; use a file with another quantisation"
-            ) from None
-
-    def _hf_names(self) -> dict[str, str]:
-        """Hugging Face names by the file's, as the gguf package knows them."""
-        text = {f.name: self._config[f.name] for f in dataclasses.fields(TextConfig)}
-        table = TEXT.parameters(TEXT.config_from_dict({"text": text}))
-        theirs = get_tensor_name_map(MODEL_ARCH.LLAMA, self._layers)
-        keys = (slot.key(table.export_prefixes) for slot in table.slots)
-        found = {key: theirs.get_name(key, try_suffixes=(".weight",)) for key in keys}
-        return {name: key for key, name in found.items() if name is not None}
+        return weight.reshape(self.shape(key))
 
     def _unpermute(self, name: str, weight: np.ndarray, heads: int) -> np.ndarray:
         """Undo the row order llama.cpp gives q and k.

@@ -4,7 +4,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from gguf import GGUFReader, ReaderTensor
+from gguf import GGUFReader
 
 from e5v_jax.nn.config import UnsupportedModelError
 
@@ -13,18 +13,14 @@ class GGUFError(ValueError):
     """The file is not a whole, well-formed GGUF file; the message names it and says what to do."""
 
 
-class GGUFFile:
+class GGUFFile(GGUFReader):
     """An open GGUF file: metadata and tensor table parsed, tensor data untouched."""
 
-    def __init__(self, path: Path, reader: GGUFReader) -> None:
-        self.path = path
-        self.tensors: dict[str, ReaderTensor] = {t.name: t for t in reader.tensors}
-        self.keys = list(reader.fields)
-        self._reader = reader
+    path: Path
 
     def get(self, key: str) -> Any:
         """The value of a metadata key (scalar, str or list), or None when the file lacks it."""
-        field = self._reader.get_field(key)
+        field = self.get_field(key)
         return None if field is None else field.contents()
 
     def require(self, key: str) -> Any:
@@ -60,19 +56,19 @@ def _parse(path: Path, _mtime_ns: int, _size: int) -> GGUFFile:
     if magic != b"GGUF":
         raise GGUFError(f"{path}: not a GGUF file (it starts with {magic!r}, expected b'GGUF')")
     try:
-        reader = GGUFReader(path)
+        file = GGUFFile(path)
     except (ValueError, IndexError, KeyError) as error:
         raise unreadable(path, str(error)) from error
-    if reader.byte_order == "S":
+    if file.byte_order == "S":
         raise UnsupportedModelError(
             f"{path}: byte order is not this machine's; convert it with gguf's gguf-convert-endian"
         )
-    file = GGUFFile(path, reader)
-    if (file.get("split.count") or 1) > 1:
+    if (parts := file.get("split.count") or 1) > 1:
         raise UnsupportedModelError(
-            f"{path}: one part of {file.get('split.count')} (split.count); join them first with "
+            f"{path}: one part of {parts} (split.count); join them first with "
             "llama-gguf-split --merge"
         )
+    file.path = path
     return file
 
 

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
 
-from e5v_jax.checkpoints.gguf_file import GGUFError, GGUFFile, open_gguf
+from e5v_jax.checkpoints.gguf_file import GGUFError, open_gguf
 from e5v_jax.nn.config import UnsupportedModelError
 
 # `tokenizer.ggml.pre` of byte-level vocabularies: transformers splits text by these rules, and
@@ -39,11 +39,8 @@ def build_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     file = open_gguf(path)
     kind = file.require("tokenizer.ggml.model")
     tokens: list[str] = file.require("tokenizer.ggml.tokens")
-    description = {
-        "tokenizer_type": kind,
-        "tokens": tokens,
-        "token_type": file.require("tokenizer.ggml.token_type"),
-    }
+    token_types = file.require("tokenizer.ggml.token_type")
+    description = {"tokenizer_type": kind, "tokens": tokens, "token_type": token_types}
     split = None
     if kind == "gpt2":
         split = file.require("tokenizer.ggml.pre")
@@ -66,7 +63,17 @@ def build_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
             f"{file.path}: tokenizer.ggml.model is {kind!r}: expected 'gpt2' or 'llama'"
         )
     backend, _ = convert_gguf_tokenizer("llama", description)
-    backend = _drop_added(backend, len(tokens))
+    if backend.get_vocab_size() != len(tokens):
+        # transformers' GPT-2 class adds <|endoftext|>, whose id would have no row in the embedding
+        # table, or the row of <image>
+        state = json.loads(backend.to_str())
+        state["added_tokens"] = [t for t in state["added_tokens"] if t["id"] < len(tokens)]
+        backend = Tokenizer.from_str(json.dumps(state))
+    add_bos = file.get("tokenizer.ggml.add_bos_token")
+    if add_bos is None:
+        # llama.cpp's rule (llama-vocab.cpp): files made before the flag was written leave it out,
+        # Llama 3's among them, and those need bos
+        add_bos = kind == "llama" or split in LLAMA3_SPLITS
     if split in LLAMA3_SPLITS:
         # A word that is a token stays whole, as in Llama 3's own tokenizer.json and in llama.cpp:
         # some 600 tokens of its vocabulary cannot be reached by merges.
@@ -81,7 +88,7 @@ def build_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
         extra_special_tokens=[t for t in tokens if t in special and t not in named.values()],
-        add_bos_token=_adds_bos(file, kind, split),
+        add_bos_token=bool(add_bos),
         add_eos_token=bool(file.get("tokenizer.ggml.add_eos_token")),
         chat_template=file.get("tokenizer.chat_template"),
         **named,
@@ -93,24 +100,3 @@ def build_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
             "vocabulary; convert the model's Hugging Face folder instead"
         )
     return tokenizer
-
-
-def _adds_bos(file: GGUFFile, kind: str, split: str | None) -> bool:
-    """Whether encoding starts with bos: the file's flag, else llama.cpp's rule (llama-vocab.cpp).
-
-    Files made before the flag was written leave it out, Llama 3's among them, and those need bos.
-    """
-    flag = file.get("tokenizer.ggml.add_bos_token")
-    return (kind == "llama" or split in LLAMA3_SPLITS) if flag is None else bool(flag)
-
-
-def _drop_added(backend: Tokenizer, size: int) -> Tokenizer:
-    """Remove tokens past the file's ``size``: transformers' GPT-2 class adds ``<|endoftext|>``.
-
-    That id has no row in the embedding table, or is the row of ``<image>``.
-    """
-    if backend.get_vocab_size() == size:
-        return backend
-    state = json.loads(backend.to_str())
-    state["added_tokens"] = [t for t in state["added_tokens"] if t["id"] < size]
-    return Tokenizer.from_str(json.dumps(state))
