@@ -14,10 +14,8 @@ from e5v_jax.storage import absolute, in_bucket, remove_folder, upload, write_ob
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let ``write`` fill a file that has the name ``path`` only once it is whole."""
     if in_bucket(path):
-        buffer = io.BytesIO()
-        write(buffer)
-        write_object(path, buffer.getvalue())
-        return
+        write(buffer := io.BytesIO())
+        return write_object(path, buffer.getvalue())
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:

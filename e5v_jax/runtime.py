@@ -22,11 +22,7 @@ class Runtime:
     attn_implementation: Implementation = "auto"
 
     def __post_init__(self) -> None:
-        """Refuse an attention implementation that does not exist.
-
-        Raises:
-            ValueError: an unknown name.
-        """
+        """Raise ValueError on an attention implementation that does not exist."""
         if self.attn_implementation not in get_args(Implementation):
             raise ValueError(
                 f"attn_implementation {self.attn_implementation!r}: expected one of "

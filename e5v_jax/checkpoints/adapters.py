@@ -19,13 +19,13 @@ _logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 
 
-def find_run(folder: Path) -> tuple[Path, int | None] | None:
+def _find_run(folder: Path) -> tuple[Path, int | None] | None:
     """(run folder, step) of a run folder (step None) or a RUN/checkpoints/STEP."""
     folder = absolute(folder)
     if (folder / "run.json").is_file():
         return folder, None
     run = folder.parent.parent
-    if folder.parent.name == CHECKPOINTS and folder.name.isdigit() and find_run(run):
+    if folder.parent.name == CHECKPOINTS and folder.name.isdigit() and _find_run(run):
         return run, int(folder.name)
     return None
 
@@ -43,8 +43,7 @@ def read_run_info(run: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: not JSON ({error}); restore it from a copy") from error
     match info:
         case {"config": {"data": {}}}:
-            fields: dict[str, Any] = info
-            return fields
+            return dict(info)
     raise ValueError(f'{file}: expected an object with a run\'s "config"; restore it from a copy')
 
 
@@ -79,12 +78,8 @@ def read_run_adapter(run: Path, step: int | None, base: WeightSource) -> Adapter
         if not steps or (step is not None and step not in steps):
             wanted = "" if step is None else f" of step {step}"
             raise ValueError(f"{folder}: no checkpoint{wanted}; found steps {steps}")
-        like = nnx.from_flat_state(
-            [
-                (tuple(path.split(".")), LoRAParam(zeros))
-                for path, zeros in zero_factors(base.table, lora).items()
-            ]
-        )
+        zeros = zero_factors(base.table, lora)
+        like = nnx.from_flat_state([(tuple(p.split(".")), LoRAParam(x)) for p, x in zeros.items()])
         state = checkpointer.load(steps[-1] if step is None else step, {"trainable": like})
     values = nnx.to_flat_state(state["trainable"])
     return Adapter(lora, {dotted(path): np.asarray(leaf[...]) for path, leaf in values})
@@ -99,8 +94,7 @@ def load_adapter(folder: Path, base: WeightSource) -> Adapter:
         FileNotFoundError: neither.
         ValueError: the adapter does not fit the model.
     """
-    run = find_run(folder)
-    if run is not None:
+    if (run := _find_run(folder)) is not None:
         path, step = run
         prompt = read_run_info(path)["config"]["data"].get("prompt", "text")
         if prompt not in ("text", "released"):

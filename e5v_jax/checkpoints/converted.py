@@ -39,11 +39,9 @@ class WeightSource(Protocol):
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every parameter's name (layers unstacked) and shape in our layout."""
-        ...
 
     def read(self, names: Sequence[str]) -> Iterator[np.ndarray]:
         """The named arrays in order, in the dtype they are stored in."""
-        ...
 
 
 @dataclass(frozen=True)

