@@ -62,9 +62,10 @@ def _read_groups(
 
 def write_unused(folder: Path, source: HfSource, dtype: np.dtype[Any]) -> None:
     """Write ``unused.safetensors``, the tensors that only an export needs, if there are any."""
-    unused = source.unused()
+    unused = {key: slot for key, slot in source.slots.items() if not slot.needed}
     if unused:
-        specs = [TensorSpec(to, source.tensors.shape(key), dtype) for key, to in unused.items()]
+        prefixes = source.table.export_prefixes
+        specs = [TensorSpec(x.key(prefixes), x.row.hf_shape, dtype) for x in unused.values()]
         arrays = (source.tensors.read(key).astype(dtype, copy=False) for key in unused)
         write_file(folder / "unused.safetensors", specs, arrays)
 
@@ -75,12 +76,10 @@ def match_tokenizer(folder: Path, source: HfSource) -> ModelConfig:
     Raises:
         ValueError: configuration and tokenizer belong to different models.
     """
-    if not has_tokenizer(folder):  # weights alone
-        return source.family.match_tokenizer(source.config, None)
-    tokenizer = load_tokenizer(folder)
-    size = len(tokenizer)
+    tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None  # weights alone
+    size = len(tokenizer or ())
     config = source.family.match_tokenizer(source.config, tokenizer)
-    if len(tokenizer) != size:
+    if tokenizer is not None and len(tokenizer) != size:
         tokenizer.save_pretrained(folder)
     return config
 
@@ -113,19 +112,17 @@ def convert(args: Args) -> None:
             (folder / "adapter").mkdir()  # without a training checkpoint's optimizer and the like
             copy_named(args.adapter, folder / "adapter", ADAPTER_FILES)
         (folder / "hf_config.json").write_text(json.dumps(source.raw_config, indent=1) + "\n")
-        write_info(
-            folder,
-            ConvertedInfo(
-                format_version=FORMAT_VERSION,
-                model_type=source.raw_config["model_type"],
-                model=asdict(config),  # type: ignore[call-overload]  # every family's is a dataclass
-                source=Path(args.src).name if path.is_file() else args.src,
-                revision=args.revision,
-                dtype=dtype.name,
-                content_hash=content_hash,
-                parameters=shapes,
-            ),
+        info = ConvertedInfo(
+            format_version=FORMAT_VERSION,
+            model_type=source.raw_config["model_type"],
+            model=asdict(config),  # type: ignore[call-overload]  # every family's is a dataclass
+            source=Path(args.src).name if path.is_file() else args.src,
+            revision=args.revision,
+            dtype=dtype.name,
+            content_hash=content_hash,
+            parameters=shapes,
         )
+        write_info(folder, info)
     size = sum(int(np.prod(s)) for s in shapes.values())
     print(f"{args.dst}: {size / 1e6:.1f} M parameters in {dtype.name}, hash {content_hash[:12]}")
 

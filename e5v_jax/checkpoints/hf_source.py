@@ -75,8 +75,8 @@ class HfSource:
         check_preprocessor(path, self.family, self.config)
         self.table = self.family.parameters(self.config)
         try:
-            self._slots, prefixes = map_keys(tensors.keys(), self.table)
-            self._keys = {slot.name: key for key, slot in self._slots.items() if slot.needed}
+            self.slots, prefixes = map_keys(tensors.keys(), self.table)
+            self._keys = {slot.name: key for key, slot in self.slots.items() if slot.needed}
             self._check_shapes(prefixes)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
@@ -87,7 +87,7 @@ class HfSource:
                 key, shape = slot.key(prefixes), list(slot.row.hf_shape)
                 raise ValueError(f"{key}: missing; the configuration asks for it, shape {shape}")
         places = set(self.table.slots)
-        for key, slot in self._slots.items():
+        for key, slot in self.slots.items():
             if slot not in places:
                 raise ValueError(f"{key}: one too many; the configuration has no place for it")
             self.tensors.dtype(key)
@@ -101,11 +101,6 @@ class HfSource:
         """The narrowest dtype that holds every tensor exactly."""
         kinds = {self.tensors.dtype(key) for key in self._keys.values()}
         return kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
-
-    def unused(self) -> dict[str, str]:
-        """Keys that only an export needs, and the keys it will write."""
-        prefixes = self.table.export_prefixes
-        return {k: slot.key(prefixes) for k, slot in self._slots.items() if not slot.needed}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Our parameter names and shapes."""

@@ -65,22 +65,21 @@ class _Stack:
     """One (stacked) array being filled layer by layer; each device's part is a host buffer."""
 
     def __init__(self, leaf: jax.ShapeDtypeStruct) -> None:
-        shape, self._leaf = leaf.shape, leaf
-        self._indices: dict[jax.Device, tuple[slice, ...]] = {
-            device: index or ()  # None is jax's word for the whole of a scalar
-            for device, index in leaf.sharding.addressable_devices_indices_map(shape).items()
-        }
-        self._distinct = {str(index): index for index in self._indices.values()}
+        self._leaf = leaf
+        indices = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
+        # None is jax's word for the whole of a scalar; several devices may hold the same part
+        self._indices: dict[str, tuple[slice, ...]] = {str(i or ()): i or () for i in indices}
         self._buffers = {
             key: np.empty(
-                [len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)], leaf.dtype
+                [len(range(*s.indices(n))) for s, n in zip(index, leaf.shape, strict=True)],
+                leaf.dtype,
             )
-            for key, index in self._distinct.items()
+            for key, index in self._indices.items()
         }
 
     def put(self, layer: int | None, array: np.ndarray) -> None:
         """Copy one layer, or with None the whole array; the cast to the storage dtype is here."""
-        for key, index in self._distinct.items():
+        for key, index in self._indices.items():
             if layer is None:
                 self._buffers[key][...] = array[index]
             elif layer in (held := range(*index[0].indices(self._leaf.shape[0]))):
@@ -88,9 +87,8 @@ class _Stack:
 
     def place(self) -> jax.Array:
         """The array on its devices."""
-        placed = [jax.device_put(self._buffers[str(i)], on) for on, i in self._indices.items()]
-        return jax.make_array_from_single_device_arrays(
-            self._leaf.shape, self._leaf.sharding, placed
+        return jax.make_array_from_callback(
+            self._leaf.shape, self._leaf.sharding, lambda index: self._buffers[str(index or ())]
         )
 
 

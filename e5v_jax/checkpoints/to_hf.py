@@ -86,28 +86,22 @@ def write_hf(
 
     Returns what the user should know about it, a line each.
     """
-    unused = None
-    if (source.folder / "unused.safetensors").is_file():
-        unused = SafetensorsFolder(source.folder)
+    has_unused = (source.folder / "unused.safetensors").is_file()
+    unused = SafetensorsFolder(source.folder) if has_unused else None
     specs = _specs(source, unused)
     write_model(folder, specs, _tensors(source, unused, adapter), shard_bytes)
     config = hf_config(source)
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     copy_named(source.folder, folder, TOKENIZER_FILES)
-    return _notes(source, {spec.name for spec in specs}, config)
-
-
-def _notes(source: ConvertedFolder, keys: set[str], config: dict[str, Any]) -> list[str]:
-    notes = []
-    prefixes = source.table.export_prefixes
-    missing = {slot.key(prefixes) for slot in source.table.slots if not slot.needed} - keys
+    notes, prefixes = [], source.table.export_prefixes
+    missing = {slot.key(prefixes) for slot in source.table.slots} - {spec.name for spec in specs}
     if config.get("tie_word_embeddings"):
         missing = {key for key in missing if not key.endswith("lm_head.weight")}
     if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         notes.append(
-            f"the source had no {min(missing)}"
-            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-            + ", which embeddings do not need: transformers starts it at random"
+            f"the source had no {min(missing)}{more}, which embeddings do not need: transformers "
+            "starts it at random"
         )
     image_token, rows = source.config.image_token_id, source.config.text.vocab_size
     if image_token is not None and image_token >= rows:
@@ -129,9 +123,8 @@ def convert(args: Args) -> None:
         raise cli.UsageError("--merge, --peft: choose one")
     check_new(args.dst)
     source = ConvertedFolder(args.src)
-    path = args.adapter
-    if path is None and (source.folder / "adapter").is_dir():
-        path = source.folder / "adapter"
+    carried = source.folder / "adapter"
+    path = args.adapter or (carried if carried.is_dir() else None)
     if path is None and (args.merge or args.peft):
         raise cli.UsageError(f"{args.src} carries no adapter: name one with --adapter")
     adapter = None if path is None else load_adapter(path, source)
@@ -140,9 +133,9 @@ def convert(args: Args) -> None:
             write_adapter(folder, adapter, source.table, base_model=source.info.source)
             notes = [f"PEFT adapter of rank {adapter.lora.rank} from {path}"]
         else:
-            notes = write_hf(folder, source, adapter)
-            notes.insert(0, f"Hugging Face checkpoint in {source.info.dtype}")
-            notes[0] += "" if path is None else f", {path} merged"
+            merged = "" if path is None else f", {path} merged"
+            notes = [f"Hugging Face checkpoint in {source.info.dtype}{merged}"]
+            notes += write_hf(folder, source, adapter)
     for note in notes:
         print(f"{args.dst}: {note}")
 
