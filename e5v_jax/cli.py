@@ -87,13 +87,11 @@ def split_config(argv: Sequence[str], config_type: type[Args]) -> tuple[Args | N
     for i, word in enumerate(argv):
         name, equals, value = word.partition("=")
         if name == "--config":
-            file, rest = (
-                ([value], argv[i + 1 :]) if equals else (argv[i + 1 : i + 2], argv[i + 2 :])
-            )
+            file, end = (value, i + 1) if equals else (" ".join(argv[i + 1 : i + 2]), i + 2)
             with exit_on_error(show_traceback="--traceback" in argv):
                 if not file:
                     raise UsageError("--config: expected a file")
-                return read_config(Path(file[0]), config_type), [*argv[:i], *rest]
+                return read_config(Path(file), config_type), [*argv[:i], *argv[end:]]
     return None, argv
 
 

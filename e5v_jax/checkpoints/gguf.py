@@ -1,10 +1,8 @@
-"""Read a Llama-architecture GGUF file as if it were a Hugging Face text-only folder.
+"""A Llama-architecture GGUF file as a Hugging Face text-only folder: its config and its tensors.
 
-Two views of one file: its ``config.json`` (:func:`read_config`) and its tensors under Hugging Face
-names (:class:`GGUFTensors`); ``gguf_tokenizer`` is the third. torch is never imported.
-
-Sources: the GGUF key and tensor names are llama.cpp's (``gguf.constants``); which key means what in
-Hugging Face terms follows transformers' ``modeling_gguf_pytorch_utils`` and ``integrations.gguf``.
+torch is never imported. The GGUF key and tensor names are llama.cpp's (``gguf.constants``); which
+key means what in Hugging Face terms follows transformers' ``modeling_gguf_pytorch_utils`` and
+``integrations.gguf``.
 """
 
 import dataclasses
@@ -105,13 +103,15 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 class GGUFTensors:
-    """The tensors of a GGUF file under Hugging Face names, dequantised one at a time.
-
-    Raises what :func:`read_config` raises, and :class:`UnsupportedModelError` for a tensor with
-    no counterpart in ``LlamaForCausalLM`` (biases, experts), by its name.
-    """
+    """The tensors of a GGUF file under Hugging Face names, dequantised one at a time."""
 
     def __init__(self, path: str | Path) -> None:
+        """Find the place of every tensor in ``LlamaForCausalLM``.
+
+        Raises:
+            UnsupportedModelError: a tensor without one (biases, experts), by its name.
+            GGUFError, FileNotFoundError: as :func:`read_config`.
+        """
         self._config = read_config(path)
         self._file = open_gguf(path)
         layers = self._config["num_hidden_layers"]
@@ -147,7 +147,6 @@ class GGUFTensors:
         Peak memory: the float32 array (twice it for q and k) and a slice of stored bytes.
 
         Raises:
-            KeyError: no such tensor.
             GGUFError: the file has become shorter since it was opened.
             UnsupportedModelError: a storage type that the ``gguf`` package cannot dequantise.
         """
@@ -172,24 +171,17 @@ class GGUFTensors:
                         "another quantisation"
                     ) from None
                 weight[start : start + len(part)] = rows
-        if key.endswith("self_attn.q_proj.weight"):
-            return self._unpermute(tensor.name, weight, self._config["num_attention_heads"])
-        if key.endswith("self_attn.k_proj.weight"):
-            return self._unpermute(tensor.name, weight, self._config["num_key_value_heads"])
-        return weight.reshape(self.shape(key))
-
-    def _unpermute(self, name: str, weight: np.ndarray, heads: int) -> np.ndarray:
-        """Undo the row order llama.cpp gives q and k.
-
-        Its rotary embedding turns neighbouring rows (2i, 2i + 1) of a head, Hugging Face's turns
-        rows i and i + head_dim / 2. Inverse of ``permute`` in llama.cpp's convert_hf_to_gguf.py.
-        """
-        head_dim = int(self._config["head_dim"])
-        rows, columns = weight.shape
-        if rows != heads * head_dim:
+        head_counts = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+        if (heads := head_counts.get(key.split(".")[-2])) is None:
+            return weight.reshape(self.shape(key))
+        # Undo the row order llama.cpp gives q and k, whose rotary embedding turns neighbouring rows
+        # (2i, 2i + 1) of a head; Hugging Face's turns rows i and i + head_dim / 2. Inverse of
+        # ``permute`` in llama.cpp's convert_hf_to_gguf.py.
+        count, head_dim = self._config[heads], self._config["head_dim"]
+        if len(weight) != count * head_dim:
             raise GGUFError(
-                f"{self._file.path}: tensor {name} has {rows} rows, expected {heads} heads x "
-                f"head_dim {head_dim} (llama.rope.dimension_count)"
+                f"{self._file.path}: tensor {tensor.name} has {len(weight)} rows, expected {count} "
+                f"heads x head_dim {head_dim} (llama.rope.dimension_count)"
             )
-        weight = weight.reshape(heads, head_dim // 2, 2, columns)  # [H, D/2, 2, in]
-        return weight.swapaxes(1, 2).reshape(rows, columns)  # [H, 2, D/2, in] -> [H * D, in]
+        split = weight.reshape(count, head_dim // 2, 2, -1)  # [H, D/2, 2, in]
+        return split.swapaxes(1, 2).reshape(weight.shape)  # [H, 2, D/2, in] -> [H * D, in]

@@ -75,27 +75,15 @@ class HfSource:
         check_preprocessor(path, self.family, self.config)
         self.table = self.family.parameters(self.config)
         try:
-            self.slots, prefixes = map_keys(tensors.keys(), self.table)
-            self._keys = {slot.name: key for key, slot in self.slots.items() if slot.needed}
-            self._check_shapes(prefixes)
+            self.slots = map_keys(tensors.keys(), self.table)
+            for key, slot in self.slots.items():
+                tensors.dtype(key)
+                found, expected = list(tensors.shape(key)), list(slot.row.hf_shape)
+                if found != expected:
+                    raise ValueError(f"{key}: shape {found}, the configuration asks for {expected}")
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-
-    def _check_shapes(self, prefixes: dict[str, str]) -> None:
-        for name, slot in self.table.stored.items():
-            if name not in self._keys:
-                key, shape = slot.key(prefixes), list(slot.row.hf_shape)
-                raise ValueError(f"{key}: missing; the configuration asks for it, shape {shape}")
-        places = set(self.table.slots)
-        for key, slot in self.slots.items():
-            if slot not in places:
-                raise ValueError(f"{key}: one too many; the configuration has no place for it")
-            self.tensors.dtype(key)
-            found, expected = self.tensors.shape(key), slot.row.hf_shape
-            if found != expected:
-                raise ValueError(
-                    f"{key}: shape {list(found)}, the configuration asks for {list(expected)}"
-                )
+        self._keys = {slot.name: key for key, slot in self.slots.items() if slot.needed}
 
     def dtype(self) -> np.dtype[Any]:
         """The narrowest dtype that holds every tensor exactly."""
@@ -104,12 +92,12 @@ class HfSource:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Our parameter names and shapes."""
-        return {name: self.table.stored[name].row.shape for name in self._keys}
+        return {name: self.slots[key].row.shape for name, key in self._keys.items()}
 
     def read(self, names: Sequence[str]) -> Iterator[np.ndarray]:
         """The named parameters in order, in our orientation and the source's dtype."""
-        for name in names:
-            yield self.table.stored[name].row.from_hf(self.tensors.read(self._keys[name]))
+        for key in map(self._keys.__getitem__, names):
+            yield self.slots[key].row.from_hf(self.tensors.read(key))
 
 
 def resolve(source: str, revision: str | None = None) -> Path:
@@ -131,9 +119,9 @@ def resolve(source: str, revision: str | None = None) -> Path:
             huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=patterns)
         )
     except Exception as error:  # network, authentication and missing repositories: many types
+        reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"{source}: no such folder, and not fetched from the Hugging Face hub: "
-            f"{str(error).strip().splitlines()[0]}"
+            f"{source}: no such folder, and not fetched from the Hugging Face hub: {reason}"
         ) from error
 
 

@@ -33,14 +33,12 @@ def find_slot(
     return None
 
 
-def map_keys(keys: Iterable[str], table: ParameterTable) -> tuple[dict[str, Slot], dict[str, str]]:
+def map_keys(keys: Iterable[str], table: ParameterTable) -> dict[str, Slot]:
     """Map every key, strictly, to what it holds, some of which only an export needs.
 
-    Also returns the prefix of each section, as this checkpoint has it if it has the section.
-
     Raises:
-        ValueError: a key that no row knows or that repeats another (it is named), or no text
-            model at all.
+        ValueError: a key that is missing, that no row knows, that is one too many or repeats
+            another (it is named), or no text model at all.
     """
     keys = sorted(keys)
     present = set(keys)
@@ -71,4 +69,12 @@ def map_keys(keys: Iterable[str], table: ParameterTable) -> tuple[dict[str, Slot
         if slot in holders:
             raise ValueError(f"{key}: holds the same parameter as {holders[slot]}")
         holders[slot] = key
-    return {key: slot for slot, key in holders.items()}, {**table.export_prefixes, **found}
+    for slot in table.stored.values():
+        if slot not in holders:
+            key, shape = slot.key({**table.export_prefixes, **found}), list(slot.row.hf_shape)
+            raise ValueError(f"{key}: missing; the configuration asks for it, shape {shape}")
+    expected = set(table.slots)
+    for slot, key in holders.items():
+        if slot not in expected:
+            raise ValueError(f"{key}: one too many; the configuration has no place for it")
+    return {key: slot for slot, key in holders.items()}

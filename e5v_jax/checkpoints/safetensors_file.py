@@ -8,10 +8,9 @@ header with every tensor's dtype, shape and byte range, then the bytes, without 
 import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes  # ships with jax; gives NumPy its bfloat16
 import numpy as np
@@ -28,8 +27,7 @@ INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000  # the size Hugging Face shards have
 
 
-@dataclass(frozen=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """What must be known of a tensor before its file is begun."""
 
     name: str
@@ -65,11 +63,9 @@ def write_file(path: Path, specs: Sequence[TensorSpec], arrays: Iterator[np.ndar
         file.write(header(specs))
         for spec in specs:
             array = next(arrays)  # not from zip(), which keeps the one before
-            if array.shape != spec.shape or array.dtype != spec.dtype:
-                raise ValueError(
-                    f"{spec.name}: {array.dtype} {list(array.shape)}, expected {spec.dtype} "
-                    f"{list(spec.shape)}"
-                )
+            found, expected = (f"{x.dtype} {list(x.shape)}" for x in (array, spec))
+            if found != expected:
+                raise ValueError(f"{spec.name}: {found}, expected {expected}")
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             del array  # before the next one is made
 
@@ -79,11 +75,11 @@ def split_shards(specs: Sequence[TensorSpec], shard_bytes: int) -> dict[str, lis
     shards: list[list[TensorSpec]] = [[]]
     size = 0
     for spec in specs:
-        if shards[-1] and size + spec.nbytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(spec)
         size += spec.nbytes
+        if shards[-1] and size > shard_bytes:
+            shards.append([])
+            size = spec.nbytes
+        shards[-1].append(spec)
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}
     names = (f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards)))
