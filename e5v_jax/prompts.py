@@ -52,13 +52,6 @@ IMAGE_PLACEHOLDER = "<image>"
 _SLOT = re.compile(r"<sent>|\{type\}|<image>")
 _CONTROL = re.compile(r"<\|[^|]+\|>|\[/?INST\]")
 _SURROGATE = r"[\ud800-\udfff]"
-# Tokens that only a model trained on the template has; the template without them is plain text.
-_SIGNATURES = {
-    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    "chatml": ("<|im_start|>", "<|im_end|>"),
-    "phi3": ("<|user|>", "<|end|>", "<|assistant|>"),
-    "mistral": ("[INST]", "[/INST]"),
-}
 
 
 class TextError(ValueError):
@@ -186,7 +179,9 @@ def detect_template(
             raise ValueError(f"unknown template {override!r}: expected one of {names}")
         return override
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
-    matches = [name for name, tokens in _SIGNATURES.items() if added.issuperset(tokens)]
+    # only a model trained on a template has its tokens; without them it is plain text
+    signatures = {name: _CONTROL.findall(template) for name, template in TEMPLATES.items()}
+    matches = [name for name, tokens in signatures.items() if tokens and added.issuperset(tokens)]
     if not matches and model_type == "mistral":
         matches = ["mistral"]  # before v0.3, [INST] is not a token of its own
     if not matches and "ASSISTANT:" in str(tokenizer.chat_template):

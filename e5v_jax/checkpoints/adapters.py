@@ -19,17 +19,6 @@ _logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 
 
-def _find_run(folder: Path) -> tuple[Path, int | None] | None:
-    """(run folder, step) of a run folder (step None) or a RUN/checkpoints/STEP."""
-    folder = absolute(folder)
-    if (folder / "run.json").is_file():
-        return folder, None
-    run = folder.parent.parent
-    if folder.parent.name == CHECKPOINTS and folder.name.isdigit() and _find_run(run):
-        return run, int(folder.name)
-    return None
-
-
 def read_run_info(run: Path) -> dict[str, Any]:
     """Read ``run.json``. Fields that came later than the run may be missing.
 
@@ -94,14 +83,16 @@ def load_adapter(folder: Path, base: WeightSource) -> Adapter:
         FileNotFoundError: neither.
         ValueError: the adapter does not fit the model.
     """
-    if (run := _find_run(folder)) is not None:
-        path, step = run
-        prompt = read_run_info(path)["config"]["data"].get("prompt", "text")
+    run, step = absolute(folder), None
+    if run.parent.name == CHECKPOINTS and run.name.isdigit() and not (run / "run.json").is_file():
+        run, step = run.parent.parent, int(run.name)
+    if (run / "run.json").is_file():
+        prompt = read_run_info(run)["config"]["data"].get("prompt", "text")
         if prompt not in ("text", "released"):
-            _logger.warning("%s was trained with data.prompt %r: encode with it too", path, prompt)
-        if step is not None or not is_peft(path / "adapter"):
-            return read_run_adapter(path, step, base)
-        folder = path / "adapter"
+            _logger.warning("%s was trained with data.prompt %r: encode with it too", run, prompt)
+        folder = run / "adapter"
+        if step is not None or not is_peft(folder):
+            return read_run_adapter(run, step, base)
     if is_peft(folder):
         return read_adapter(folder, base.table)
     raise FileNotFoundError(

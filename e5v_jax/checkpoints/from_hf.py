@@ -1,6 +1,7 @@
 """The command ``e5v-convert SRC DST``: any Hugging Face layout -> a converted folder."""
 
 import json
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -13,24 +14,12 @@ from rich.progress import track
 
 from e5v_jax import cli
 from e5v_jax.atomic import check_new, new_folder
-from e5v_jax.checkpoints.converted import (
-    FORMAT_VERSION,
-    ConvertedInfo,
-    is_converted,
-    write_info,
-    write_params,
-)
+from e5v_jax.checkpoints import converted
 from e5v_jax.checkpoints.gguf_tokenizer import build_tokenizer
 from e5v_jax.checkpoints.hf_source import HfSource, open_source, resolve
 from e5v_jax.checkpoints.peft import ADAPTER_FILES, Adapter, read_adapter, read_merged
 from e5v_jax.checkpoints.safetensors_file import TensorSpec, write_file
-from e5v_jax.checkpoints.tokenizer import (
-    TOKENIZER_FILES,
-    copy_named,
-    has_tokenizer,
-    load_tokenizer,
-)
-from e5v_jax.families.base import ModelConfig
+from e5v_jax.checkpoints.tokenizer import copy_named, has_tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -70,20 +59,6 @@ def write_unused(folder: Path, source: HfSource, dtype: np.dtype[Any]) -> None:
         write_file(folder / "unused.safetensors", specs, arrays)
 
 
-def match_tokenizer(folder: Path, source: HfSource) -> ModelConfig:
-    """The configuration as the tokenizer in ``folder`` has it; tokens that it lacks are added.
-
-    Raises:
-        ValueError: configuration and tokenizer belong to different models.
-    """
-    tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None  # weights alone
-    size = len(tokenizer or ())
-    config = source.family.match_tokenizer(source.config, tokenizer)
-    if tokenizer is not None and len(tokenizer) != size:
-        tokenizer.save_pretrained(folder)
-    return config
-
-
 def convert(args: Args) -> None:
     """Convert; ``args.dst`` appears only when whole.
 
@@ -94,37 +69,41 @@ def convert(args: Args) -> None:
         raise cli.UsageError("--merge: needs --adapter")
     check_new(args.dst)
     path = resolve(args.src, args.revision)
-    if is_converted(path):
+    if converted.is_converted(path):
         raise ValueError(f"{path}: already a converted folder")
     source = open_source(path)
     adapter = None if args.adapter is None else read_adapter(args.adapter, source.table)
     dtype = source.dtype() if args.dtype == "auto" else np.dtype(args.dtype)
     with new_folder(args.dst) as folder:
         groups = _read_groups(source, dtype, adapter if args.merge else None)
-        content_hash, shapes = write_params(folder, groups)
+        content_hash, shapes = converted.write_params(folder, groups)
         write_unused(folder, source, dtype)
         if path.is_file():
             build_tokenizer(path).save_pretrained(folder)
         else:
-            copy_named(path, folder, TOKENIZER_FILES)
-        config = match_tokenizer(folder, source)
+            copy_named(path, folder)
+        tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None  # weights alone
+        size = len(tokenizer or ())
+        config = source.family.match_tokenizer(source.config, tokenizer)
+        if tokenizer is not None and len(tokenizer) != size:  # tokens that it lacked
+            tokenizer.save_pretrained(folder)
         if args.adapter is not None and not args.merge:
             (folder / "adapter").mkdir()  # without a training checkpoint's optimizer and the like
             copy_named(args.adapter, folder / "adapter", ADAPTER_FILES)
         (folder / "hf_config.json").write_text(json.dumps(source.raw_config, indent=1) + "\n")
-        info = ConvertedInfo(
-            format_version=FORMAT_VERSION,
+        info = converted.ConvertedInfo(
+            format_version=converted.FORMAT_VERSION,
             model_type=source.raw_config["model_type"],
-            model=asdict(config),  # type: ignore[call-overload]  # every family's is a dataclass
+            model=asdict(config),
             source=Path(args.src).name if path.is_file() else args.src,
             revision=args.revision,
             dtype=dtype.name,
             content_hash=content_hash,
             parameters=shapes,
         )
-        write_info(folder, info)
-    size = sum(int(np.prod(s)) for s in shapes.values())
-    print(f"{args.dst}: {size / 1e6:.1f} M parameters in {dtype.name}, hash {content_hash[:12]}")
+        converted.write_info(folder, info)
+    count = sum(math.prod(shape) for shape in shapes.values())
+    print(f"{args.dst}: {count / 1e6:.1f} M parameters in {dtype.name}, hash {content_hash[:12]}")
 
 
 def main() -> None:

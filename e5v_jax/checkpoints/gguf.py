@@ -6,14 +6,14 @@ key means what in Hugging Face terms follows transformers' ``modeling_gguf_pytor
 """
 
 import dataclasses
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import MODEL_ARCH, ReaderTensor, get_tensor_name_map
+from gguf import MODEL_ARCH, GGUFReader, ReaderTensor, get_tensor_name_map
 from gguf.quants import dequantize
 
-from e5v_jax.checkpoints.gguf_file import GGUFError, open_gguf, unreadable
 from e5v_jax.families.text import TEXT
 from e5v_jax.nn.config import TextConfig, UnsupportedModelError
 
@@ -30,18 +30,89 @@ CONFIG_KEYS = {
     "llama.rope.dimension_count": "head_dim",
     "llama.rope.freq_base": "rope_theta",
 }
-# Keys that ask for another computation unless they hold this value.
+# Keys that ask for another computation unless they hold this value, or that of this key.
 NEUTRAL_VALUES = {
     "llama.rope.scaling.type": "none",
     "llama.expert_count": 0,
     "llama.expert_used_count": 0,
 }
-IGNORED_KEYS = {
-    "llama.attention.key_length": "compared with llama.rope.dimension_count",
-    "llama.attention.value_length": "compared with llama.rope.dimension_count",
-    "llama.tensor_data_layout": "names the row order of q and k that every Llama GGUF file has",
+SAME_VALUES = {
+    "llama.attention.key_length": "llama.rope.dimension_count",
+    "llama.attention.value_length": "llama.rope.dimension_count",
 }
+# It names the row order of q and k that every Llama GGUF file has.
+IGNORED_KEY = "llama.tensor_data_layout"
 ROWS_AT_ONCE = 1024  # rows of a matrix dequantised together
+
+
+class GGUFError(ValueError):
+    """The file is not a whole, well-formed GGUF file; the message names it and says what to do."""
+
+
+class GGUFFile(GGUFReader):
+    """An open GGUF file: metadata and tensor table parsed, tensor data untouched."""
+
+    path: Path
+
+    def get(self, key: str) -> Any:
+        """The value of a metadata key (scalar, str or list), or None when the file lacks it."""
+        field = self.get_field(key)
+        return None if field is None else field.contents()
+
+    def require(self, key: str) -> Any:
+        """The value of a metadata key; a missing one raises :class:`GGUFError` naming it."""
+        value = self.get(key)
+        if value is None:
+            raise GGUFError(
+                f"{self.path}: no metadata key {key!r}, which cannot be guessed; convert the model "
+                "to GGUF again with a current llama.cpp, or convert its Hugging Face folder instead"
+            )
+        return value
+
+
+def open_gguf(path: str | Path) -> GGUFFile:
+    """Parse a GGUF file's metadata; the last one is cached.
+
+    Raises:
+        FileNotFoundError: no such file.
+        GGUFError: not GGUF, cut short or damaged.
+        UnsupportedModelError: the other byte order, or one part of several.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    stat = path.stat()
+    return _parse(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=1)  # the vocabulary takes seconds to parse, and one conversion asks three times
+def _parse(path: Path, _mtime_ns: int, _size: int) -> GGUFFile:
+    with path.open("rb") as start:
+        magic = start.read(4)
+    if magic != b"GGUF":
+        raise GGUFError(f"{path}: not a GGUF file (it starts with {magic!r}, expected b'GGUF')")
+    try:
+        file = GGUFFile(path)
+    except (ValueError, IndexError, KeyError) as error:
+        raise unreadable(path, str(error)) from error
+    if file.byte_order == "S":
+        raise UnsupportedModelError(
+            f"{path}: byte order is not this machine's; convert it with gguf's gguf-convert-endian"
+        )
+    if (parts := file.get("split.count") or 1) > 1:
+        raise UnsupportedModelError(
+            f"{path}: one part of {parts} (split.count); join them first with "
+            "llama-gguf-split --merge"
+        )
+    file.path = path
+    return file
+
+
+def unreadable(path: Path, detail: str) -> GGUFError:
+    """The error for a file whose contents cannot be read, with the cause ``detail``."""
+    return GGUFError(
+        f"{path}: cannot be read as GGUF ({detail}); it is cut short or damaged: fetch it again"
+    )
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
@@ -64,10 +135,15 @@ def read_config(path: str | Path) -> dict[str, Any]:
             "expected 'llama'"
         )
     for key in file.fields:
-        if not key.startswith("llama.") or key in CONFIG_KEYS or key in IGNORED_KEYS:
+        if not key.startswith("llama.") or key in CONFIG_KEYS or key == IGNORED_KEY:
             continue
         value = file.get(key)
-        if key not in NEUTRAL_VALUES or value != NEUTRAL_VALUES[key]:
+        if same := SAME_VALUES.get(key):
+            if value != file.require(same):
+                raise UnsupportedModelError(
+                    f"{file.path}: {key} is {value}, expected {same} ({file.get(same)})"
+                )
+        elif key not in NEUTRAL_VALUES or value != NEUTRAL_VALUES[key]:
             what = "scaled rotary positions" if key.startswith("llama.rope.scal") else "this option"
             raise UnsupportedModelError(f"{file.path}: {key} is {value!r}: {what} not supported")
     tensors = {tensor.name for tensor in file.tensors}
@@ -81,13 +157,6 @@ def read_config(path: str | Path) -> dict[str, Any]:
         config[name] = file.require(key)
         if isinstance(config[name], list):
             raise UnsupportedModelError(f"{file.path}: {key} is a list; expected one value")
-    for key in ("llama.attention.key_length", "llama.attention.value_length"):
-        found = file.get(key)
-        if found not in (None, config["head_dim"]):
-            raise UnsupportedModelError(
-                f"{file.path}: {key} is {found}, expected llama.rope.dimension_count "
-                f"({config['head_dim']})"
-            )
     return {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
 
-from e5v_jax.checkpoints.gguf_file import GGUFError, open_gguf
+from e5v_jax.checkpoints.gguf import GGUFError, open_gguf
 from e5v_jax.nn.config import UnsupportedModelError
 
 # `tokenizer.ggml.pre` of byte-level vocabularies: transformers splits text by these rules, and

@@ -24,7 +24,6 @@ DTYPES: dict[str, np.dtype[Any]] = {
 """Dtypes of weights, by their safetensors names."""
 
 INDEX = "model.safetensors.index.json"
-SHARD_BYTES = 5_000_000_000  # the size Hugging Face shards have
 
 
 class TensorSpec(NamedTuple):
@@ -116,7 +115,13 @@ class SafetensorsFolder:
             ValueError: a damaged shard or index, a key in two shards or not in the one that the
                 index names, only pickled ``.bin`` weights.
         """
-        weight_map = _read_weight_map(folder / INDEX)
+        index, weight_map = folder / INDEX, {}
+        try:
+            if index.is_file():
+                names = json.loads(index.read_text())["weight_map"]
+                weight_map = {str(key): str(name) for key, name in names.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index}: damaged ({error!r}); fetch it again") from error
         if weight_map:
             files = sorted({folder / name for name in weight_map.values()})
         elif (folder / "model.safetensors").is_file():
@@ -176,12 +181,3 @@ class SafetensorsFolder:
         # opened anew each time: an open file would keep all pages it has read in memory
         with safetensors.safe_open(self._files[key], framework="numpy") as handle:
             return np.asarray(handle.get_tensor(key))
-
-
-def _read_weight_map(index: Path) -> dict[str, str]:
-    """Key -> file name, of a shard index; empty where there is none."""
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
-        return {str(key): str(name) for key, name in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index}: damaged ({error!r}); fetch it again") from error

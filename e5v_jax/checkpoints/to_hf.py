@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import tyro
@@ -17,13 +17,8 @@ from e5v_jax.atomic import check_new, new_folder
 from e5v_jax.checkpoints.adapters import load_adapter
 from e5v_jax.checkpoints.converted import ConvertedFolder
 from e5v_jax.checkpoints.peft import Adapter, read_merged, write_adapter
-from e5v_jax.checkpoints.safetensors_file import (
-    SHARD_BYTES,
-    SafetensorsFolder,
-    TensorSpec,
-    write_model,
-)
-from e5v_jax.checkpoints.tokenizer import TOKENIZER_FILES, copy_named
+from e5v_jax.checkpoints.safetensors_file import SafetensorsFolder, TensorSpec, write_model
+from e5v_jax.checkpoints.tokenizer import copy_named
 
 
 @dataclass(frozen=True)
@@ -40,17 +35,6 @@ class Args:
     """Merge the adapter into the weights. This is the default; the flag insists on an adapter."""
     peft: tyro.conf.FlagCreatePairsOff[bool] = False
     """Write the adapter alone, as a PEFT folder."""
-
-
-def hf_config(source: ConvertedFolder) -> dict[str, Any]:
-    """The ``config.json`` to export: the source's, or one that transformers has a class for."""
-    raw = json.loads((source.folder / "hf_config.json").read_text())
-    config = source.family.hf_config(raw, source.config)
-    for part in (config, config.get("text_config"), config.get("vision_config")):
-        for key in ("dtype", "torch_dtype"):  # transformers 5 and 4
-            if part and key in part:
-                part[key] = source.info.dtype
-    return config
 
 
 def _tensors(
@@ -80,7 +64,7 @@ def write_hf(
     source: ConvertedFolder,
     adapter: Adapter | None,
     *,
-    shard_bytes: int = SHARD_BYTES,
+    shard_bytes: int = 5_000_000_000,  # the size Hugging Face shards have
 ) -> list[str]:
     """Write a Hugging Face checkpoint into ``folder``; one layer is in memory at a time.
 
@@ -90,9 +74,14 @@ def write_hf(
     unused = SafetensorsFolder(source.folder) if has_unused else None
     specs = _specs(source, unused)
     write_model(folder, specs, _tensors(source, unused, adapter), shard_bytes)
-    config = hf_config(source)
+    raw = json.loads((source.folder / "hf_config.json").read_text())
+    config = source.family.hf_config(raw, source.config)
+    for part in (config, config.get("text_config"), config.get("vision_config")):
+        for key in ("dtype", "torch_dtype"):  # transformers 5 and 4
+            if part and key in part:
+                part[key] = source.info.dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    copy_named(source.folder, folder, TOKENIZER_FILES)
+    copy_named(source.folder, folder)
     notes, prefixes = [], source.table.export_prefixes
     missing = {slot.key(prefixes) for slot in source.table.slots} - {spec.name for spec in specs}
     if config.get("tie_word_embeddings"):

@@ -27,7 +27,7 @@ TOKENIZER_FILES = (
 _AS_IN_TOKENIZER_JSON = ("PreTrainedTokenizerFast", "TokenizersBackend")
 
 
-def copy_named(src: Path, dst: Path, names: Sequence[str]) -> None:
+def copy_named(src: Path, dst: Path, names: Sequence[str] = TOKENIZER_FILES) -> None:
     """Copy those of the named files that ``src`` has, here or in a bucket, to ``dst``."""
     for name in names:
         if (src / name).is_file():
@@ -51,7 +51,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise FileNotFoundError(f"{folder}: no tokenizer.json or tokenizer.model")
     if in_bucket(folder):  # transformers reads files of this machine only
         with tempfile.TemporaryDirectory() as local:
-            copy_named(folder, Path(local), TOKENIZER_FILES)
+            copy_named(folder, Path(local))
             return load_tokenizer(Path(local))
     settings_file = folder / "tokenizer_config.json"
     settings = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
