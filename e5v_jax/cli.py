@@ -158,14 +158,8 @@ def _from_words(words: list[str]) -> Path:
         raise ValueError(str(error)) from None
 
 
-BucketPath = Annotated[
-    Path,
-    PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="PATH",
-        instance_from_str=_from_words,
-        is_instance=lambda value: isinstance(value, os.PathLike),
-        str_from_instance=lambda path: [str(path)],
-    ),
-]
+_SPEC: PrimitiveConstructorSpec[Path] = PrimitiveConstructorSpec(
+    1, "PATH", _from_words, lambda x: isinstance(x, os.PathLike), lambda path: [str(path)]
+)
+BucketPath = Annotated[Path, _SPEC]
 """The type of a flag that takes a path in a bucket too."""

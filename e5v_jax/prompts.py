@@ -99,10 +99,9 @@ def choose_prompt(prompt_name: str | None, prompt: str | None) -> PromptChoice:
     """
     if prompt_name is not None and prompt is not None:
         raise ValueError("give prompt_name or prompt, not both")
-    if prompt_name is not None:
-        if prompt_name not in PROMPTS:
-            raise ValueError(f"prompt_name {prompt_name!r}: expected one of {sorted(PROMPTS)}")
-        prompt = PROMPTS[prompt_name]
+    if prompt_name is not None and prompt_name not in PROMPTS:
+        raise ValueError(f"prompt_name {prompt_name!r}: expected one of {sorted(PROMPTS)}")
+    prompt = prompt if prompt_name is None else PROMPTS[prompt_name]
     if prompt is not None and not slots(prompt) & {"text", "image"}:
         raise ValueError(f"prompt {prompt!r} has no slot: put <sent> for the text, <image> or both")
     if prompt is not None and "type" in slots(prompt):
@@ -122,14 +121,11 @@ def fill(
 ) -> str:
     """The string to tokenise: ``prompt`` inside ``template`` with its slots filled.
 
-    ``prompt`` is a value of :data:`PROMPTS` or one's own, ``template`` a value of
-    :data:`TEMPLATES`, ``image`` what a model family puts where an image goes. Filling is one pass:
-    ``<sent>``, ``{type}`` or ``{}`` inside ``text`` stay as they are. ``text`` must have passed
-    :func:`check_text`.
+    ``image`` is what a model family puts where an image goes. Filling is one pass: ``<sent>``,
+    ``{type}`` or ``{}`` inside ``text``, which must have passed :func:`check_text`, stay.
 
     Raises:
-        ValueError: a slot without its value, a value without its slot, or a template that does not
-            have exactly one ``{}``.
+        ValueError: a slot without its value, a value without its slot, or a template without one {}.
     """
     head, slot, tail = template.partition("{}")
     if not slot or "{}" in tail:
@@ -200,8 +196,7 @@ def forbidden_pattern(tokenizer: PreTrainedTokenizerBase, template: str) -> re.P
     """The strings no user text may contain, compiled once for :func:`check_text`.
 
     They are ``<image>``, every special token of ``tokenizer``, the control strings of ``template``
-    (a value of :data:`TEMPLATES`) even where the tokenizer does not know them, and lone surrogates,
-    which no tokenizer can read. Vicuna's ``USER:`` is ordinary text and allowed.
+    even where the tokenizer does not know them, and lone surrogates, which no tokenizer can read.
     """
     strings = {IMAGE_PLACEHOLDER, *_CONTROL.findall(template)}
     strings.update(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
@@ -217,20 +212,19 @@ def forbidden_pattern(tokenizer: PreTrainedTokenizerBase, template: str) -> re.P
 def check_text(text: str, forbidden: re.Pattern[str]) -> None:
     """Refuse a text that could forge a placeholder, break its template, or is empty.
 
-    A text that passes holds no special token, so the filled string can be tokenised as a whole, as
-    the reference does, with merges across the seams (".\\n" is one Llama-3 token).
+    The string filled with one that passes can be tokenised as a whole, as the reference does, with
+    merges across the seams (".\\n" is one Llama-3 token).
 
     Raises:
         TextError: one line that names the offending string.
     """
     if not text or text.isspace():
         raise TextError("the text is empty: expected at least one character that is not a space")
-    if (found := forbidden.search(text)) is None:
-        return
-    string = found.group()
-    if re.fullmatch(_SURROGATE, string):
+    found = forbidden.search(text)
+    if found and re.fullmatch(_SURROGATE, string := found.group()):
         raise TextError(f"the text contains the lone surrogate {string!a}: expected valid Unicode")
-    raise TextError(
-        f"the text contains {string!r} (at character {found.start()}), which means something else "
-        "to the model: remove or respell it"
-    )
+    if found:
+        raise TextError(
+            f"the text contains {string!r} (at character {found.start()}), which means something "
+            "else to the model: remove or respell it"
+        )

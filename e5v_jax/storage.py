@@ -48,11 +48,10 @@ def absolute(path: str | os.PathLike[str]) -> Path:
 
 def remove_folder(folder: Path) -> None:
     """Delete ``folder`` and what is in it, if it is there."""
-    if in_bucket(folder):
-        if folder.exists():
-            _filesystem().rm(str(folder), recursive=True)
-    else:
+    if not in_bucket(folder):
         shutil.rmtree(folder, ignore_errors=True)
+    elif folder.exists():
+        _filesystem().rm(str(folder), recursive=True)
 
 
 def walk_files(folder: Path) -> Iterator[Path]:

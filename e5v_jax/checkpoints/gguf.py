@@ -40,8 +40,7 @@ SAME_VALUES = {
     "llama.attention.key_length": "llama.rope.dimension_count",
     "llama.attention.value_length": "llama.rope.dimension_count",
 }
-# It names the row order of q and k that every Llama GGUF file has.
-IGNORED_KEY = "llama.tensor_data_layout"
+IGNORED_KEY = "llama.tensor_data_layout"  # the row order of q and k, the same in every file
 ROWS_AT_ONCE = 1024  # rows of a matrix dequantised together
 
 
@@ -74,8 +73,7 @@ def open_gguf(path: str | Path) -> GGUFFile:
     """Parse a GGUF file's metadata; the last one is cached.
 
     Raises:
-        FileNotFoundError: no such file.
-        GGUFError: not GGUF, cut short or damaged.
+        FileNotFoundError, GGUFError: no such file; not GGUF, cut short or damaged.
         UnsupportedModelError: the other byte order, or one part of several.
     """
     path = Path(path)
@@ -118,12 +116,8 @@ def unreadable(path: Path, detail: str) -> GGUFError:
 def read_config(path: str | Path) -> dict[str, Any]:
     """The ``config.json`` (``LlamaConfig`` fields) that a GGUF file stands for.
 
-    ``pad_token_id`` is None when the file names no padding token. ``tie_word_embeddings`` is true
-    when there is no ``output.weight`` (llama.cpp leaves out a tied one).
-
     Raises:
-        FileNotFoundError: there is no such file.
-        GGUFError: not a GGUF file, cut short, or a required metadata key is missing.
+        FileNotFoundError, GGUFError: as :func:`open_gguf`, or a required metadata key is missing.
         UnsupportedModelError: another architecture, scaled rotary positions, experts, or any
             architecture key or shape that this reader does not know, by its name.
     """
@@ -164,7 +158,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": "output.weight" not in tensors,
+        "tie_word_embeddings": "output.weight" not in tensors,  # llama.cpp leaves out a tied one
         "bos_token_id": file.require("tokenizer.ggml.bos_token_id"),
         "eos_token_id": file.require("tokenizer.ggml.eos_token_id"),
         "pad_token_id": file.get("tokenizer.ggml.padding_token_id"),

@@ -125,12 +125,10 @@ def load_model(
 ) -> Any:
     """Fill a model from ``source``, each parameter placed as its row says.
 
-    With a quantisation in ``build`` the decoder's kernels are quantised while they are read; the
-    error of that is logged.
-
-    ``lora_values`` (dotted path -> fp32 stacked array) sets the LoRA factors; without it they start
-    as peft's do (a random from ``seed``, b zero). With ``load_vision`` off, the tower and projector
-    are neither read nor placed.
+    The decoder's kernels are quantised while they are read, if ``build`` says so; the error of that
+    is logged. ``lora_values`` (dotted path -> fp32 stacked array) sets the LoRA factors; without it
+    they start as peft's do (a random from ``seed``, b zero). With ``load_vision`` off, the tower
+    and projector are neither read nor placed.
 
     Raises:
         ValueError: a parameter is missing, superfluous or misshapen, by name.

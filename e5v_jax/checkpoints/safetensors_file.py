@@ -1,8 +1,8 @@
 """Safetensors files read and written one tensor at a time.
 
-To write, the library's ``save_file`` wants all tensors of a file in memory at once. The format
-(github.com/huggingface/safetensors) is small: the header's length as a little-endian u64, a JSON
-header with every tensor's dtype, shape and byte range, then the bytes, without gaps.
+The library's ``save_file`` wants all tensors of a file in memory at once. The format is small: the
+header's length as a little-endian u64, a JSON header with every tensor's dtype, shape and byte
+range, then the bytes, without gaps.
 """
 
 import json
@@ -16,12 +16,12 @@ import ml_dtypes  # ships with jax; gives NumPy its bfloat16
 import numpy as np
 import safetensors
 
+# Dtypes of weights, by their safetensors names.
 DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-"""Dtypes of weights, by their safetensors names."""
 
 INDEX = "model.safetensors.index.json"
 

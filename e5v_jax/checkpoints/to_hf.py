@@ -4,7 +4,6 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -40,7 +39,7 @@ class Args:
 def _tensors(
     source: ConvertedFolder, unused: SafetensorsFolder | None, adapter: Adapter | None
 ) -> Iterator[np.ndarray]:
-    """Every tensor as Hugging Face has it, in the order of :func:`_specs`."""
+    """Every tensor as Hugging Face has it, layer by layer, what embeddings do not need last."""
     groups = source.table.groups(source.shapes())
     for group in track(groups, description="exporting", disable=not sys.stderr.isatty()):
         for name, array in read_merged(source, group, adapter, np.dtype(source.info.dtype)):
@@ -48,15 +47,6 @@ def _tensors(
             del array
     if unused is not None:
         yield from map(unused.read, unused.keys())
-
-
-def _specs(source: ConvertedFolder, unused: SafetensorsFolder | None) -> list[TensorSpec]:
-    prefixes, dtype = source.table.export_prefixes, np.dtype(source.info.dtype)
-    slots = [source.table.stored[name] for name in chain(*source.table.groups(source.shapes()))]
-    specs = [TensorSpec(slot.key(prefixes), slot.row.hf_shape, dtype) for slot in slots]
-    if unused is not None:
-        specs += [TensorSpec(key, unused.shape(key), unused.dtype(key)) for key in unused.keys()]  # noqa: SIM118 (no mapping)
-    return specs
 
 
 def write_hf(
@@ -70,9 +60,13 @@ def write_hf(
 
     Returns what the user should know about it, a line each.
     """
-    has_unused = (source.folder / "unused.safetensors").is_file()
-    unused = SafetensorsFolder(source.folder) if has_unused else None
-    specs = _specs(source, unused)
+    table, prefixes, unused = source.table, source.table.export_prefixes, None
+    slots = [table.stored[name] for group in table.groups(source.shapes()) for name in group]
+    dtype = np.dtype(source.info.dtype)
+    specs = [TensorSpec(slot.key(prefixes), slot.row.hf_shape, dtype) for slot in slots]
+    if (source.folder / "unused.safetensors").is_file():
+        unused = SafetensorsFolder(source.folder)
+        specs += [TensorSpec(key, unused.shape(key), unused.dtype(key)) for key in unused.keys()]  # noqa: SIM118 (no mapping)
     write_model(folder, specs, _tensors(source, unused, adapter), shard_bytes)
     raw = json.loads((source.folder / "hf_config.json").read_text())
     config = source.family.hf_config(raw, source.config)
@@ -82,8 +76,8 @@ def write_hf(
                 part[key] = source.info.dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     copy_named(source.folder, folder)
-    notes, prefixes = [], source.table.export_prefixes
-    missing = {slot.key(prefixes) for slot in source.table.slots} - {spec.name for spec in specs}
+    notes = []
+    missing = {slot.key(prefixes) for slot in table.slots} - {spec.name for spec in specs}
     if config.get("tie_word_embeddings"):
         missing = {key for key in missing if not key.endswith("lm_head.weight")}
     if missing:
