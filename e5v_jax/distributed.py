@@ -34,12 +34,12 @@ def initialize(*, distributed: bool = False) -> None:
     )
     if jax.distributed.is_initialized() or not (distributed or announced):
         return
-    count, index = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
     try:
-        jax.distributed.initialize(
-            num_processes=None if count is None else int(count),
-            process_id=None if index is None else int(index),
+        count, index = (
+            int(os.environ[name]) if name in os.environ else None
+            for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
         )
+        jax.distributed.initialize(num_processes=count, process_id=index)
     except ValueError as error:
         raise ValueError(
             f"cannot find the other processes: {error} Set JAX_COORDINATOR_ADDRESS (host:port), "

@@ -125,7 +125,7 @@ def fill(
     ``{type}`` or ``{}`` inside ``text``, which must have passed :func:`check_text`, stay.
 
     Raises:
-        ValueError: a slot without its value, a value without its slot, or a template without one {}.
+        ValueError: a slot without value, a value without slot, a template without one ``{}``.
     """
     head, slot, tail = template.partition("{}")
     if not slot or "{}" in tail:

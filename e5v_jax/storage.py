@@ -9,7 +9,6 @@ import importlib.util
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -71,16 +70,6 @@ def size_and_time(file: Path) -> tuple[int, str]:
     return status.st_size, str(status.st_mtime_ns)
 
 
-def write_object(path: Path, content: bytes) -> None:
-    """Write an object of a bucket, which appears only when it is whole.
-
-    Raises:
-        FileNotFoundError: there is no such bucket.
-    """
-    with _named(path):
-        path.write_bytes(content)
-
-
 def copy_file(src: Path, dst: Path) -> None:
     """Copy a file of this machine or of a bucket to this machine."""
     if in_bucket(src):
@@ -90,22 +79,20 @@ def copy_file(src: Path, dst: Path) -> None:
 
 
 def upload(folder: Path, dst: Path) -> None:
-    """Copy what is in the local ``folder`` into a bucket; what says that it is whole comes last."""
+    """Copy what is in the local ``folder`` into a bucket; what says that it is whole comes last.
+
+    Raises:
+        FileNotFoundError: there is no such bucket.
+    """
     files = list(walk_files(folder))
     for last in (False, True):
         batch = [file for file in files if (file.name in _LAST) == last]
         targets = [str(dst / str(file.relative_to(folder))) for file in batch]
-        if batch:
-            with _named(dst):
+        try:
+            if batch:
                 _filesystem().put([str(file) for file in batch], targets)
-
-
-@contextmanager
-def _named(dst: Path) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError:  # of gcsfs, naming an address
-        raise FileNotFoundError(f"{dst}: there is no such bucket to write to") from None
+        except FileNotFoundError:  # of gcsfs, naming an address
+            raise FileNotFoundError(f"{targets[0]}: there is no such bucket to write to") from None
 
 
 def _filesystem() -> Any:

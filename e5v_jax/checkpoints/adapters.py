@@ -45,9 +45,8 @@ def lora_of(run: Path, config: dict[str, Any]) -> LoRAConfig | None:
     try:
         return None if config["lora"] is None else LoRAConfig(**config["lora"])
     except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{run / 'run.json'}: config.lora cannot be read ({error}); restore it from a copy"
-        ) from error
+        message = f"{run}/run.json: config.lora cannot be read ({error}); restore it from a copy"
+        raise ValueError(message) from error
 
 
 def read_run_adapter(run: Path, step: int | None, base: WeightSource) -> Adapter:

@@ -17,12 +17,7 @@ from e5v_jax.nn.config import UnsupportedModelError
 # falls back on GPT-2's rule for any name it does not know, hence the list.
 GPT2_SPLITS = ("gpt-2", "smollm")
 LLAMA3_SPLITS = ("llama-bpe", "llama3", "llama-v3", "tekken")
-SPECIAL_TOKENS = {
-    "bos_token": "tokenizer.ggml.bos_token_id",
-    "eos_token": "tokenizer.ggml.eos_token_id",
-    "unk_token": "tokenizer.ggml.unknown_token_id",
-    "pad_token": "tokenizer.ggml.padding_token_id",
-}
+SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
 def build_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
@@ -79,11 +74,12 @@ def build_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         # some 600 tokens of its vocabulary cannot be reached by merges.
         backend.model.ignore_merges = True
     named = {}
-    for name, key in SPECIAL_TOKENS.items():
-        index = file.require(key) if name in ("bos_token", "eos_token") else file.get(key)
+    for name, theirs in SPECIAL_TOKENS.items():
+        key = f"tokenizer.ggml.{theirs}_token_id"
+        index = file.require(key) if name in ("bos", "eos") else file.get(key)
         if index is not None and index >= len(tokens):
             raise GGUFError(f"{file.path}: {key} is {index}, but there are {len(tokens)} tokens")
-        named[name] = None if index is None else tokens[index]
+        named[f"{name}_token"] = None if index is None else tokens[index]
     special = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,

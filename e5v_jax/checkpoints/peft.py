@@ -21,8 +21,8 @@ ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 _KEY = re.compile(r"base_model\.model\.(?P<name>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.weight")
 
-# Options under which a peft adapter computes something else than x + scale * x A B.
-_REFUSED: dict[str, tuple[Any, ...]] = {
+# Values of options under which a peft adapter computes x + scale * x A B and nothing else.
+_ACCEPTED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
     **dict.fromkeys(("use_dora", "fan_in_fan_out", "lora_bias", "use_qalora"), (False, None)),
@@ -114,16 +114,15 @@ def read_adapter(folder: Path, table: ParameterTable) -> Adapter:
 def _read_config(file: Path) -> LoRAConfig:
     try:
         config = json.loads(file.read_text())
-        options = {key: config[key] for key in _REFUSED if key in config}
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
         dropout = float(config.get("lora_dropout", 0.0))
     except KeyError as error:
         raise ValueError(f"{file}: no {error.args[0]!r}; expected a PEFT LoRA config") from error
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: not a PEFT LoRA config ({error})") from error
-    for key, value in options.items():
-        if value not in _REFUSED[key]:
-            raise ValueError(f"{file}: {key} {value!r} is not supported")
+    for key, accepted in _ACCEPTED.items():
+        if key in config and config[key] not in accepted:
+            raise ValueError(f"{file}: {key} {config[key]!r} is not supported")
     if config.get("use_rslora"):
         alpha *= rank**0.5  # rank-stabilised: scale is alpha / sqrt(r)
     return LoRAConfig(rank=rank, alpha=alpha, dropout=dropout)
