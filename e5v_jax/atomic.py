@@ -58,8 +58,6 @@ def new_folder(dst: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        if dst.exists():
-            dst.rmdir()
-        temporary.rename(dst)
+        temporary.rename(dst)  # replaces an empty folder
     finally:
         remove_folder(temporary)

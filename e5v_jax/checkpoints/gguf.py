@@ -16,6 +16,7 @@ from gguf.quants import dequantize
 
 from e5v_jax.families.text import TEXT
 from e5v_jax.nn.config import TextConfig, UnsupportedModelError
+from e5v_jax.storage import size_and_time
 
 # GGUF metadata -> config.json, one value each. All are required.
 CONFIG_KEYS = {
@@ -60,8 +61,7 @@ class GGUFFile(GGUFReader):
 
     def require(self, key: str) -> Any:
         """The value of a metadata key; a missing one raises :class:`GGUFError` naming it."""
-        value = self.get(key)
-        if value is None:
+        if (value := self.get(key)) is None:
             raise GGUFError(
                 f"{self.path}: no metadata key {key!r}, which cannot be guessed; convert the model "
                 "to GGUF again with a current llama.cpp, or convert its Hugging Face folder instead"
@@ -76,15 +76,13 @@ def open_gguf(path: str | Path) -> GGUFFile:
         FileNotFoundError, GGUFError: no such file; not GGUF, cut short or damaged.
         UnsupportedModelError: the other byte order, or one part of several.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file")
-    stat = path.stat()
-    return _parse(path, stat.st_mtime_ns, stat.st_size)
+    return _parse(Path(path), *size_and_time(Path(path)))
 
 
 @lru_cache(maxsize=1)  # the vocabulary takes seconds to parse, and one conversion asks three times
-def _parse(path: Path, _mtime_ns: int, _size: int) -> GGUFFile:
+def _parse(path: Path, _size: int, _written: str) -> GGUFFile:
     with path.open("rb") as start:
         magic = start.read(4)
     if magic != b"GGUF":
@@ -98,10 +96,8 @@ def _parse(path: Path, _mtime_ns: int, _size: int) -> GGUFFile:
             f"{path}: byte order is not this machine's; convert it with gguf's gguf-convert-endian"
         )
     if (parts := file.get("split.count") or 1) > 1:
-        raise UnsupportedModelError(
-            f"{path}: one part of {parts} (split.count); join them first with "
-            "llama-gguf-split --merge"
-        )
+        todo = "join them first with llama-gguf-split --merge"
+        raise UnsupportedModelError(f"{path}: one part of {parts} (split.count); {todo}")
     file.path = path
     return file
 

@@ -23,12 +23,11 @@ SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"
 def build_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer a GGUF file describes, ready for ``save_pretrained``.
 
-    Control tokens that are neither bos, eos, unk nor pad become ``extra_special_tokens``. Ids are
-    those of ``AutoTokenizer.from_pretrained(folder, gguf_file=...)``, which builds it the same way,
-    except for Llama 3's vocabulary, where that departs from the model's own tokenizer.
+    Ids are those of ``AutoTokenizer.from_pretrained(folder, gguf_file=...)``, which builds it the
+    same way, except for Llama 3's vocabulary, where that departs from the model's own tokenizer.
 
     Raises:
-        GGUFError, FileNotFoundError: as :func:`read_config`.
+        GGUFError, FileNotFoundError: as :func:`e5v_jax.checkpoints.gguf.open_gguf`.
         UnsupportedModelError: a kind of vocabulary or splitting rule that is not known here.
     """
     file = open_gguf(path)
@@ -80,10 +79,10 @@ def build_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         if index is not None and index >= len(tokens):
             raise GGUFError(f"{file.path}: {key} is {index}, but there are {len(tokens)} tokens")
         named[f"{name}_token"] = None if index is None else tokens[index]
-    special = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
+    control = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        extra_special_tokens=[t for t in tokens if t in special and t not in named.values()],
+        extra_special_tokens=[t for t in tokens if t in control and t not in named.values()],
         add_bos_token=bool(add_bos),
         add_eos_token=bool(file.get("tokenizer.ggml.add_eos_token")),
         chat_template=file.get("tokenizer.chat_template"),

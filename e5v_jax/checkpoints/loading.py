@@ -152,14 +152,13 @@ def load_model(
     if build.lora is None:
         return nnx.merge(graphdef, base)
     if lora_values is not None:
-        leaves = {dotted(path): (path, leaf) for path, leaf in nnx.to_flat_state(lora_shapes)}
-        wanted = {name: leaf.shape for name, (_, leaf) in leaves.items()}
+        leaves = nnx.to_flat_state(lora_shapes)
+        wanted = {dotted(path): leaf.shape for path, leaf in leaves}
         _check_shapes({name: x.shape for name, x in lora_values.items()}, wanted, "adapter")
         lora = []
-        for name, (path, leaf) in leaves.items():
-            factor = np.asarray(lora_values[name], np.float32)
-            sharding = leaf.get_value().sharding
-            lora.append((path, leaf.replace(jax.device_put(factor, sharding))))
+        for path, leaf in leaves:
+            factor = np.asarray(lora_values[dotted(path)], np.float32)
+            lora.append((path, leaf.replace(jax.device_put(factor, leaf.get_value().sharding))))
         return nnx.merge(graphdef, nnx.from_flat_state(lora), base)
 
     def fresh() -> nnx.State:

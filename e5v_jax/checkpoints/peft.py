@@ -167,10 +167,9 @@ def read_merged(
         row, layer = source.table.stored[name]
         if adapter is not None and row.lora:
             a, b = (adapter.values[_path(row, factor)][layer] for factor in "ab")
-            update: np.ndarray = a @ b  # [in, r] @ [r, out]
-            update *= np.float32(adapter.lora.scale)
-            update += array
-            array = update
-            del update
+            kernel, array = array, a @ b  # [in, r] @ [r, out]
+            array *= np.float32(adapter.lora.scale)
+            array += kernel
+            del kernel
         yield name, array.astype(dtype, copy=False)
         del array  # before the next one is read

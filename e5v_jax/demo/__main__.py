@@ -1,9 +1,8 @@
 """``python -m e5v_jax.demo``: convert a real language model, train on text pairs, compare."""
 
 import csv
-import dataclasses
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from e5v_jax import E5V, cli
-from e5v_jax.checkpoints.from_hf import Args as ConvertArgs
-from e5v_jax.checkpoints.from_hf import convert
+from e5v_jax.checkpoints import from_hf
 from e5v_jax.demo.config import HERE
 from e5v_jax.train.config import TrainConfig
 from e5v_jax.train.loop import train
@@ -56,10 +54,9 @@ def score(
     nearest among all sent1 and hard_neg is its sent1; and what is nearest to the first sent0, as
     (cosine, sentence).
     """
-    columns = [[row[name] for row in rows] for name in ("sent0", "sent1", "hard_neg")]
-    vectors = model.encode([*columns[0], *columns[1], *columns[2]])  # [3N, D]
     n = len(rows)
-    candidates = columns[1] + columns[2]
+    sentences = [row[name] for name in ("sent0", "sent1", "hard_neg") for row in rows]
+    vectors, candidates = model.encode(sentences), sentences[n:]  # [3N, D]
     cosines = model.similarity(vectors[:n], vectors[n:])  # [N, 2N]
     index = np.arange(n)
     top = np.argsort(-cosines, axis=1)
@@ -75,14 +72,14 @@ def score(
 def demo(args: Args) -> None:
     """Run the whole job; results go to the terminal and the run folder."""
     # resume: a second demo, or one after a kill, goes on where the first stopped
-    cfg = dataclasses.replace(cli.read_config(args.config, TrainConfig), resume=True)
+    cfg = replace(cli.read_config(args.config, TrainConfig), resume=True)
     with args.heldout.open(newline="") as file:
         rows = list(csv.DictReader(file))
     console = Console()
     gguf = find_gguf()
     if not cfg.model.exists():
         console.rule("1. convert")
-        convert(ConvertArgs(src=str(gguf), dst=cfg.model))
+        from_hf.convert(from_hf.Args(src=str(gguf), dst=cfg.model))
     console.rule("2. prompt only")
     before, nearest_before = score(E5V.from_pretrained(cfg.model, dtype="float32"), rows)
     shown = ", ".join(f"{name} {share:.1%}" for name, share in before.items())
