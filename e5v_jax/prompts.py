@@ -49,7 +49,8 @@ PROMPTS = {
 }
 
 IMAGE_PLACEHOLDER = "<image>"
-_SLOT = re.compile(r"<sent>|\{type\}|<image>")
+_SLOTS = {"<sent>": "text", IMAGE_PLACEHOLDER: "image", "{type}": "type"}
+_SLOT = re.compile("|".join(map(re.escape, _SLOTS)))
 _CONTROL = re.compile(r"<\|[^|]+\|>|\[/?INST\]")
 _SURROGATE = r"[\ud800-\udfff]"
 
@@ -60,8 +61,7 @@ class TextError(ValueError):
 
 def slots(prompt: str) -> frozenset[str]:
     """What ``prompt`` asks for: any of "text", "image" and "type"."""
-    names = {"<sent>": "text", IMAGE_PLACEHOLDER: "image", "{type}": "type"}
-    return frozenset(name for slot, name in names.items() if slot in prompt)
+    return frozenset(_SLOTS[slot] for slot in _SLOT.findall(prompt))
 
 
 @dataclass(frozen=True)
@@ -134,14 +134,14 @@ def fill(
         )
     if prompt.endswith(" ") and tail.startswith(" "):
         tail = tail[1:]  # the authors write "word: [/INST]", with one space
+    values = {"text": text, "type": type, "image": image}
     wanted = slots(prompt)
-    for name, value in (("text", text), ("type", type)):
-        if name in wanted and value is None:
+    for name in ("text", "type"):
+        if name in wanted and values[name] is None:
             raise ValueError(f"the prompt {prompt!r} needs a {name}, but none was given")
-        if name not in wanted and value is not None:
-            raise ValueError(f"the prompt {prompt!r} has no place for the {name} {value!r}")
-    values = {"<sent>": text or "", "{type}": type or "", IMAGE_PLACEHOLDER: image}
-    return head + _SLOT.sub(lambda match: values[match.group()], prompt) + tail
+        if name not in wanted and values[name] is not None:
+            raise ValueError(f"the prompt {prompt!r} has no place for the {name} {values[name]!r}")
+    return head + _SLOT.sub(lambda match: values[_SLOTS[match.group()]] or "", prompt) + tail
 
 
 def fill_released(prompt: str, *, template: str, text: str) -> str:
@@ -170,10 +170,10 @@ def detect_template(
         ValueError: an unknown ``override``, or it cannot be told; lists the names.
     """
     names = ", ".join(TEMPLATES)
-    if override is not None:
-        if override not in TEMPLATES:
-            raise ValueError(f"unknown template {override!r}: expected one of {names}")
+    if override in TEMPLATES:
         return override
+    if override is not None:
+        raise ValueError(f"unknown template {override!r}: expected one of {names}")
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
     # only a model trained on a template has its tokens; without them it is plain text
     signatures = {name: _CONTROL.findall(template) for name, template in TEMPLATES.items()}

@@ -66,7 +66,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def local_rows(count: int, mesh: Mesh) -> np.ndarray:
     """Which of ``count`` rows of a batch are on devices of this process, bool [count]."""
     held = np.zeros(count, bool)
-    for index in batch_sharding(mesh).addressable_devices_indices_map((count,)).values():
-        if index is not None:
-            held[index[0]] = True
+    parts = batch_sharding(mesh).addressable_devices_indices_map((count,)).values()
+    for index in filter(None, parts):
+        held[index[0]] = True
     return held

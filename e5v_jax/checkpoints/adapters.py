@@ -74,9 +74,7 @@ def read_run_adapter(run: Path, step: int | None, base: WeightSource) -> Adapter
 
 
 def load_adapter(folder: Path, base: WeightSource) -> Adapter:
-    """LoRA factors of a PEFT folder, a run folder or RUN/checkpoints/STEP.
-
-    Of a run folder, those that the finished run left, else those of the newest checkpoint.
+    """LoRA factors of a PEFT folder, RUN/checkpoints/STEP or RUN: its last, finished or not.
 
     Raises:
         FileNotFoundError: neither.

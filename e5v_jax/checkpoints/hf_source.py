@@ -53,9 +53,7 @@ class HfSource:
     def __init__(
         self, path: Path, tensors: SafetensorsFolder | GGUFTensors, raw_config: dict[str, Any]
     ) -> None:
-        """Map every key, and compare every shape with what the configuration asks for.
-
-        ``path`` is the folder or file, for messages.
+        """Map every key of ``path``, and compare every shape with what the configuration asks for.
 
         Raises:
             UnsupportedModelError: the configuration asks for something not computed here.

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -36,17 +37,13 @@ class Args:
     """Write the adapter alone, as a PEFT folder."""
 
 
-def _tensors(
-    source: ConvertedFolder, unused: SafetensorsFolder | None, adapter: Adapter | None
-) -> Iterator[np.ndarray]:
-    """Every tensor as Hugging Face has it, layer by layer, what embeddings do not need last."""
+def _tensors(source: ConvertedFolder, adapter: Adapter | None) -> Iterator[np.ndarray]:
+    """Every tensor that embeddings need as Hugging Face has it, layer by layer."""
     groups = source.table.groups(source.shapes())
     for group in track(groups, description="exporting", disable=not sys.stderr.isatty()):
         for name, array in read_merged(source, group, adapter, np.dtype(source.info.dtype)):
             yield source.table.stored[name].row.to_hf(array)
             del array
-    if unused is not None:
-        yield from map(unused.read, unused.keys())
 
 
 def write_hf(
@@ -60,20 +57,21 @@ def write_hf(
 
     Returns what the user should know about it, a line each.
     """
-    table, prefixes, unused = source.table, source.table.export_prefixes, None
+    table, prefixes, dtype = source.table, source.table.export_prefixes, source.info.dtype
     slots = [table.stored[name] for group in table.groups(source.shapes()) for name in group]
-    dtype = np.dtype(source.info.dtype)
-    specs = [TensorSpec(slot.key(prefixes), slot.row.hf_shape, dtype) for slot in slots]
+    specs = [TensorSpec(slot.key(prefixes), slot.row.hf_shape, np.dtype(dtype)) for slot in slots]
+    arrays = _tensors(source, adapter)
     if (source.folder / "unused.safetensors").is_file():
         unused = SafetensorsFolder(source.folder)
         specs += [TensorSpec(key, unused.shape(key), unused.dtype(key)) for key in unused.keys()]  # noqa: SIM118 (no mapping)
-    write_model(folder, specs, _tensors(source, unused, adapter), shard_bytes)
+        arrays = chain(arrays, map(unused.read, unused.keys()))
+    write_model(folder, specs, arrays, shard_bytes)
     raw = json.loads((source.folder / "hf_config.json").read_text())
     config = source.family.hf_config(raw, source.config)
     for part in (config, config.get("text_config"), config.get("vision_config")):
         for key in ("dtype", "torch_dtype"):  # transformers 5 and 4
             if part and key in part:
-                part[key] = source.info.dtype
+                part[key] = dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     copy_named(source.folder, folder)
     notes = []
