@@ -8,7 +8,6 @@ renames, but an object appears only when it is whole.
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -53,12 +52,11 @@ def remove_folder(folder: Path) -> None:
         _filesystem().rm(str(folder), recursive=True)
 
 
-def walk_files(folder: Path) -> Iterator[Path]:
+def walk_files(folder: Path) -> list[Path]:
     """All files under ``folder``, sorted."""
     if in_bucket(folder):
-        yield from (as_path(f"gs://{name}") for name in sorted(_filesystem().find(str(folder))))
-    else:
-        yield from (path for path in sorted(folder.rglob("*")) if path.is_file())
+        return [as_path(f"gs://{name}") for name in sorted(_filesystem().find(str(folder)))]
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
 def size_and_time(file: Path) -> tuple[int, str]:
@@ -84,7 +82,7 @@ def upload(folder: Path, dst: Path) -> None:
     Raises:
         FileNotFoundError: there is no such bucket.
     """
-    files = list(walk_files(folder))
+    files = walk_files(folder)
     for last in (False, True):
         batch = [file for file in files if (file.name in _LAST) == last]
         targets = [str(dst / str(file.relative_to(folder))) for file in batch]

@@ -74,7 +74,7 @@ def read_run_adapter(run: Path, step: int | None, base: WeightSource) -> Adapter
 
 
 def load_adapter(folder: Path, base: WeightSource) -> Adapter:
-    """LoRA factors of a PEFT folder, RUN/checkpoints/STEP or RUN: its last, finished or not.
+    """LoRA factors of a PEFT folder, RUN/checkpoints/STEP or RUN (of its end, else the newest).
 
     Raises:
         FileNotFoundError: neither.

@@ -15,7 +15,6 @@ from rich.progress import track
 from e5v_jax import cli
 from e5v_jax.atomic import check_new, new_folder
 from e5v_jax.checkpoints import converted
-from e5v_jax.checkpoints.gguf_tokenizer import build_tokenizer
 from e5v_jax.checkpoints.hf_source import HfSource, open_source, resolve
 from e5v_jax.checkpoints.peft import ADAPTER_FILES, Adapter, read_adapter, read_merged
 from e5v_jax.checkpoints.safetensors_file import TensorSpec, write_file
@@ -78,10 +77,9 @@ def convert(args: Args) -> None:
         groups = _read_groups(source, dtype, adapter if args.merge else None)
         content_hash, shapes = converted.write_params(folder, groups)
         write_unused(folder, source, dtype)
+        copy_named(path, folder)
         if path.is_file():
-            build_tokenizer(path).save_pretrained(folder)
-        else:
-            copy_named(path, folder)
+            load_tokenizer(path).save_pretrained(folder)
         tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None  # weights alone
         size = len(tokenizer or ())
         config = source.family.match_tokenizer(source.config, tokenizer)

@@ -8,7 +8,7 @@ key means what in Hugging Face terms follows transformers' ``modeling_gguf_pytor
 import dataclasses
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 from gguf import MODEL_ARCH, GGUFReader, ReaderTensor, get_tensor_name_map
@@ -52,12 +52,18 @@ class GGUFError(ValueError):
 class GGUFFile(GGUFReader):
     """An open GGUF file: metadata and tensor table parsed, tensor data untouched."""
 
-    path: Path
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.path = path
 
     def get(self, key: str) -> Any:
         """The value of a metadata key (scalar, str or list), or None when the file lacks it."""
         field = self.get_field(key)
         return None if field is None else field.contents()
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Raise :class:`UnsupportedModelError`, naming the file."""
+        raise UnsupportedModelError(f"{self.path}: {reason}")
 
     def require(self, key: str) -> Any:
         """The value of a metadata key; a missing one raises :class:`GGUFError` naming it."""
@@ -92,13 +98,10 @@ def _parse(path: Path, _size: int, _written: str) -> GGUFFile:
     except (ValueError, IndexError, KeyError) as error:
         raise unreadable(path, str(error)) from error
     if file.byte_order == "S":
-        raise UnsupportedModelError(
-            f"{path}: byte order is not this machine's; convert it with gguf's gguf-convert-endian"
-        )
+        file.refuse("byte order is not this machine's; convert it with gguf's gguf-convert-endian")
     if (parts := file.get("split.count") or 1) > 1:
         todo = "join them first with llama-gguf-split --merge"
-        raise UnsupportedModelError(f"{path}: one part of {parts} (split.count); {todo}")
-    file.path = path
+        file.refuse(f"one part of {parts} (split.count); {todo}")
     return file
 
 
@@ -118,35 +121,27 @@ def read_config(path: str | Path) -> dict[str, Any]:
             architecture key or shape that this reader does not know, by its name.
     """
     file = open_gguf(path)
-    architecture = file.require("general.architecture")
-    if architecture != "llama":
-        raise UnsupportedModelError(
-            f"{file.path}: unsupported architecture {architecture!r} (general.architecture): "
-            "expected 'llama'"
-        )
+    if (name := file.require("general.architecture")) != "llama":
+        file.refuse(f"unsupported architecture {name!r} (general.architecture): expected 'llama'")
     for key in file.fields:
         if not key.startswith("llama.") or key in CONFIG_KEYS or key == IGNORED_KEY:
             continue
         value = file.get(key)
         if same := SAME_VALUES.get(key):
             if value != file.require(same):
-                raise UnsupportedModelError(
-                    f"{file.path}: {key} is {value}, expected {same} ({file.get(same)})"
-                )
+                file.refuse(f"{key} is {value}, expected {same} ({file.get(same)})")
         elif key not in NEUTRAL_VALUES or value != NEUTRAL_VALUES[key]:
             what = "scaled rotary positions" if key.startswith("llama.rope.scal") else "this option"
-            raise UnsupportedModelError(f"{file.path}: {key} is {value!r}: {what} not supported")
+            file.refuse(f"{key} is {value!r}: {what} not supported")
     tensors = {tensor.name for tensor in file.tensors}
     if "rope_freqs.weight" in tensors:
-        raise UnsupportedModelError(
-            f"{file.path}: tensor rope_freqs.weight: scaled rotary positions (Llama 3.1 and later) "
-            "not supported"
-        )
+        what = "scaled rotary positions (Llama 3.1 and later)"
+        file.refuse(f"tensor rope_freqs.weight: {what} not supported")
     config = {}
     for key, name in CONFIG_KEYS.items():
         config[name] = file.require(key)
         if isinstance(config[name], list):
-            raise UnsupportedModelError(f"{file.path}: {key} is a list; expected one value")
+            file.refuse(f"{key} is a list; expected one value")
     return {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -182,10 +177,8 @@ class GGUFTensors:
         self._by_key: dict[str, ReaderTensor] = {}
         for tensor in self._file.tensors:
             if tensor.name not in names:
-                raise UnsupportedModelError(
-                    f"{self._file.path}: tensor {tensor.name!r} has no place in a Llama model of "
-                    f"{layers} layers"
-                )
+                place = f"no place in a Llama model of {layers} layers"
+                self._file.refuse(f"tensor {tensor.name!r} has {place}")
             self._by_key[names[tensor.name]] = tensor
 
     def keys(self) -> list[str]:
@@ -224,11 +217,10 @@ class GGUFTensors:
                 try:
                     rows = dequantize(raw.reshape(part.shape), tensor.tensor_type)
                 except NotImplementedError:
-                    raise UnsupportedModelError(
-                        f"{self._file.path}: tensor {tensor.name} is stored as "
-                        f"{tensor.tensor_type.name}, which cannot be dequantised; use a file with "
-                        "another quantisation"
-                    ) from None
+                    self._file.refuse(
+                        f"tensor {tensor.name} is stored as {tensor.tensor_type.name}, which "
+                        "cannot be dequantised; use a file with another quantisation"
+                    )
                 weight[start : start + len(part)] = rows
         head_counts = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
         if (heads := head_counts.get(key.split(".")[-2])) is None:

@@ -11,7 +11,6 @@ from transformers import PreTrainedTokenizerFast
 from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
 
 from e5v_jax.checkpoints.gguf import GGUFError, open_gguf
-from e5v_jax.nn.config import UnsupportedModelError
 
 # `tokenizer.ggml.pre` of byte-level vocabularies: transformers splits text by these rules, and
 # falls back on GPT-2's rule for any name it does not know, hence the list.
@@ -39,23 +38,19 @@ def build_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     if kind == "gpt2":
         split = file.require("tokenizer.ggml.pre")
         if split not in GPT2_SPLITS + LLAMA3_SPLITS:
-            raise UnsupportedModelError(
-                f"{file.path}: tokenizer.ggml.pre is {split!r}: expected one of "
-                f"{', '.join(GPT2_SPLITS + LLAMA3_SPLITS)}"
-            )
+            known = ", ".join(GPT2_SPLITS + LLAMA3_SPLITS)
+            file.refuse(f"tokenizer.ggml.pre is {split!r}: expected one of {known}")
         description["pre_tokenizer_type"] = split
         description["merges"] = file.require("tokenizer.ggml.merges")
     elif kind == "llama":
         description["scores"] = file.require("tokenizer.ggml.scores")  # merges follow from them
         if file.get("tokenizer.ggml.add_space_prefix") is False:
-            raise UnsupportedModelError(
-                f"{file.path}: tokenizer.ggml.add_space_prefix is False: only sentencepiece "
-                "vocabularies with the leading space are supported"
+            file.refuse(
+                "tokenizer.ggml.add_space_prefix is False: only sentencepiece vocabularies with "
+                "the leading space are supported"
             )
     else:
-        raise UnsupportedModelError(
-            f"{file.path}: tokenizer.ggml.model is {kind!r}: expected 'gpt2' or 'llama'"
-        )
+        file.refuse(f"tokenizer.ggml.model is {kind!r}: expected 'gpt2' or 'llama'")
     backend, _ = convert_gguf_tokenizer("llama", description)
     if backend.get_vocab_size() != len(tokens):
         # transformers' GPT-2 class adds <|endoftext|>, whose id would have no row in the embedding
@@ -90,8 +85,8 @@ def build_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     )
     if len(tokenizer) != len(tokens):  # they were respelled in bytes, then added past the end
         added = [t for t, i in tokenizer.get_added_vocab().items() if i >= len(tokens)]
-        raise UnsupportedModelError(
-            f"{file.path}: special tokens {added} are not spelled in the alphabet of a byte-level "
-            "vocabulary; convert the model's Hugging Face folder instead"
+        file.refuse(
+            f"special tokens {added} are not spelled in the alphabet of a byte-level vocabulary; "
+            "convert the model's Hugging Face folder instead"
         )
     return tokenizer

@@ -109,13 +109,11 @@ def resolve(source: str, revision: str | None = None) -> Path:
         return path
     if source.count("/") != 1 or source.startswith((".", "/", "~", "gs:")):
         raise FileNotFoundError(f"{source}: no such folder or file")
-    import huggingface_hub  # only for hub ids: it is slow to import
+    from huggingface_hub import snapshot_download  # only for hub ids: it is slow to import
 
     patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
     try:
-        return Path(
-            huggingface_hub.snapshot_download(source, revision=revision, allow_patterns=patterns)
-        )
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except Exception as error:  # network, authentication and missing repositories: many types
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(

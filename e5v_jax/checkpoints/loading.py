@@ -15,8 +15,8 @@ from qwix import QArray
 
 from e5v_jax.checkpoints.converted import WeightSource
 from e5v_jax.families.base import Family, Model, ModelConfig
-from e5v_jax.nn.layers import Build, LoRAParam
-from e5v_jax.nn.quantized import Quantization, quantize_with_error
+from e5v_jax.nn.layers import Build, LoRAParam, Precision
+from e5v_jax.nn.quantized import quantize_with_error
 
 _logger = logging.getLogger(__name__)
 
@@ -69,13 +69,8 @@ class _Stack:
         indices = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
         # None is jax's word for the whole of a scalar; several devices may hold the same part
         self._indices: dict[str, tuple[slice, ...]] = {str(i or ()): i or () for i in indices}
-        self._buffers = {
-            key: np.empty(
-                [len(range(*s.indices(n))) for s, n in zip(index, leaf.shape, strict=True)],
-                leaf.dtype,
-            )
-            for key, index in self._indices.items()
-        }
+        part = leaf.sharding.shard_shape(leaf.shape)
+        self._buffers = {key: np.empty(part, leaf.dtype) for key in self._indices}
 
     def put(self, layer: int | None, array: np.ndarray) -> None:
         """Copy one layer, or with None the whole array; the cast to the storage dtype is here."""
@@ -93,10 +88,7 @@ class _Stack:
 
 
 def _read(
-    source: WeightSource,
-    path: str,
-    leaf: jax.ShapeDtypeStruct | QArray,
-    quantization: Quantization | None,
+    source: WeightSource, path: str, leaf: jax.ShapeDtypeStruct | QArray, precision: Precision
 ) -> tuple[Any, np.ndarray]:
     """Read one (stacked) parameter; each device receives only its slice.
 
@@ -107,8 +99,8 @@ def _read(
     stacked = source.table.row(path).layers is not None
     for i, part in enumerate(source.read(source.table.names(path))):
         if isinstance(leaf, QArray):
-            assert quantization is not None
-            part, *sums = quantize_with_error(jnp.asarray(part), quantization)
+            assert precision.quantization is not None
+            part, *sums = quantize_with_error(jnp.asarray(part), precision.quantization)
             squares += np.array(sums, np.float64)
         layer = i if stacked else None
         jax.tree.map(lambda stack, x, at=layer: stack.put(at, np.asarray(x)), stacks, part)
@@ -134,21 +126,20 @@ def load_model(
         ValueError: a parameter is missing, superfluous or misshapen, by name.
     """
     shapes = abstract_model(source.family, source.config, build, load_vision=load_vision)
-    quantization = build.precision.quantization
     graphdef, lora_shapes, *base_shapes = nnx.split(shapes, LoRAParam, ...)
     expected = {name: slot.row.shape for name, slot in source.table.stored.items()}
     _check_shapes(source.shapes(), expected, "checkpoint")
     placed, squares = [], np.zeros(2)
     for path, leaf in nnx.to_flat_state(base_shapes[0]):
-        value, sums = _read(source, dotted(path), leaf.get_value(), quantization)
+        value, sums = _read(source, dotted(path), leaf.get_value(), build.precision)
         placed.append((path, leaf.replace(value)))
         squares += sums
     base = nnx.from_flat_state(placed)
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # not in musl
         libc.malloc_trim(0)  # glibc keeps what reading has freed: 170 MB of a 740 MB model
-    if quantization is not None:
+    if (kind := build.precision.quantization) is not None:
         error = 100 * (squares[0] / squares[1]) ** 0.5
-        _logger.info("%s kernels: relative error %.2f %% (root mean square)", quantization, error)
+        _logger.info("%s kernels: relative error %.2f %% (root mean square)", kind, error)
     if build.lora is None:
         return nnx.merge(graphdef, base)
     if lora_values is not None:

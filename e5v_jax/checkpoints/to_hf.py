@@ -20,6 +20,8 @@ from e5v_jax.checkpoints.peft import Adapter, read_merged, write_adapter
 from e5v_jax.checkpoints.safetensors_file import SafetensorsFolder, TensorSpec, write_model
 from e5v_jax.checkpoints.tokenizer import copy_named
 
+SHARD = 5_000_000_000  # bytes; the size Hugging Face shards have
+
 
 @dataclass(frozen=True)
 class Args:
@@ -47,11 +49,7 @@ def _tensors(source: ConvertedFolder, adapter: Adapter | None) -> Iterator[np.nd
 
 
 def write_hf(
-    folder: Path,
-    source: ConvertedFolder,
-    adapter: Adapter | None,
-    *,
-    shard_bytes: int = 5_000_000_000,  # the size Hugging Face shards have
+    folder: Path, source: ConvertedFolder, adapter: Adapter | None, *, shard_bytes: int = SHARD
 ) -> list[str]:
     """Write a Hugging Face checkpoint into ``folder``; one layer is in memory at a time.
 

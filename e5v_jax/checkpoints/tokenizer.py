@@ -23,9 +23,6 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 
-# Classes (of transformers 4 and 5) that take tokenizer.json as it is; others may change it.
-_AS_IN_TOKENIZER_JSON = ("PreTrainedTokenizerFast", "TokenizersBackend")
-
 
 def copy_named(src: Path, dst: Path, names: Sequence[str] = TOKENIZER_FILES) -> None:
     """Copy those of the named files that ``src`` has, here or in a bucket, to ``dst``."""
@@ -55,7 +52,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
             return load_tokenizer(Path(local))
     settings_file = folder / "tokenizer_config.json"
     settings = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
-    as_it_is = settings.get("tokenizer_class") in _AS_IN_TOKENIZER_JSON
+    # these classes (of transformers 4 and 5) take tokenizer.json as it is; others may change it
+    as_it_is = settings.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
     if as_it_is and (folder / "tokenizer.json").is_file():
         return PreTrainedTokenizerFast.from_pretrained(folder)
     from transformers import AutoTokenizer  # imports torch where it is installed: 2 s, 200 MB

@@ -50,9 +50,8 @@ def score(
 ) -> tuple[dict[str, float], list[list[tuple[float, str]]]]:
     """Embed the held-out triplets and rank.
 
-    Returns the shares of rows whose sent0 is closer to its sent1 than to its hard_neg, and whose
-    nearest among all sent1 and hard_neg is its sent1; and what is nearest to the first sent0, as
-    (cosine, sentence).
+    Returns the shares of rows whose sent0 is closer to its sent1 than to its hard_neg, and closest
+    to it among all of both; and what is closest to the first ones, as (cosine, sentence).
     """
     n = len(rows)
     sentences = [row[name] for name in ("sent0", "sent1", "hard_neg") for row in rows]
