@@ -115,9 +115,8 @@ def refuse_remote_paths(args: object) -> None:
         )
     if is_dataclass(args) and not isinstance(args, type):
         args = tuple(getattr(args, field.name) for field in fields(args))
-    if isinstance(args, tuple):
-        for value in args:
-            refuse_remote_paths(value)
+    for value in args if isinstance(args, tuple) else ():
+        refuse_remote_paths(value)
 
 
 @contextmanager

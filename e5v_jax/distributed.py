@@ -34,11 +34,9 @@ def initialize(*, distributed: bool = False) -> None:
     )
     if jax.distributed.is_initialized() or not (distributed or announced):
         return
+    own = map(os.environ.get, ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
     try:
-        count, index = (
-            int(os.environ[name]) if name in os.environ else None
-            for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-        )
+        count, index = (None if value is None else int(value) for value in own)
         jax.distributed.initialize(num_processes=count, process_id=index)
     except ValueError as error:
         raise ValueError(

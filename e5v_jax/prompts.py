@@ -127,11 +127,9 @@ def fill(
     Raises:
         ValueError: a slot without value, a value without slot, a template without one ``{}``.
     """
-    head, slot, tail = template.partition("{}")
-    if not slot or "{}" in tail:
-        raise ValueError(
-            f"template {template!r} has {template.count('{}')} slots {{}}, expected exactly one"
-        )
+    if (count := template.count("{}")) != 1:
+        raise ValueError(f"template {template!r} has {count} slots {{}}, expected exactly one")
+    head, tail = template.split("{}")
     if prompt.endswith(" ") and tail.startswith(" "):
         tail = tail[1:]  # the authors write "word: [/INST]", with one space
     values = {"text": text, "type": type, "image": image}

@@ -11,7 +11,7 @@ from orbax.checkpoint import v1 as ocp
 
 from e5v_jax.checkpoints.converted import WeightSource
 from e5v_jax.checkpoints.loading import dotted
-from e5v_jax.checkpoints.peft import Adapter, is_peft, read_adapter, zero_factors
+from e5v_jax.checkpoints.peft import ADAPTER_FILES, Adapter, read_adapter, zero_factors
 from e5v_jax.nn.layers import LoRAConfig, LoRAParam
 from e5v_jax.storage import absolute
 
@@ -88,9 +88,9 @@ def load_adapter(folder: Path, base: WeightSource) -> Adapter:
         if prompt not in ("text", "released"):
             _logger.warning("%s was trained with data.prompt %r: encode with it too", run, prompt)
         folder = run / "adapter"
-        if step is not None or not is_peft(folder):
+        if step is not None or not (folder / ADAPTER_FILES[0]).is_file():
             return read_run_adapter(run, step, base)
-    if is_peft(folder):
+    if (folder / ADAPTER_FILES[0]).is_file():
         return read_adapter(folder, base.table)
     raise FileNotFoundError(
         f"{folder}: neither a PEFT adapter (adapter_config.json) nor a run folder (run.json) or "

@@ -58,6 +58,7 @@ def map_keys(keys: Iterable[str], table: ParameterTable) -> dict[str, Slot]:
     for section in found.keys() - needed:  # what nobody needs may be under any prefix
         places += [(section, prefix) for prefix in table.sections[section].prefixes]
     holders: dict[Slot, str] = {}
+    expected = set(table.slots)
     for key in keys:
         if _IGNORED.fullmatch(key):
             continue
@@ -66,6 +67,8 @@ def map_keys(keys: Iterable[str], table: ParameterTable) -> dict[str, Slot]:
             raise ValueError(
                 f"{key}: one too many: an unknown key, no row of the family's takes it"
             )
+        if slot not in expected:
+            raise ValueError(f"{key}: one too many; the configuration has no place for it")
         if slot in holders:
             raise ValueError(f"{key}: holds the same parameter as {holders[slot]}")
         holders[slot] = key
@@ -73,8 +76,4 @@ def map_keys(keys: Iterable[str], table: ParameterTable) -> dict[str, Slot]:
         if slot not in holders:
             key, shape = slot.key({**table.export_prefixes, **found}), list(slot.row.hf_shape)
             raise ValueError(f"{key}: missing; the configuration asks for it, shape {shape}")
-    expected = set(table.slots)
-    for slot, key in holders.items():
-        if slot not in expected:
-            raise ValueError(f"{key}: one too many; the configuration has no place for it")
     return {key: slot for slot, key in holders.items()}

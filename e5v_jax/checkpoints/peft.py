@@ -59,11 +59,6 @@ def zero_factors(table: ParameterTable, lora: LoRAConfig) -> dict[str, np.ndarra
     return values
 
 
-def is_peft(folder: Path) -> bool:
-    """Whether ``folder`` holds a PEFT adapter."""
-    return (folder / "adapter_config.json").is_file()
-
-
 def read_adapter(folder: Path, table: ParameterTable) -> Adapter:
     """Read a PEFT LoRA folder for a model of ``table``; untouched linear maps get zero factors.
 
