@@ -1,6 +1,5 @@
 """Files and folders that have their name only once they are whole, here or in a bucket."""
 
-import io
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -8,15 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from e5v_jax.storage import absolute, in_bucket, remove_folder, upload, write_object
+from e5v_jax.storage import absolute, in_bucket, remove_folder, upload
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Let ``write`` fill a file that has the name ``path`` only once it is whole."""
     if in_bucket(path):
-        buffer = io.BytesIO()
-        write(buffer)
-        write_object(path, buffer.getvalue())
+        with tempfile.TemporaryDirectory() as local:
+            write_whole(Path(local, path.name), write)
+            upload(Path(local), path.parent)
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -59,8 +58,6 @@ def new_folder(dst: Path) -> Iterator[Path]:
     temporary.mkdir()
     try:
         yield temporary
-        if dst.exists():
-            dst.rmdir()
-        temporary.rename(dst)
+        temporary.rename(dst)  # replaces an empty folder
     finally:
         remove_folder(temporary)

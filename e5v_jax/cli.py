@@ -18,8 +18,6 @@ from tyro.constructors import PrimitiveConstructorSpec
 from e5v_jax.storage import as_path
 
 Args = TypeVar("Args")
-# Errors whose message is written for the user; any other class is named in front of its message.
-_EXPECTED = (ValueError, OSError, ImportError)
 
 
 class UsageError(ValueError):
@@ -43,13 +41,8 @@ def run(
     """Parse the command line into ``args_type``, call ``main`` with it and exit.
 
     ``args_type`` is a dataclass: its docstring is the help text, the docstring of each field the
-    help of its flag. ``--traceback`` is added.
-
-    Args:
-        main: the command.
-        args_type: its arguments.
-        default: values of the flags that are not given; None takes the defaults of ``args_type``.
-        argv: the words of the command line; None takes ``sys.argv[1:]``.
+    help of its flag. ``--traceback`` is added. ``default`` has the values of the flags that are not
+    given; ``argv``, the words of the command line, are by default those of this process.
 
     Raises:
         SystemExit: always; see :func:`exit_on_error` for the codes.
@@ -94,11 +87,11 @@ def split_config(argv: Sequence[str], config_type: type[Args]) -> tuple[Args | N
     for i, word in enumerate(argv):
         name, equals, value = word.partition("=")
         if name == "--config":
+            file, end = (value, i + 1) if equals else (" ".join(argv[i + 1 : i + 2]), i + 2)
             with exit_on_error(show_traceback="--traceback" in argv):
-                if not equals and i + 1 == len(argv):
+                if not file:
                     raise UsageError("--config: expected a file")
-                config = read_config(Path(value if equals else argv[i + 1]), config_type)
-            return config, [*argv[:i], *argv[i + (1 if equals else 2) :]]
+                return read_config(Path(file), config_type), [*argv[:i], *argv[end:]]
     return None, argv
 
 
@@ -121,11 +114,9 @@ def refuse_remote_paths(args: object) -> None:
             "a configuration file write e5v_jax.storage.as_path(...) (tpu/README.md, Cloud Storage)"
         )
     if is_dataclass(args) and not isinstance(args, type):
-        for field in fields(args):
-            refuse_remote_paths(getattr(args, field.name))
-    elif isinstance(args, tuple):
-        for value in args:
-            refuse_remote_paths(value)
+        args = tuple(getattr(args, field.name) for field in fields(args))
+    for value in args if isinstance(args, tuple) else ():
+        refuse_remote_paths(value)
 
 
 @contextmanager
@@ -144,16 +135,16 @@ def exit_on_error(*, show_traceback: bool) -> Iterator[None]:
         if show_traceback:
             traceback.print_exc()
         else:
-            print(f"error: {one_line(error)}", file=sys.stderr)
+            print(f"error: {_one_line(error)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
-def one_line(error: Exception) -> str:
-    """The message of ``error`` on one line."""
+def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, _EXPECTED) and lines:
+    # errors whose message is written for the user; any other class is named in front of its message
+    if isinstance(error, ValueError | OSError | ImportError) and lines:
         return " ".join(lines)
     # Only the first line: an error of XLA may go on for pages.
     return ": ".join([type(error).__name__, *lines[:1]]) + " (--traceback shows where)"
@@ -166,14 +157,8 @@ def _from_words(words: list[str]) -> Path:
         raise ValueError(str(error)) from None
 
 
-BucketPath = Annotated[
-    Path,
-    PrimitiveConstructorSpec(
-        nargs=1,
-        metavar="PATH",
-        instance_from_str=_from_words,
-        is_instance=lambda value: isinstance(value, os.PathLike),
-        str_from_instance=lambda path: [str(path)],
-    ),
-]
+_SPEC: PrimitiveConstructorSpec[Path] = PrimitiveConstructorSpec(
+    1, "PATH", _from_words, lambda x: isinstance(x, os.PathLike), lambda path: [str(path)]
+)
+BucketPath = Annotated[Path, _SPEC]
 """The type of a flag that takes a path in a bucket too."""

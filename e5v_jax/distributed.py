@@ -16,15 +16,6 @@ LIBTPU_INIT_ARGS = "--xla_jf_spmd_threshold_for_windowed_einsum_mib=1000000"
 the paper's step moves 0.44 TB instead of 1.4 on each of 32 v5e chips (dry run)."""
 
 
-def several_processes_announced() -> bool:
-    """Whether the environment says that this is one process of several."""
-    if any(os.environ.get(name) for name in _CLUSTER_VARIABLES):
-        return True
-    if int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_STEP_ID" in os.environ:
-        return True
-    return "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
-
-
 def initialize(*, distributed: bool = False) -> None:
     """Join the other processes of the run, if there are any; before anything else of JAX.
 
@@ -36,14 +27,17 @@ def initialize(*, distributed: bool = False) -> None:
         ValueError: the other processes cannot be found.
     """
     os.environ.setdefault("LIBTPU_INIT_ARGS", LIBTPU_INIT_ARGS)  # read when a TPU is first used
-    if jax.distributed.is_initialized() or not (distributed or several_processes_announced()):
+    announced = (
+        any(os.environ.get(name) for name in _CLUSTER_VARIABLES)
+        or ("SLURM_STEP_ID" in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1)
+        or "," in os.environ.get("TPU_WORKER_HOSTNAMES", "")
+    )
+    if jax.distributed.is_initialized() or not (distributed or announced):
         return
-    count, index = (os.environ.get(f"JAX_{name}") for name in ("NUM_PROCESSES", "PROCESS_ID"))
+    own = map(os.environ.get, ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
     try:
-        jax.distributed.initialize(
-            num_processes=None if count is None else int(count),
-            process_id=None if index is None else int(index),
-        )
+        count, index = (None if value is None else int(value) for value in own)
+        jax.distributed.initialize(num_processes=count, process_id=index)
     except ValueError as error:
         raise ValueError(
             f"cannot find the other processes: {error} Set JAX_COORDINATOR_ADDRESS (host:port), "

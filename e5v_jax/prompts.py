@@ -22,13 +22,7 @@ VICUNA = (
     "A chat between a curious human and an artificial intelligence assistant. The assistant gives "
     "helpful, detailed, and polite answers to the human's questions. USER: {} ASSISTANT:"
 )
-TEMPLATES = {
-    "llama3": LLAMA3,
-    "mistral": MISTRAL,
-    "phi3": PHI3,
-    "chatml": CHATML,
-    "vicuna": VICUNA,
-}
+TEMPLATES = dict(llama3=LLAMA3, mistral=MISTRAL, phi3=PHI3, chatml=CHATML, vicuna=VICUNA)
 
 # Instructions: `<sent>` is the user's text, `{type}` a kind of garment, `<image>` the image itself.
 TEXT = "<sent>\nSummary above sentence in one word: "
@@ -55,16 +49,10 @@ PROMPTS = {
 }
 
 IMAGE_PLACEHOLDER = "<image>"
-_SLOT = re.compile(r"<sent>|\{type\}|<image>")
+_SLOTS = {"<sent>": "text", IMAGE_PLACEHOLDER: "image", "{type}": "type"}
+_SLOT = re.compile("|".join(map(re.escape, _SLOTS)))
 _CONTROL = re.compile(r"<\|[^|]+\|>|\[/?INST\]")
 _SURROGATE = r"[\ud800-\udfff]"
-# Tokens that only a model trained on the template has; the template without them is plain text.
-_SIGNATURES = {
-    "llama3": ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"),
-    "chatml": ("<|im_start|>", "<|im_end|>"),
-    "phi3": ("<|user|>", "<|end|>", "<|assistant|>"),
-    "mistral": ("[INST]", "[/INST]"),
-}
 
 
 class TextError(ValueError):
@@ -73,8 +61,7 @@ class TextError(ValueError):
 
 def slots(prompt: str) -> frozenset[str]:
     """What ``prompt`` asks for: any of "text", "image" and "type"."""
-    names = {"<sent>": "text", IMAGE_PLACEHOLDER: "image", "{type}": "type"}
-    return frozenset(name for slot, name in names.items() if slot in prompt)
+    return frozenset(_SLOTS[slot] for slot in _SLOT.findall(prompt))
 
 
 @dataclass(frozen=True)
@@ -112,10 +99,9 @@ def choose_prompt(prompt_name: str | None, prompt: str | None) -> PromptChoice:
     """
     if prompt_name is not None and prompt is not None:
         raise ValueError("give prompt_name or prompt, not both")
-    if prompt_name is not None:
-        if prompt_name not in PROMPTS:
-            raise ValueError(f"prompt_name {prompt_name!r}: expected one of {sorted(PROMPTS)}")
-        prompt = PROMPTS[prompt_name]
+    if prompt_name is not None and prompt_name not in PROMPTS:
+        raise ValueError(f"prompt_name {prompt_name!r}: expected one of {sorted(PROMPTS)}")
+    prompt = prompt if prompt_name is None else PROMPTS[prompt_name]
     if prompt is not None and not slots(prompt) & {"text", "image"}:
         raise ValueError(f"prompt {prompt!r} has no slot: put <sent> for the text, <image> or both")
     if prompt is not None and "type" in slots(prompt):
@@ -135,17 +121,25 @@ def fill(
 ) -> str:
     """The string to tokenise: ``prompt`` inside ``template`` with its slots filled.
 
-    ``prompt`` is a value of :data:`PROMPTS` or one's own, ``template`` a value of
-    :data:`TEMPLATES`, ``image`` what a model family puts where an image goes. Filling is one pass:
-    ``<sent>``, ``{type}`` or ``{}`` inside ``text`` stay as they are. ``text`` must have passed
-    :func:`check_text`.
+    ``image`` is what a model family puts where an image goes. Filling is one pass: ``<sent>``,
+    ``{type}`` or ``{}`` inside ``text``, which must have passed :func:`check_text`, stay.
 
     Raises:
-        ValueError: a slot without its value, a value without its slot, or a template that does not
-            have exactly one ``{}``.
+        ValueError: a slot without value, a value without slot, a template without one ``{}``.
     """
-    head, tail = _split(prompt, template)
-    return head + _substitute(prompt, text, type, image) + tail
+    if (count := template.count("{}")) != 1:
+        raise ValueError(f"template {template!r} has {count} slots {{}}, expected exactly one")
+    head, tail = template.split("{}")
+    if prompt.endswith(" ") and tail.startswith(" "):
+        tail = tail[1:]  # the authors write "word: [/INST]", with one space
+    values = {"text": text, "type": type, "image": image}
+    wanted = slots(prompt)
+    for name in ("text", "type"):
+        if name in wanted and values[name] is None:
+            raise ValueError(f"the prompt {prompt!r} needs a {name}, but none was given")
+        if name not in wanted and values[name] is not None:
+            raise ValueError(f"the prompt {prompt!r} has no place for the {name} {values[name]!r}")
+    return head + _SLOT.sub(lambda match: values[_SLOTS[match.group()]] or "", prompt) + tail
 
 
 def fill_released(prompt: str, *, template: str, text: str) -> str:
@@ -158,8 +152,8 @@ def fill_released(prompt: str, *, template: str, text: str) -> str:
     Raises:
         ValueError: as :func:`fill`.
     """
-    head, tail = (part.replace("_", " ") for part in _split(prompt, template))
-    return (head + _substitute(prompt.replace("_", " "), text, None, "") + tail).strip()
+    filled = fill(prompt, template=template, text="<sent>", image="")
+    return filled.replace("_", " ").replace("<sent>", text).strip()
 
 
 def detect_template(
@@ -174,21 +168,22 @@ def detect_template(
         ValueError: an unknown ``override``, or it cannot be told; lists the names.
     """
     names = ", ".join(TEMPLATES)
-    if override is not None:
-        if override not in TEMPLATES:
-            raise ValueError(f"unknown template {override!r}: expected one of {names}")
+    if override in TEMPLATES:
         return override
+    if override is not None:
+        raise ValueError(f"unknown template {override!r}: expected one of {names}")
     added = {token.content for token in tokenizer.added_tokens_decoder.values()}
-    matches = [name for name, tokens in _SIGNATURES.items() if added.issuperset(tokens)]
+    # only a model trained on a template has its tokens; without them it is plain text
+    signatures = {name: _CONTROL.findall(template) for name, template in TEMPLATES.items()}
+    matches = [name for name, tokens in signatures.items() if tokens and added.issuperset(tokens)]
     if not matches and model_type == "mistral":
         matches = ["mistral"]  # before v0.3, [INST] is not a token of its own
     if not matches and "ASSISTANT:" in str(tokenizer.chat_template):
         matches = ["vicuna"]
     if len(matches) == 1:
         return matches[0]
-    reason = (
-        f"it has the tokens of {' and '.join(matches)}" if matches else "no chat token is known"
-    )
+    known = f"it has the tokens of {' and '.join(matches)}"
+    reason = known if matches else "no chat token is known"
     raise ValueError(
         f"cannot tell the prompt template from the tokenizer ({reason}; model_type "
         f"{model_type!r}): name one of {names}"
@@ -199,8 +194,7 @@ def forbidden_pattern(tokenizer: PreTrainedTokenizerBase, template: str) -> re.P
     """The strings no user text may contain, compiled once for :func:`check_text`.
 
     They are ``<image>``, every special token of ``tokenizer``, the control strings of ``template``
-    (a value of :data:`TEMPLATES`) even where the tokenizer does not know them, and lone surrogates,
-    which no tokenizer can read. Vicuna's ``USER:`` is ordinary text and allowed.
+    even where the tokenizer does not know them, and lone surrogates, which no tokenizer can read.
     """
     strings = {IMAGE_PLACEHOLDER, *_CONTROL.findall(template)}
     strings.update(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
@@ -216,8 +210,8 @@ def forbidden_pattern(tokenizer: PreTrainedTokenizerBase, template: str) -> re.P
 def check_text(text: str, forbidden: re.Pattern[str]) -> None:
     """Refuse a text that could forge a placeholder, break its template, or is empty.
 
-    A text that passes holds no special token, so the filled string can be tokenised as a whole, as
-    the reference does, with merges across the seams (".\\n" is one Llama-3 token).
+    The string filled with one that passes can be tokenised as a whole, as the reference does, with
+    merges across the seams (".\\n" is one Llama-3 token).
 
     Raises:
         TextError: one line that names the offending string.
@@ -225,34 +219,10 @@ def check_text(text: str, forbidden: re.Pattern[str]) -> None:
     if not text or text.isspace():
         raise TextError("the text is empty: expected at least one character that is not a space")
     found = forbidden.search(text)
-    if found is None:
-        return
-    string = found.group()
-    if re.fullmatch(_SURROGATE, string):
+    if found and re.fullmatch(_SURROGATE, string := found.group()):
         raise TextError(f"the text contains the lone surrogate {string!a}: expected valid Unicode")
-    raise TextError(
-        f"the text contains {string!r} (at character {found.start()}), which means something else "
-        "to the model: remove or respell it"
-    )
-
-
-def _split(prompt: str, template: str) -> tuple[str, str]:
-    head, slot, tail = template.partition("{}")
-    if not slot or "{}" in tail:
-        raise ValueError(
-            f"template {template!r} has {template.count('{}')} slots {{}}, expected exactly one"
+    if found:
+        raise TextError(
+            f"the text contains {string!r} (at character {found.start()}), which means something "
+            "else to the model: remove or respell it"
         )
-    if prompt.endswith(" ") and tail.startswith(" "):
-        tail = tail[1:]  # the authors write "word: [/INST]", with one space
-    return head, tail
-
-
-def _substitute(prompt: str, text: str | None, type: str | None, image: str) -> str:
-    wanted = slots(prompt)
-    for name, value in (("text", text), ("type", type)):
-        if name in wanted and value is None:
-            raise ValueError(f"the prompt {prompt!r} needs a {name}, but none was given")
-        if name not in wanted and value is not None:
-            raise ValueError(f"the prompt {prompt!r} has no place for the {name} {value!r}")
-    values = {"<sent>": text or "", "{type}": type or "", IMAGE_PLACEHOLDER: image}
-    return _SLOT.sub(lambda match: values[match.group()], prompt)

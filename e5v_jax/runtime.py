@@ -22,16 +22,10 @@ class Runtime:
     attn_implementation: Implementation = "auto"
 
     def __post_init__(self) -> None:
-        """Refuse an attention implementation that does not exist.
-
-        Raises:
-            ValueError: an unknown name.
-        """
-        if self.attn_implementation not in get_args(Implementation):
-            raise ValueError(
-                f"attn_implementation {self.attn_implementation!r}: expected one of "
-                f"{', '.join(get_args(Implementation))}"
-            )
+        """Raise ValueError on an attention implementation that does not exist."""
+        name, known = self.attn_implementation, get_args(Implementation)
+        if name not in known:
+            raise ValueError(f"attn_implementation {name!r}: expected one of {', '.join(known)}")
 
     @classmethod
     def on(cls, mesh: Mesh, attn_implementation: Implementation = "auto") -> Self:

@@ -62,10 +62,9 @@ def place_replicated(tree: T, mesh: Mesh) -> T:
 
 
 def _place(tree: T, sharding: NamedSharding) -> T:
-    def put(array: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-    placed: T = jax.tree.map(put, tree)
+    placed: T = jax.tree.map(
+        lambda x: jax.make_array_from_callback(x.shape, sharding, x.__getitem__), tree
+    )
     return placed
 
 
@@ -77,7 +76,7 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def local_rows(count: int, mesh: Mesh) -> np.ndarray:
     """Which of ``count`` rows of a batch are on devices of this process, bool [count]."""
     held = np.zeros(count, bool)
-    for index in batch_sharding(mesh).addressable_devices_indices_map((count,)).values():
-        if index is not None:
-            held[index[0]] = True
+    parts = batch_sharding(mesh).addressable_devices_indices_map((count,)).values()
+    for index in filter(None, parts):
+        held[index[0]] = True
     return held

@@ -8,8 +8,6 @@ renames, but an object appears only when it is whole.
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -48,19 +46,17 @@ def absolute(path: str | os.PathLike[str]) -> Path:
 
 def remove_folder(folder: Path) -> None:
     """Delete ``folder`` and what is in it, if it is there."""
-    if in_bucket(folder):
-        if folder.exists():
-            _filesystem().rm(str(folder), recursive=True)
-    else:
+    if not in_bucket(folder):
         shutil.rmtree(folder, ignore_errors=True)
+    elif folder.exists():
+        _filesystem().rm(str(folder), recursive=True)
 
 
-def walk_files(folder: Path) -> Iterator[Path]:
+def walk_files(folder: Path) -> list[Path]:
     """All files under ``folder``, sorted."""
     if in_bucket(folder):
-        yield from (as_path(f"gs://{name}") for name in sorted(_filesystem().find(str(folder))))
-    else:
-        yield from (path for path in sorted(folder.rglob("*")) if path.is_file())
+        return [as_path(f"gs://{name}") for name in sorted(_filesystem().find(str(folder)))]
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
 def size_and_time(file: Path) -> tuple[int, str]:
@@ -72,16 +68,6 @@ def size_and_time(file: Path) -> tuple[int, str]:
     return status.st_size, str(status.st_mtime_ns)
 
 
-def write_object(path: Path, content: bytes) -> None:
-    """Write an object of a bucket, which appears only when it is whole.
-
-    Raises:
-        FileNotFoundError: there is no such bucket.
-    """
-    with _named(path):
-        path.write_bytes(content)
-
-
 def copy_file(src: Path, dst: Path) -> None:
     """Copy a file of this machine or of a bucket to this machine."""
     if in_bucket(src):
@@ -91,22 +77,20 @@ def copy_file(src: Path, dst: Path) -> None:
 
 
 def upload(folder: Path, dst: Path) -> None:
-    """Copy what is in the local ``folder`` into a bucket; what says that it is whole comes last."""
-    files = list(walk_files(folder))
+    """Copy what is in the local ``folder`` into a bucket; what says that it is whole comes last.
+
+    Raises:
+        FileNotFoundError: there is no such bucket.
+    """
+    files = walk_files(folder)
     for last in (False, True):
         batch = [file for file in files if (file.name in _LAST) == last]
         targets = [str(dst / str(file.relative_to(folder))) for file in batch]
-        if batch:
-            with _named(dst):
+        try:
+            if batch:
                 _filesystem().put([str(file) for file in batch], targets)
-
-
-@contextmanager
-def _named(dst: Path) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError:  # of gcsfs, naming an address
-        raise FileNotFoundError(f"{dst}: there is no such bucket to write to") from None
+        except FileNotFoundError:  # of gcsfs, naming an address
+            raise FileNotFoundError(f"{targets[0]}: there is no such bucket to write to") from None
 
 
 def _filesystem() -> Any:

@@ -17,8 +17,7 @@ from gguf import GGMLQuantizationType as QType
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from e5v_jax.checkpoints.gguf import GGUFTensors, read_config
-from e5v_jax.checkpoints.gguf_file import GGUFError
+from e5v_jax.checkpoints.gguf import GGUFError, GGUFTensors, read_config
 from e5v_jax.checkpoints.gguf_tokenizer import build_tokenizer
 from e5v_jax.families.text.config import TextModelConfig
 from e5v_jax.nn.config import UnsupportedModelError

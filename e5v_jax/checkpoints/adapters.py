@@ -11,23 +11,12 @@ from orbax.checkpoint import v1 as ocp
 
 from e5v_jax.checkpoints.converted import WeightSource
 from e5v_jax.checkpoints.loading import dotted
-from e5v_jax.checkpoints.peft import Adapter, is_peft, read_adapter, zero_factors
+from e5v_jax.checkpoints.peft import ADAPTER_FILES, Adapter, read_adapter, zero_factors
 from e5v_jax.nn.layers import LoRAConfig, LoRAParam
 from e5v_jax.storage import absolute
 
 _logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
-
-
-def find_run(folder: Path) -> tuple[Path, int | None] | None:
-    """(run folder, step) of a run folder (step None) or a RUN/checkpoints/STEP."""
-    folder = absolute(folder)
-    if (folder / "run.json").is_file():
-        return folder, None
-    run = folder.parent.parent
-    if folder.parent.name == CHECKPOINTS and folder.name.isdigit() and find_run(run):
-        return run, int(folder.name)
-    return None
 
 
 def read_run_info(run: Path) -> dict[str, Any]:
@@ -43,8 +32,7 @@ def read_run_info(run: Path) -> dict[str, Any]:
         raise ValueError(f"{file}: not JSON ({error}); restore it from a copy") from error
     match info:
         case {"config": {"data": {}}}:
-            fields: dict[str, Any] = info
-            return fields
+            return dict(info)
     raise ValueError(f'{file}: expected an object with a run\'s "config"; restore it from a copy')
 
 
@@ -57,9 +45,8 @@ def lora_of(run: Path, config: dict[str, Any]) -> LoRAConfig | None:
     try:
         return None if config["lora"] is None else LoRAConfig(**config["lora"])
     except (KeyError, TypeError) as error:
-        raise ValueError(
-            f"{run / 'run.json'}: config.lora cannot be read ({error}); restore it from a copy"
-        ) from error
+        message = f"{run}/run.json: config.lora cannot be read ({error}); restore it from a copy"
+        raise ValueError(message) from error
 
 
 def read_run_adapter(run: Path, step: int | None, base: WeightSource) -> Adapter:
@@ -79,36 +66,31 @@ def read_run_adapter(run: Path, step: int | None, base: WeightSource) -> Adapter
         if not steps or (step is not None and step not in steps):
             wanted = "" if step is None else f" of step {step}"
             raise ValueError(f"{folder}: no checkpoint{wanted}; found steps {steps}")
-        like = nnx.from_flat_state(
-            [
-                (tuple(path.split(".")), LoRAParam(zeros))
-                for path, zeros in zero_factors(base.table, lora).items()
-            ]
-        )
+        zeros = zero_factors(base.table, lora)
+        like = nnx.from_flat_state([(tuple(p.split(".")), LoRAParam(x)) for p, x in zeros.items()])
         state = checkpointer.load(steps[-1] if step is None else step, {"trainable": like})
     values = nnx.to_flat_state(state["trainable"])
     return Adapter(lora, {dotted(path): np.asarray(leaf[...]) for path, leaf in values})
 
 
 def load_adapter(folder: Path, base: WeightSource) -> Adapter:
-    """LoRA factors of a PEFT folder, a run folder or RUN/checkpoints/STEP.
-
-    Of a run folder, those that the finished run left, else those of the newest checkpoint.
+    """LoRA factors of a PEFT folder, RUN/checkpoints/STEP or RUN (of its end, else the newest).
 
     Raises:
         FileNotFoundError: neither.
         ValueError: the adapter does not fit the model.
     """
-    run = find_run(folder)
-    if run is not None:
-        path, step = run
-        prompt = read_run_info(path)["config"]["data"].get("prompt", "text")
+    run, step = absolute(folder), None
+    if run.parent.name == CHECKPOINTS and run.name.isdigit() and not (run / "run.json").is_file():
+        run, step = run.parent.parent, int(run.name)
+    if (run / "run.json").is_file():
+        prompt = read_run_info(run)["config"]["data"].get("prompt", "text")
         if prompt not in ("text", "released"):
-            _logger.warning("%s was trained with data.prompt %r: encode with it too", path, prompt)
-        if step is not None or not is_peft(path / "adapter"):
-            return read_run_adapter(path, step, base)
-        folder = path / "adapter"
-    if is_peft(folder):
+            _logger.warning("%s was trained with data.prompt %r: encode with it too", run, prompt)
+        folder = run / "adapter"
+        if step is not None or not (folder / ADAPTER_FILES[0]).is_file():
+            return read_run_adapter(run, step, base)
+    if (folder / ADAPTER_FILES[0]).is_file():
         return read_adapter(folder, base.table)
     raise FileNotFoundError(
         f"{folder}: neither a PEFT adapter (adapter_config.json) nor a run folder (run.json) or "

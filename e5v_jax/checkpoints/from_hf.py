@@ -1,7 +1,7 @@
 """The command ``e5v-convert SRC DST``: any Hugging Face layout -> a converted folder."""
 
 import json
-import shutil
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -14,19 +14,11 @@ from rich.progress import track
 
 from e5v_jax import cli
 from e5v_jax.atomic import check_new, new_folder
-from e5v_jax.checkpoints.converted import (
-    FORMAT_VERSION,
-    ConvertedInfo,
-    is_converted,
-    write_info,
-    write_params,
-)
-from e5v_jax.checkpoints.gguf_tokenizer import build_tokenizer
+from e5v_jax.checkpoints import converted
 from e5v_jax.checkpoints.hf_source import HfSource, open_source, resolve
-from e5v_jax.checkpoints.peft import ADAPTER_FILES, Adapter, merge_into, read_adapter
+from e5v_jax.checkpoints.peft import ADAPTER_FILES, Adapter, read_adapter, read_merged
 from e5v_jax.checkpoints.safetensors_file import TensorSpec, write_file
-from e5v_jax.checkpoints.tokenizer import TOKENIZER_FILES, has_tokenizer, load_tokenizer
-from e5v_jax.families.base import ModelConfig
+from e5v_jax.checkpoints.tokenizer import copy_named, has_tokenizer, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -47,70 +39,23 @@ class Args:
     """Branch, tag or commit, for a hub id."""
 
 
-def target_dtype(source: HfSource, dtype: str) -> np.dtype[Any]:
-    """The NumPy dtype to store."""
-    if dtype == "auto":
-        return source.dtype()
-    import ml_dtypes
-
-    return np.dtype({"bfloat16": ml_dtypes.bfloat16}.get(dtype, dtype))
-
-
 def _read_groups(
     source: HfSource, dtype: np.dtype[Any], adapter: Adapter | None
 ) -> Iterator[dict[str, np.ndarray]]:
     # the content hash depends on the order
     groups = source.table.groups(sorted(source.shapes()))
     for group in track(groups, description="converting", disable=not sys.stderr.isatty()):
-        arrays = {}
-        for name, array in zip(group, source.read(group), strict=True):
-            if adapter is not None:
-                array = merge_into(source.table.stored[name], array, adapter)
-            arrays[name] = array.astype(dtype, copy=False)
-            del array
-        yield arrays
+        yield dict(read_merged(source, group, adapter, dtype))
 
 
 def write_unused(folder: Path, source: HfSource, dtype: np.dtype[Any]) -> None:
     """Write ``unused.safetensors``, the tensors that only an export needs, if there are any."""
-    unused = source.unused()
+    unused = {key: slot for key, slot in source.slots.items() if not slot.needed}
     if unused:
-        specs = [TensorSpec(to, source.tensors.shape(key), dtype) for key, to in unused.items()]
+        prefixes = source.table.export_prefixes
+        specs = [TensorSpec(x.key(prefixes), x.row.hf_shape, dtype) for x in unused.values()]
         arrays = (source.tensors.read(key).astype(dtype, copy=False) for key in unused)
         write_file(folder / "unused.safetensors", specs, arrays)
-
-
-def copy_tokenizer(src: Path, dst: Path) -> None:
-    """Bring tokenizer and preprocessor files along, or build them from a GGUF file."""
-    if src.is_file():
-        build_tokenizer(src).save_pretrained(dst)
-        return
-    for name in TOKENIZER_FILES:
-        if (src / name).is_file():
-            shutil.copyfile(src / name, dst / name)
-
-
-def match_tokenizer(folder: Path, source: HfSource) -> ModelConfig:
-    """The configuration as the tokenizer in ``folder`` has it; tokens that it lacks are added.
-
-    Raises:
-        ValueError: configuration and tokenizer belong to different models.
-    """
-    if not has_tokenizer(folder):  # weights alone
-        return source.family.match_tokenizer(source.config, None)
-    tokenizer = load_tokenizer(folder)
-    size = len(tokenizer)
-    config = source.family.match_tokenizer(source.config, tokenizer)
-    if len(tokenizer) != size:
-        tokenizer.save_pretrained(folder)
-    return config
-
-
-def copy_adapter(src: Path, dst: Path) -> None:
-    """Carry a PEFT folder along, without a training checkpoint's optimizer and the like."""
-    dst.mkdir()
-    for name in ADAPTER_FILES:
-        shutil.copyfile(src / name, dst / name)
 
 
 def convert(args: Args) -> None:
@@ -123,37 +68,40 @@ def convert(args: Args) -> None:
         raise cli.UsageError("--merge: needs --adapter")
     check_new(args.dst)
     path = resolve(args.src, args.revision)
-    if is_converted(path):
+    if converted.is_converted(path):
         raise ValueError(f"{path}: already a converted folder")
     source = open_source(path)
-    adapter = None
-    if args.adapter is not None:
-        adapter = read_adapter(args.adapter, source.table)
-    dtype = target_dtype(source, args.dtype)
+    adapter = None if args.adapter is None else read_adapter(args.adapter, source.table)
+    dtype = source.dtype() if args.dtype == "auto" else np.dtype(args.dtype)
     with new_folder(args.dst) as folder:
-        merged = adapter if args.merge else None
-        content_hash, shapes = write_params(folder, _read_groups(source, dtype, merged))
+        groups = _read_groups(source, dtype, adapter if args.merge else None)
+        content_hash, shapes = converted.write_params(folder, groups)
         write_unused(folder, source, dtype)
-        copy_tokenizer(path, folder)
-        config = match_tokenizer(folder, source)
+        copy_named(path, folder)
+        if path.is_file():
+            load_tokenizer(path).save_pretrained(folder)
+        tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None  # weights alone
+        size = len(tokenizer or ())
+        config = source.family.match_tokenizer(source.config, tokenizer)
+        if tokenizer is not None and len(tokenizer) != size:  # tokens that it lacked
+            tokenizer.save_pretrained(folder)
         if args.adapter is not None and not args.merge:
-            copy_adapter(args.adapter, folder / "adapter")
+            (folder / "adapter").mkdir()  # without a training checkpoint's optimizer and the like
+            copy_named(args.adapter, folder / "adapter", ADAPTER_FILES)
         (folder / "hf_config.json").write_text(json.dumps(source.raw_config, indent=1) + "\n")
-        write_info(
-            folder,
-            ConvertedInfo(
-                format_version=FORMAT_VERSION,
-                model_type=source.raw_config["model_type"],
-                model=asdict(config),  # type: ignore[call-overload]  # every family's is a dataclass
-                source=Path(args.src).name if path.is_file() else args.src,
-                revision=args.revision,
-                dtype=dtype.name,
-                content_hash=content_hash,
-                parameters=shapes,
-            ),
+        info = converted.ConvertedInfo(
+            format_version=converted.FORMAT_VERSION,
+            model_type=source.raw_config["model_type"],
+            model=asdict(config),
+            source=Path(args.src).name if path.is_file() else args.src,
+            revision=args.revision,
+            dtype=dtype.name,
+            content_hash=content_hash,
+            parameters=shapes,
         )
-    size = sum(int(np.prod(s)) for s in shapes.values())
-    print(f"{args.dst}: {size / 1e6:.1f} M parameters in {dtype.name}, hash {content_hash[:12]}")
+        converted.write_info(folder, info)
+    count = sum(math.prod(shape) for shape in shapes.values())
+    print(f"{args.dst}: {count / 1e6:.1f} M parameters in {dtype.name}, hash {content_hash[:12]}")
 
 
 def main() -> None:

@@ -1,23 +1,22 @@
-"""Read a Llama-architecture GGUF file as if it were a Hugging Face text-only folder.
+"""A Llama-architecture GGUF file as a Hugging Face text-only folder: its config and its tensors.
 
-Two views of one file: its ``config.json`` (:func:`read_config`) and its tensors under Hugging Face
-names (:class:`GGUFTensors`); ``gguf_tokenizer`` is the third. torch is never imported.
-
-Sources: the GGUF key and tensor names are llama.cpp's (``gguf.constants``); which key means what in
-Hugging Face terms follows transformers' ``modeling_gguf_pytorch_utils`` and ``integrations.gguf``.
+torch is never imported. The GGUF key and tensor names are llama.cpp's (``gguf.constants``); which
+key means what in Hugging Face terms follows transformers' ``modeling_gguf_pytorch_utils`` and
+``integrations.gguf``.
 """
 
 import dataclasses
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
-from gguf import MODEL_ARCH, ReaderTensor, get_tensor_name_map
+from gguf import MODEL_ARCH, GGUFReader, ReaderTensor, get_tensor_name_map
 from gguf.quants import dequantize
 
-from e5v_jax.checkpoints.gguf_file import GGUFError, GGUFFile, open_gguf, unreadable
 from e5v_jax.families.text import TEXT
 from e5v_jax.nn.config import TextConfig, UnsupportedModelError
+from e5v_jax.storage import size_and_time
 
 # GGUF metadata -> config.json, one value each. All are required.
 CONFIG_KEYS = {
@@ -32,51 +31,117 @@ CONFIG_KEYS = {
     "llama.rope.dimension_count": "head_dim",
     "llama.rope.freq_base": "rope_theta",
 }
-# Keys that ask for another computation unless they hold this value.
+# Keys that ask for another computation unless they hold this value, or that of this key.
 NEUTRAL_VALUES = {
     "llama.rope.scaling.type": "none",
     "llama.expert_count": 0,
     "llama.expert_used_count": 0,
 }
-IGNORED_KEYS = {
-    "llama.attention.key_length": "compared with llama.rope.dimension_count",
-    "llama.attention.value_length": "compared with llama.rope.dimension_count",
-    "llama.tensor_data_layout": "names the row order of q and k that every Llama GGUF file has",
+SAME_VALUES = {
+    "llama.attention.key_length": "llama.rope.dimension_count",
+    "llama.attention.value_length": "llama.rope.dimension_count",
 }
+IGNORED_KEY = "llama.tensor_data_layout"  # the row order of q and k, the same in every file
 ROWS_AT_ONCE = 1024  # rows of a matrix dequantised together
+
+
+class GGUFError(ValueError):
+    """The file is not a whole, well-formed GGUF file; the message names it and says what to do."""
+
+
+class GGUFFile(GGUFReader):
+    """An open GGUF file: metadata and tensor table parsed, tensor data untouched."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.path = path
+
+    def get(self, key: str) -> Any:
+        """The value of a metadata key (scalar, str or list), or None when the file lacks it."""
+        field = self.get_field(key)
+        return None if field is None else field.contents()
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Raise :class:`UnsupportedModelError`, naming the file."""
+        raise UnsupportedModelError(f"{self.path}: {reason}")
+
+    def require(self, key: str) -> Any:
+        """The value of a metadata key; a missing one raises :class:`GGUFError` naming it."""
+        if (value := self.get(key)) is None:
+            raise GGUFError(
+                f"{self.path}: no metadata key {key!r}, which cannot be guessed; convert the model "
+                "to GGUF again with a current llama.cpp, or convert its Hugging Face folder instead"
+            )
+        return value
+
+
+def open_gguf(path: str | Path) -> GGUFFile:
+    """Parse a GGUF file's metadata; the last one is cached.
+
+    Raises:
+        FileNotFoundError, GGUFError: no such file; not GGUF, cut short or damaged.
+        UnsupportedModelError: the other byte order, or one part of several.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    return _parse(Path(path), *size_and_time(Path(path)))
+
+
+@lru_cache(maxsize=1)  # the vocabulary takes seconds to parse, and one conversion asks three times
+def _parse(path: Path, _size: int, _written: str) -> GGUFFile:
+    with path.open("rb") as start:
+        magic = start.read(4)
+    if magic != b"GGUF":
+        raise GGUFError(f"{path}: not a GGUF file (it starts with {magic!r}, expected b'GGUF')")
+    try:
+        file = GGUFFile(path)
+    except (ValueError, IndexError, KeyError) as error:
+        raise unreadable(path, str(error)) from error
+    if file.byte_order == "S":
+        file.refuse("byte order is not this machine's; convert it with gguf's gguf-convert-endian")
+    if (parts := file.get("split.count") or 1) > 1:
+        todo = "join them first with llama-gguf-split --merge"
+        file.refuse(f"one part of {parts} (split.count); {todo}")
+    return file
+
+
+def unreadable(path: Path, detail: str) -> GGUFError:
+    """The error for a file whose contents cannot be read, with the cause ``detail``."""
+    return GGUFError(
+        f"{path}: cannot be read as GGUF ({detail}); it is cut short or damaged: fetch it again"
+    )
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
     """The ``config.json`` (``LlamaConfig`` fields) that a GGUF file stands for.
 
-    ``pad_token_id`` is None when the file names no padding token. ``tie_word_embeddings`` is true
-    when there is no ``output.weight`` (llama.cpp leaves out a tied one).
-
     Raises:
-        FileNotFoundError: there is no such file.
-        GGUFError: not a GGUF file, cut short, or a required metadata key is missing.
+        FileNotFoundError, GGUFError: as :func:`open_gguf`, or a required metadata key is missing.
         UnsupportedModelError: another architecture, scaled rotary positions, experts, or any
             architecture key or shape that this reader does not know, by its name.
     """
     file = open_gguf(path)
-    architecture = file.require("general.architecture")
-    if architecture != "llama":
-        raise UnsupportedModelError(
-            f"{file.path}: unsupported architecture {architecture!r} (general.architecture): "
-            "expected 'llama'"
-        )
-    _refuse_unknown_options(file)
-    config = {name: file.require(key) for key, name in CONFIG_KEYS.items()}
+    if (name := file.require("general.architecture")) != "llama":
+        file.refuse(f"unsupported architecture {name!r} (general.architecture): expected 'llama'")
+    for key in file.fields:
+        if not key.startswith("llama.") or key in CONFIG_KEYS or key == IGNORED_KEY:
+            continue
+        value = file.get(key)
+        if same := SAME_VALUES.get(key):
+            if value != file.require(same):
+                file.refuse(f"{key} is {value}, expected {same} ({file.get(same)})")
+        elif key not in NEUTRAL_VALUES or value != NEUTRAL_VALUES[key]:
+            what = "scaled rotary positions" if key.startswith("llama.rope.scal") else "this option"
+            file.refuse(f"{key} is {value!r}: {what} not supported")
+    tensors = {tensor.name for tensor in file.tensors}
+    if "rope_freqs.weight" in tensors:
+        what = "scaled rotary positions (Llama 3.1 and later)"
+        file.refuse(f"tensor rope_freqs.weight: {what} not supported")
+    config = {}
     for key, name in CONFIG_KEYS.items():
+        config[name] = file.require(key)
         if isinstance(config[name], list):
-            raise UnsupportedModelError(f"{file.path}: {key} is a list; expected one value")
-    for key in ("llama.attention.key_length", "llama.attention.value_length"):
-        found = file.get(key)
-        if found is not None and found != config["head_dim"]:
-            raise UnsupportedModelError(
-                f"{file.path}: {key} is {found}, expected llama.rope.dimension_count "
-                f"({config['head_dim']})"
-            )
+            file.refuse(f"{key} is a list; expected one value")
     return {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -84,49 +149,37 @@ def read_config(path: str | Path) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "tie_word_embeddings": "output.weight" not in tensors,  # llama.cpp leaves out a tied one
         "bos_token_id": file.require("tokenizer.ggml.bos_token_id"),
         "eos_token_id": file.require("tokenizer.ggml.eos_token_id"),
         "pad_token_id": file.get("tokenizer.ggml.padding_token_id"),
     }
 
 
-def _refuse_unknown_options(file: GGUFFile) -> None:
-    """Raise for metadata or tensors that ask for something a plain Llama decoder does not do."""
-    for key in file.keys:
-        if not key.startswith("llama.") or key in CONFIG_KEYS or key in IGNORED_KEYS:
-            continue
-        value = file.get(key)
-        if key not in NEUTRAL_VALUES or value != NEUTRAL_VALUES[key]:
-            what = "scaled rotary positions" if key.startswith("llama.rope.scal") else "this option"
-            raise UnsupportedModelError(f"{file.path}: {key} is {value!r}: {what} not supported")
-    if "rope_freqs.weight" in file.tensors:
-        raise UnsupportedModelError(
-            f"{file.path}: tensor rope_freqs.weight: scaled rotary positions (Llama 3.1 and later) "
-            "not supported"
-        )
-
-
 class GGUFTensors:
-    """The tensors of a GGUF file under Hugging Face names, dequantised one at a time.
-
-    Raises what :func:`read_config` raises, and :class:`UnsupportedModelError` for a tensor with
-    no counterpart in ``LlamaForCausalLM`` (biases, experts), by its name.
-    """
+    """The tensors of a GGUF file under Hugging Face names, dequantised one at a time."""
 
     def __init__(self, path: str | Path) -> None:
+        """Find the place of every tensor in ``LlamaForCausalLM``.
+
+        Raises:
+            UnsupportedModelError: a tensor without one (biases, experts), by its name.
+            GGUFError, FileNotFoundError: as :func:`read_config`.
+        """
         self._config = read_config(path)
-        self._layers: int = self._config["num_hidden_layers"]
         self._file = open_gguf(path)
-        names = self._hf_names()
-        self._by_key = {}
-        for name, tensor in self._file.tensors.items():
-            if name not in names:
-                raise UnsupportedModelError(
-                    f"{self._file.path}: tensor {name!r} has no place in a Llama model of "
-                    f"{self._layers} layers"
-                )
-            self._by_key[names[name]] = tensor
+        layers = self._config["num_hidden_layers"]
+        text = {f.name: self._config[f.name] for f in dataclasses.fields(TextConfig)}
+        table = TEXT.parameters(TEXT.config_from_dict({"text": text}))
+        theirs = get_tensor_name_map(MODEL_ARCH.LLAMA, layers)
+        keys = [slot.key(table.export_prefixes) for slot in table.slots]
+        names = {theirs.get_name(key, try_suffixes=(".weight",)): key for key in keys}
+        self._by_key: dict[str, ReaderTensor] = {}
+        for tensor in self._file.tensors:
+            if tensor.name not in names:
+                place = f"no place in a Llama model of {layers} layers"
+                self._file.refuse(f"tensor {tensor.name!r} has {place}")
+            self._by_key[names[tensor.name]] = tensor
 
     def keys(self) -> list[str]:
         """Hugging Face names such as ``model.layers.0.self_attn.q_proj.weight``, in file order."""
@@ -146,7 +199,6 @@ class GGUFTensors:
         Peak memory: the float32 array (twice it for q and k) and a slice of stored bytes.
 
         Raises:
-            KeyError: no such tensor.
             GGUFError: the file has become shorter since it was opened.
             UnsupportedModelError: a storage type that the ``gguf`` package cannot dequantise.
         """
@@ -162,46 +214,25 @@ class GGUFTensors:
                 raw = np.fromfile(file, dtype=part.dtype, count=part.size)
                 if raw.size != part.size:
                     raise unreadable(self._file.path, f"tensor {tensor.name} ends early")
-                weight[start : start + len(part)] = self._dequantize(
-                    raw.reshape(part.shape), tensor
-                )
-        weight = weight.reshape(self.shape(key))
-        if key.endswith("self_attn.q_proj.weight"):
-            return self._unpermute(tensor.name, weight, self._config["num_attention_heads"])
-        if key.endswith("self_attn.k_proj.weight"):
-            return self._unpermute(tensor.name, weight, self._config["num_key_value_heads"])
-        return weight
-
-    def _dequantize(self, raw: np.ndarray, tensor: ReaderTensor) -> np.ndarray:
-        try:
-            return dequantize(raw, tensor.tensor_type)
-        except NotImplementedError:
-            raise UnsupportedModelError(
-                f"{self._file.path}: tensor {tensor.name} is stored as {tensor.tensor_type.name}, "
-                "which cannot be dequantised; use a file with another quantisation"
-            ) from None
-
-    def _hf_names(self) -> dict[str, str]:
-        """Hugging Face names by the file's, as the gguf package knows them."""
-        text = {f.name: self._config[f.name] for f in dataclasses.fields(TextConfig)}
-        table = TEXT.parameters(TEXT.config_from_dict({"text": text}))
-        theirs = get_tensor_name_map(MODEL_ARCH.LLAMA, self._layers)
-        keys = (slot.key(table.export_prefixes) for slot in table.slots)
-        found = {key: theirs.get_name(key, try_suffixes=(".weight",)) for key in keys}
-        return {name: key for key, name in found.items() if name is not None}
-
-    def _unpermute(self, name: str, weight: np.ndarray, heads: int) -> np.ndarray:
-        """Undo the row order llama.cpp gives q and k.
-
-        Its rotary embedding turns neighbouring rows (2i, 2i + 1) of a head, Hugging Face's turns
-        rows i and i + head_dim / 2. Inverse of ``permute`` in llama.cpp's convert_hf_to_gguf.py.
-        """
-        head_dim = int(self._config["head_dim"])
-        rows, columns = weight.shape
-        if rows != heads * head_dim:
+                try:
+                    rows = dequantize(raw.reshape(part.shape), tensor.tensor_type)
+                except NotImplementedError:
+                    self._file.refuse(
+                        f"tensor {tensor.name} is stored as {tensor.tensor_type.name}, which "
+                        "cannot be dequantised; use a file with another quantisation"
+                    )
+                weight[start : start + len(part)] = rows
+        head_counts = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+        if (heads := head_counts.get(key.split(".")[-2])) is None:
+            return weight.reshape(self.shape(key))
+        # Undo the row order llama.cpp gives q and k, whose rotary embedding turns neighbouring rows
+        # (2i, 2i + 1) of a head; Hugging Face's turns rows i and i + head_dim / 2. Inverse of
+        # ``permute`` in llama.cpp's convert_hf_to_gguf.py.
+        count, head_dim = self._config[heads], self._config["head_dim"]
+        if len(weight) != count * head_dim:
             raise GGUFError(
-                f"{self._file.path}: tensor {name} has {rows} rows, expected {heads} heads x "
-                f"head_dim {head_dim} (llama.rope.dimension_count)"
+                f"{self._file.path}: tensor {tensor.name} has {len(weight)} rows, expected {count} "
+                f"heads x head_dim {head_dim} (llama.rope.dimension_count)"
             )
-        weight = weight.reshape(heads, head_dim // 2, 2, columns)  # [H, D/2, 2, in]
-        return weight.swapaxes(1, 2).reshape(rows, columns)  # [H, 2, D/2, in] -> [H * D, in]
+        split = weight.reshape(count, head_dim // 2, 2, -1)  # [H, D/2, 2, in]
+        return split.swapaxes(1, 2).reshape(weight.shape)  # [H, 2, D/2, in] -> [H * D, in]

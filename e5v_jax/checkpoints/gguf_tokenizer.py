@@ -10,107 +10,83 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer
 
-from e5v_jax.checkpoints.gguf_file import GGUFError, GGUFFile, open_gguf
-from e5v_jax.nn.config import UnsupportedModelError
+from e5v_jax.checkpoints.gguf import GGUFError, open_gguf
 
 # `tokenizer.ggml.pre` of byte-level vocabularies: transformers splits text by these rules, and
 # falls back on GPT-2's rule for any name it does not know, hence the list.
 GPT2_SPLITS = ("gpt-2", "smollm")
 LLAMA3_SPLITS = ("llama-bpe", "llama3", "llama-v3", "tekken")
-SPECIAL_TOKENS = {
-    "bos_token": "tokenizer.ggml.bos_token_id",
-    "eos_token": "tokenizer.ggml.eos_token_id",
-    "unk_token": "tokenizer.ggml.unknown_token_id",
-    "pad_token": "tokenizer.ggml.padding_token_id",
-}
+SPECIAL_TOKENS = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
 
 
 def build_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """The tokenizer a GGUF file describes, ready for ``save_pretrained``.
 
-    Control tokens that are neither bos, eos, unk nor pad become ``extra_special_tokens``. Ids are
-    those of ``AutoTokenizer.from_pretrained(folder, gguf_file=...)``, which builds it the same way,
-    except for Llama 3's vocabulary, where that departs from the model's own tokenizer.
+    Ids are those of ``AutoTokenizer.from_pretrained(folder, gguf_file=...)``, which builds it the
+    same way, except for Llama 3's vocabulary, where that departs from the model's own tokenizer.
 
     Raises:
-        GGUFError, FileNotFoundError: as :func:`read_config`.
+        GGUFError, FileNotFoundError: as :func:`e5v_jax.checkpoints.gguf.open_gguf`.
         UnsupportedModelError: a kind of vocabulary or splitting rule that is not known here.
     """
     file = open_gguf(path)
     kind = file.require("tokenizer.ggml.model")
     tokens: list[str] = file.require("tokenizer.ggml.tokens")
-    description = {
-        "tokenizer_type": kind,
-        "tokens": tokens,
-        "token_type": file.require("tokenizer.ggml.token_type"),
-    }
+    token_types = file.require("tokenizer.ggml.token_type")
+    description = {"tokenizer_type": kind, "tokens": tokens, "token_type": token_types}
     split = None
     if kind == "gpt2":
         split = file.require("tokenizer.ggml.pre")
         if split not in GPT2_SPLITS + LLAMA3_SPLITS:
-            raise UnsupportedModelError(
-                f"{file.path}: tokenizer.ggml.pre is {split!r}: expected one of "
-                f"{', '.join(GPT2_SPLITS + LLAMA3_SPLITS)}"
-            )
+            known = ", ".join(GPT2_SPLITS + LLAMA3_SPLITS)
+            file.refuse(f"tokenizer.ggml.pre is {split!r}: expected one of {known}")
         description["pre_tokenizer_type"] = split
         description["merges"] = file.require("tokenizer.ggml.merges")
     elif kind == "llama":
         description["scores"] = file.require("tokenizer.ggml.scores")  # merges follow from them
         if file.get("tokenizer.ggml.add_space_prefix") is False:
-            raise UnsupportedModelError(
-                f"{file.path}: tokenizer.ggml.add_space_prefix is False: only sentencepiece "
-                "vocabularies with the leading space are supported"
+            file.refuse(
+                "tokenizer.ggml.add_space_prefix is False: only sentencepiece vocabularies with "
+                "the leading space are supported"
             )
     else:
-        raise UnsupportedModelError(
-            f"{file.path}: tokenizer.ggml.model is {kind!r}: expected 'gpt2' or 'llama'"
-        )
+        file.refuse(f"tokenizer.ggml.model is {kind!r}: expected 'gpt2' or 'llama'")
     backend, _ = convert_gguf_tokenizer("llama", description)
-    backend = _drop_added(backend, len(tokens))
+    if backend.get_vocab_size() != len(tokens):
+        # transformers' GPT-2 class adds <|endoftext|>, whose id would have no row in the embedding
+        # table, or the row of <image>
+        state = json.loads(backend.to_str())
+        state["added_tokens"] = [t for t in state["added_tokens"] if t["id"] < len(tokens)]
+        backend = Tokenizer.from_str(json.dumps(state))
+    add_bos = file.get("tokenizer.ggml.add_bos_token")
+    if add_bos is None:
+        # llama.cpp's rule (llama-vocab.cpp): files made before the flag was written leave it out,
+        # Llama 3's among them, and those need bos
+        add_bos = kind == "llama" or split in LLAMA3_SPLITS
     if split in LLAMA3_SPLITS:
         # A word that is a token stays whole, as in Llama 3's own tokenizer.json and in llama.cpp:
         # some 600 tokens of its vocabulary cannot be reached by merges.
         backend.model.ignore_merges = True
     named = {}
-    for name, key in SPECIAL_TOKENS.items():
-        index = file.require(key) if name in ("bos_token", "eos_token") else file.get(key)
+    for name, theirs in SPECIAL_TOKENS.items():
+        key = f"tokenizer.ggml.{theirs}_token_id"
+        index = file.require(key) if name in ("bos", "eos") else file.get(key)
         if index is not None and index >= len(tokens):
             raise GGUFError(f"{file.path}: {key} is {index}, but there are {len(tokens)} tokens")
-        named[name] = None if index is None else tokens[index]
-    special = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
+        named[f"{name}_token"] = None if index is None else tokens[index]
+    control = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        extra_special_tokens=[t for t in tokens if t in special and t not in named.values()],
-        add_bos_token=_adds_bos(file, kind, split),
+        extra_special_tokens=[t for t in tokens if t in control and t not in named.values()],
+        add_bos_token=bool(add_bos),
         add_eos_token=bool(file.get("tokenizer.ggml.add_eos_token")),
         chat_template=file.get("tokenizer.chat_template"),
         **named,
     )
     if len(tokenizer) != len(tokens):  # they were respelled in bytes, then added past the end
         added = [t for t, i in tokenizer.get_added_vocab().items() if i >= len(tokens)]
-        raise UnsupportedModelError(
-            f"{file.path}: special tokens {added} are not spelled in the alphabet of a byte-level "
-            "vocabulary; convert the model's Hugging Face folder instead"
+        file.refuse(
+            f"special tokens {added} are not spelled in the alphabet of a byte-level vocabulary; "
+            "convert the model's Hugging Face folder instead"
         )
     return tokenizer
-
-
-def _adds_bos(file: GGUFFile, kind: str, split: str | None) -> bool:
-    """Whether encoding starts with bos: the file's flag, else llama.cpp's rule (llama-vocab.cpp).
-
-    Files made before the flag was written leave it out, Llama 3's among them, and those need bos.
-    """
-    flag = file.get("tokenizer.ggml.add_bos_token")
-    return (kind == "llama" or split in LLAMA3_SPLITS) if flag is None else bool(flag)
-
-
-def _drop_added(backend: Tokenizer, size: int) -> Tokenizer:
-    """Remove tokens past the file's ``size``: transformers' GPT-2 class adds ``<|endoftext|>``.
-
-    That id has no row in the embedding table, or is the row of ``<image>``.
-    """
-    if backend.get_vocab_size() == size:
-        return backend
-    state = json.loads(backend.to_str())
-    state["added_tokens"] = [t for t in state["added_tokens"] if t["id"] < size]
-    return Tokenizer.from_str(json.dumps(state))

@@ -4,216 +4,98 @@ import json
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
-import safetensors
 
 from e5v_jax.checkpoints.gguf import GGUFTensors, read_config
 from e5v_jax.checkpoints.names import map_keys
-from e5v_jax.checkpoints.safetensors_file import DTYPES, INDEX
-from e5v_jax.checkpoints.tokenizer import read_preprocessor
+from e5v_jax.checkpoints.safetensors_file import SafetensorsFolder
 from e5v_jax.families import find_family
 from e5v_jax.families.base import Family, ModelConfig
 from e5v_jax.nn.config import UnsupportedModelError
 from e5v_jax.storage import as_path, in_bucket
 
 
-class TensorReader(Protocol):
-    """Named tensors in Hugging Face's orientation, read one at a time."""
-
-    def keys(self) -> list[str]:
-        """Hugging Face names."""
-        ...
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of one tensor."""
-        ...
-
-    def dtype(self, key: str) -> np.dtype[Any]:
-        """Dtype of one tensor."""
-        ...
-
-    def read(self, key: str) -> np.ndarray:
-        """One tensor."""
-        ...
-
-
-class SafetensorsFolder:
-    """A folder with one or several ``*.safetensors``."""
-
-    def __init__(self, folder: Path) -> None:
-        """Open every shard's header.
-
-        Raises:
-            FileNotFoundError: no safetensors, or a shard that the index names is missing.
-            ValueError: a damaged shard or index, a key in two shards or not in the one that the
-                index names, only pickled ``.bin`` weights.
-        """
-        self.folder = folder
-        index = folder / INDEX
-        weight_map = _read_weight_map(index) if index.is_file() else {}
-        if weight_map:
-            files = sorted({folder / name for name in weight_map.values()})
-        elif (folder / "model.safetensors").is_file():
-            files = [folder / "model.safetensors"]  # others beside it hold something else
-        else:
-            files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
-                raise ValueError(
-                    f"{folder}: only pickled .bin weights, which can run code when loaded; save "
-                    "the model as safetensors first (save_pretrained in transformers)"
-                )
-            raise FileNotFoundError(f"{folder}: no *.safetensors file")
-        self._files: dict[str, Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        self._kinds: dict[str, str] = {}
-        for file in files:
-            self._open(file)
-        for key, name in weight_map.items():
-            if self._files.get(key) != folder / name:
-                raise ValueError(f"{folder / name}: {key} is not in this file, but {INDEX} says so")
-
-    def _open(self, file: Path) -> None:
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: missing, but {INDEX} names it")
-        try:
-            with safetensors.safe_open(file, framework="numpy") as handle:
-                for key in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    view = handle.get_slice(key)
-                    if key in self._files:
-                        raise ValueError(f"{file}: {key} is in {self._files[key].name} too")
-                    self._files[key] = file
-                    self._shapes[key] = tuple(view.get_shape())
-                    self._kinds[key] = view.get_dtype()
-        except safetensors.SafetensorError as error:
-            raise ValueError(f"{file}: damaged or truncated ({error}); fetch it again") from error
-
-    def keys(self) -> list[str]:
-        """Hugging Face names."""
-        return list(self._files)
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        """Shape of one tensor."""
-        return self._shapes[key]
-
-    def dtype(self, key: str) -> np.dtype[Any]:
-        """Dtype of one tensor.
-
-        Raises:
-            ValueError: not a dtype of weights.
-        """
-        if self._kinds[key] not in DTYPES:  # as old files keep position_ids, which nobody reads
-            raise ValueError(f"{key}: dtype {self._kinds[key]}, expected one of {sorted(DTYPES)}")
-        return DTYPES[self._kinds[key]]
-
-    def read(self, key: str) -> np.ndarray:
-        """One tensor; only its bytes are read."""
-        # opened anew each time: an open file would keep all pages it has read in memory
-        with safetensors.safe_open(self._files[key], framework="numpy") as handle:
-            return np.asarray(handle.get_tensor(key))
-
-
-def _read_weight_map(index: Path) -> dict[str, str]:
-    """Key -> file name, of a shard index."""
+def _read_json(file: Path) -> dict[str, Any]:
     try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        return {str(key): str(name) for key, name in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index}: damaged ({error!r}); fetch it again") from error
-
-
-def read_architecture(path: Path, raw: dict[str, Any]) -> tuple[Family, ModelConfig]:
-    """Family and configuration of a checkpoint at ``path`` with the parsed ``config.json`` ``raw``.
-
-    Raises:
-        UnsupportedModelError: it asks for something that is not computed here; names the file.
-        ValueError: it is no valid configuration; names the file.
-    """
-    file = path / "config.json" if path.is_dir() else path
-    try:
-        family = find_family(raw)
-        config = family.read_config(raw)
-    except UnsupportedModelError as error:
-        raise UnsupportedModelError(f"{file}: {error}") from error
-    except Exception as error:  # transformers' configuration classes raise many types
-        reason = textwrap.shorten(str(error), 200)  # some list every architecture there is
-        raise ValueError(f"{file}: not a valid configuration: {reason}") from error
-    check_preprocessor(path, family, config)
-    return family, config
+        content = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file}: expected a JSON object, found a {type(content).__name__}")
+    return content
 
 
 def check_preprocessor(folder: Path, family: Family, config: ModelConfig) -> None:
     """Refuse an image processor in ``folder`` that does something else than is computed here.
 
+    transformers 4 writes its settings to preprocessor_config.json, transformers 5 to the
+    ``image_processor`` of processor_config.json, beside the tokenizer's and the processor's own.
+
     Raises:
         UnsupportedModelError: names file and setting.
+        ValueError: a file that is no JSON object.
     """
-    for file, settings in read_preprocessor(folder):
-        try:
-            family.check_preprocessor(config, settings)
-        except UnsupportedModelError as error:
-            raise UnsupportedModelError(f"{file}: {error}") from error
+    for file in (folder / "preprocessor_config.json", folder / "processor_config.json"):
+        if file.is_file():
+            settings = _read_json(file)
+            nested = settings.pop("image_processor", {})
+            try:
+                family.check_preprocessor(config, {**settings, **nested})
+            except UnsupportedModelError as error:
+                raise UnsupportedModelError(f"{file}: {error}") from error
 
 
 class HfSource:
     """A Hugging Face checkpoint under our names (a :class:`WeightSource`)."""
 
-    def __init__(self, path: Path, tensors: TensorReader, raw_config: dict[str, Any]) -> None:
-        """Map every key, and compare every shape with what the configuration asks for.
-
-        ``path`` is the folder or file, for messages.
+    def __init__(
+        self, path: Path, tensors: SafetensorsFolder | GGUFTensors, raw_config: dict[str, Any]
+    ) -> None:
+        """Map every key of ``path``, and compare every shape with what the configuration asks for.
 
         Raises:
-            ValueError: an unsupported architecture, a key that no row knows or that is one too
-                many, a missing key or a wrong shape or dtype, by its name in the checkpoint.
+            UnsupportedModelError: the configuration asks for something not computed here.
+            ValueError: an invalid configuration, a key that no row knows or that is one too many,
+                a missing key or a wrong shape or dtype, by its name in the checkpoint.
         """
-        self.tensors = tensors
-        self.raw_config = raw_config
-        self.family, self.config = read_architecture(path, raw_config)
+        self.tensors, self.raw_config = tensors, raw_config
+        file = path / "config.json" if path.is_dir() else path
+        try:
+            self.family = find_family(raw_config)
+            self.config = self.family.read_config(raw_config)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{file}: {error}") from error
+        except Exception as error:  # transformers' configuration classes raise many types
+            reason = textwrap.shorten(str(error), 200)  # some list every architecture there is
+            raise ValueError(f"{file}: not a valid configuration: {reason}") from error
+        check_preprocessor(path, self.family, self.config)
         self.table = self.family.parameters(self.config)
         try:
-            self.key_map = map_keys(tensors.keys(), self.table)
-            self._keys = {slot.name: key for key, slot in self.key_map.slots.items() if slot.needed}
-            self._check_shapes()
+            self.slots = map_keys(tensors.keys(), self.table)
+            for key, slot in self.slots.items():
+                tensors.dtype(key)
+                found, expected = list(tensors.shape(key)), list(slot.row.hf_shape)
+                if found != expected:
+                    raise ValueError(f"{key}: shape {found}, the configuration asks for {expected}")
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
-
-    def _check_shapes(self) -> None:
-        places = set(self.table.slots)
-        for name, slot in self.table.stored.items():
-            if name not in self._keys:
-                key, shape = slot.key(self.key_map.prefixes), list(slot.row.hf_shape)
-                raise ValueError(f"{key}: missing; the configuration asks for it, shape {shape}")
-        for key, slot in self.key_map.slots.items():
-            if slot not in places:
-                raise ValueError(f"{key}: one too many; the configuration has no place for it")
-            self.tensors.dtype(key)
-            if self.tensors.shape(key) != slot.row.hf_shape:
-                raise ValueError(
-                    f"{key}: shape {list(self.tensors.shape(key))}, the configuration asks for "
-                    f"{list(slot.row.hf_shape)}"
-                )
+        self._keys = {slot.name: key for key, slot in self.slots.items() if slot.needed}
 
     def dtype(self) -> np.dtype[Any]:
         """The narrowest dtype that holds every tensor exactly."""
         kinds = {self.tensors.dtype(key) for key in self._keys.values()}
         return kinds.pop() if len(kinds) == 1 else np.dtype(np.float32)
 
-    def unused(self) -> dict[str, str]:
-        """Keys that only an export needs, and the keys it will write."""
-        prefixes = self.table.export_prefixes
-        return {k: slot.key(prefixes) for k, slot in self.key_map.slots.items() if not slot.needed}
-
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Our parameter names and shapes."""
-        return {name: self.table.stored[name].row.shape for name in self._keys}
+        return {name: self.slots[key].row.shape for name, key in self._keys.items()}
 
     def read(self, names: Sequence[str]) -> Iterator[np.ndarray]:
         """The named parameters in order, in our orientation and the source's dtype."""
-        for name in names:
-            yield self.table.stored[name].row.from_hf(self.tensors.read(self._keys[name]))
+        for key in map(self._keys.__getitem__, names):
+            yield self.slots[key].row.from_hf(self.tensors.read(key))
 
 
 def resolve(source: str, revision: str | None = None) -> Path:
@@ -227,20 +109,15 @@ def resolve(source: str, revision: str | None = None) -> Path:
         return path
     if source.count("/") != 1 or source.startswith((".", "/", "~", "gs:")):
         raise FileNotFoundError(f"{source}: no such folder or file")
-    import huggingface_hub  # only for hub ids: it is slow to import
+    from huggingface_hub import snapshot_download  # only for hub ids: it is slow to import
 
+    patterns = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
     try:
-        return Path(
-            huggingface_hub.snapshot_download(
-                source,
-                revision=revision,
-                allow_patterns=["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"],
-            )
-        )
+        return Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
     except Exception as error:  # network, authentication and missing repositories: many types
+        reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"{source}: no such folder, and not fetched from the Hugging Face hub: "
-            f"{str(error).strip().splitlines()[0]}"
+            f"{source}: no such folder, and not fetched from the Hugging Face hub: {reason}"
         ) from error
 
 
@@ -263,10 +140,5 @@ def open_source(path: Path) -> HfSource:
     config = path / "config.json"
     if not config.is_file():
         raise FileNotFoundError(f"{config}: missing; expected a Hugging Face checkpoint folder")
-    try:
-        raw = json.loads(config.read_text())
-    except ValueError as error:
-        raise ValueError(f"{config}: not valid JSON ({error})") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"{config}: expected a JSON object, found a {type(raw).__name__}")
+    raw = _read_json(config)  # before the weights: the smaller file says more
     return HfSource(path, SafetensorsFolder(path), raw)

