@@ -116,10 +116,10 @@ def read_info(folder: Path) -> ConvertedInfo:
     data = json.loads((folder / "config.json").read_text())
     if data["format_version"] == 1:
         # which knew one family, and text-only models as that family without its tower
-        data |= {"format_version": FORMAT_VERSION, "model_type": "llava_next"}
+        model_type = json.loads((folder / "hf_config.json").read_text())["model_type"]
+        data |= {"format_version": FORMAT_VERSION, "model_type": model_type}
         if data["model"]["vision"] is None:
-            text = data["model"]["text"]
-            data |= {"model_type": text["model_type"], "model": {"text": text}}
+            data["model"] = {"text": data["model"]["text"]}
     if data["format_version"] != FORMAT_VERSION:
         raise ValueError(
             f"{folder}/config.json: format_version {data['format_version']}, this version reads "

@@ -14,7 +14,7 @@ import numpy as np
 from gguf import MODEL_ARCH, GGUFReader, ReaderTensor, get_tensor_name_map
 from gguf.quants import dequantize
 
-from e5v_jax.families.text import TEXT
+from e5v_jax.families import find_family
 from e5v_jax.nn.config import TextConfig, UnsupportedModelError
 from e5v_jax.storage import size_and_time
 
@@ -170,7 +170,8 @@ class GGUFTensors:
         self._file = open_gguf(path)
         layers = self._config["num_hidden_layers"]
         text = {f.name: self._config[f.name] for f in dataclasses.fields(TextConfig)}
-        table = TEXT.parameters(TEXT.config_from_dict({"text": text}))
+        family = find_family(self._config)
+        table = family.parameters(family.config_from_dict({"text": text}))
         theirs = get_tensor_name_map(MODEL_ARCH.LLAMA, layers)
         keys = [slot.key(table.export_prefixes) for slot in table.slots]
         names = {theirs.get_name(key, try_suffixes=(".weight",)): key for key in keys}
