@@ -1,9 +1,9 @@
 """NLI corpora turned into training triplets, from tensorflow-datasets' prepared files."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from e5v_jax.data.pairs import TrainingPairs, make_pairs
 
@@ -20,12 +20,10 @@ def triplets_from_nli(rows: Iterable[tuple[str, str, str]], source: str) -> Trai
     one triplet per premise is our reading of its 275,601 rows for the 314 k entailments of SNLI
     and MultiNLI. Blank sentences and rows labelled ``-`` are left out.
 
-    Args:
-        rows: label is one of ``NLI_LABELS`` or ``-``.
-        source: stands before the row number (from 1, that of the entailment) in ``row_ids``.
+    ``source`` stands before the row number (from 1, that of the entailment) in ``row_ids``.
 
     Raises:
-        ValueError: an unknown label, or not one premise has both.
+        ValueError: a label that is neither in ``NLI_LABELS`` nor ``-``, or no premise has both.
     """
     entailments: dict[str, tuple[int, str]] = {}
     contradictions: dict[str, str] = {}
@@ -56,14 +54,11 @@ def triplets_from_nli(rows: Iterable[tuple[str, str, str]], source: str) -> Trai
 def load_tfds(
     name: Literal["snli", "multi_nli"], split: str = "train", data_dir: Path | None = None
 ) -> TrainingPairs:
-    """Triplets of a prepared tensorflow-datasets NLI corpus, read without TensorFlow.
+    """Read triplets of the newest prepared version of a tfds corpus, without TensorFlow.
 
-    Args:
-        name: the corpus; its newest prepared version is read.
-        split: as in tfds, say ``train`` or ``validation[:10%]``. multi_nli calls its validation
-            splits validation_matched and validation_mismatched.
-        data_dir: where it was prepared; None is the environment variable ``TFDS_DATA_DIR``, else
-            ``~/tensorflow_datasets``, as in tfds.
+    ``split`` is as in tfds, say ``train`` or ``validation[:10%]``; multi_nli has validation_matched
+    and validation_mismatched. ``data_dir`` is where the corpus was prepared; None is the
+    environment variable ``TFDS_DATA_DIR``, else ``~/tensorflow_datasets``, as in tfds.
 
     Raises:
         FileNotFoundError: it is not prepared there; the message has the command that does it.
@@ -102,14 +97,10 @@ def load_tfds(
             record["hypothesis"].decode(),
             UNLABELLED if record["label"] < 0 else labels[record["label"]],
         )
-        for record in _in_blocks(records)
+        for start in range(0, len(records), 4096)  # one at a time takes 2.5 times as long
+        for record in records.__getitems__(list(range(len(records))[start : start + 4096]))
     )
     return triplets_from_nli(rows, source=f"{name}/{folder.name}/{split}")
-
-
-def _in_blocks(records: Any) -> Iterator[dict[str, Any]]:
-    for start in range(0, len(records), 4096):  # one at a time takes 2.5 times as long
-        yield from records.__getitems__(list(range(start, min(start + 4096, len(records)))))
 
 
 def _how_to_prepare(name: str, root: Path) -> str:

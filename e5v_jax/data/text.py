@@ -4,6 +4,7 @@ NumPy and a fast tokenizer of transformers only; no torch, no jax.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,27 +35,23 @@ def encode_batch(tokenizer: PreTrainedTokenizerFast, filled: Sequence[str]) -> l
     ids: list[list[int]] = tokenizer(
         list(filled), padding=False, truncation=False, return_attention_mask=False, verbose=False
     )["input_ids"]
-    _check_surroundings(tokenizer, filled[0], ids[0])
-    return ids
-
-
-def _check_surroundings(tokenizer: PreTrainedTokenizerFast, text: str, ids: list[int]) -> None:
-    """What the post-processor adds is the same for every text, so one text tells."""
-    bare: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    # What the post-processor adds is the same for every text, so one text tells.
+    bare: list[int] = tokenizer(filled[0], add_special_tokens=False, verbose=False)["input_ids"]
     if not bare:
-        raise ValueError(f"the tokenizer finds no token in the prompt {text!r}")
-    if ids[-len(bare) :] != bare:
-        last = tokenizer.convert_ids_to_tokens(ids[-1])
+        raise ValueError(f"the tokenizer finds no token in the prompt {filled[0]!r}")
+    before, after = ids[0][: -len(bare)], ids[0][-len(bare) :]
+    if after != bare:
         raise ValueError(
-            f"the tokenizer adds {last!r} after the prompt, but the embedding is read at the "
-            "template's last token: set add_eos_token to false in tokenizer_config.json"
+            f"the tokenizer adds {tokenizer.convert_ids_to_tokens(after[-1])!r} after the prompt, "
+            "but the embedding is read at the template's last token: set add_eos_token to false in "
+            "tokenizer_config.json"
         )
-    before = ids[: -len(bare)]
     if before not in ([], [tokenizer.bos_token_id]):
         raise ValueError(
             f"the tokenizer adds {tokenizer.convert_ids_to_tokens(before)} before the prompt, "
             f"expected nothing or the BOS token {tokenizer.bos_token!r}"
         )
+    return ids
 
 
 def truncate_texts(
@@ -88,7 +85,7 @@ def expand_image_tokens(
     """Repeat the k-th image placeholder ``counts[k]`` times (reference: LlavaNextProcessor).
 
     Raises:
-        ValueError: as many placeholders as counts are expected, and counts of at least 1.
+        ValueError: there are not as many placeholders as counts, or a count is below 1.
     """
     placeholders = list(ids).count(image_token_id)
     if placeholders != len(counts):
@@ -99,10 +96,8 @@ def expand_image_tokens(
     if any(count < 1 for count in counts):
         raise ValueError(f"image token counts are {list(counts)}, expected at least 1 each")
     remaining = iter(counts)
-    expanded: list[int] = []
-    for token in ids:
-        expanded.extend([token] * (next(remaining) if token == image_token_id else 1))
-    return expanded
+    runs = ([token] * (next(remaining) if token == image_token_id else 1) for token in ids)
+    return list(chain.from_iterable(runs))
 
 
 def bucket_length(length: int, buckets: Sequence[int]) -> int:
@@ -111,25 +106,21 @@ def bucket_length(length: int, buckets: Sequence[int]) -> int:
     Raises:
         ValueError: none does. Nothing is ever cut to fit.
     """
-    fitting = [bucket for bucket in buckets if bucket >= length]
-    if not fitting:
+    smallest = min((bucket for bucket in buckets if bucket >= length), default=None)
+    if smallest is None:
         raise ValueError(
             f"a sequence of {length} tokens fits none of the length buckets {sorted(buckets)}: "
             "shorten the input or add a longer bucket"
         )
-    return min(fitting)
+    return smallest
 
 
 def pad_right(
     sequences: Sequence[Sequence[int]], length: int, pad_id: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Stack sequences into one array, padded on the right.
+    """Stack sequences into int32 [B, length]; also int32 [B], the last real token of each.
 
-    With a causal decoder the last real token never sees the padding, so no mask is needed.
-
-    Returns:
-        ``input_ids`` int32 [B, length] and ``last_index`` int32 [B], the position of the last real
-        token.
+    With a causal decoder that token never sees the padding, so no mask is needed.
 
     Raises:
         ValueError: a sequence is empty or longer than ``length``.
