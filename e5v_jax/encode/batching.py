@@ -26,16 +26,12 @@ def plan_batches(
     max_tokens: int,
     multiple: int,
 ) -> Iterator[Batch]:
-    """Every item in one batch, those of the largest shape key and then the longest first.
+    """Put every item in one batch, those of the largest shape key and then the longest first.
 
-    So if the largest batch does not fit in memory, it fails at once.
-
-    Args:
-        items: in any order.
-        padded_length: see :meth:`e5v_jax.families.base.Processor.padded_length`.
-        max_rows: most items of a batch, or None.
-        max_tokens: most positions of a batch, padding included, unless ``multiple`` rows have more.
-        multiple: of which the number of rows is one: devices that share a batch.
+    So if the largest batch does not fit in memory, it fails at once. A batch has at most
+    ``max_rows`` items, and at most ``max_tokens`` positions, padding included, unless ``multiple``
+    rows have more: the number of rows is a multiple of these devices that share a batch. For
+    ``padded_length`` see :meth:`e5v_jax.families.base.Processor.padded_length`.
 
     Raises:
         ValueError: an item is longer than the longest padded length.

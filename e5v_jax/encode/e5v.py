@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Literal, Self, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,16 +31,6 @@ from e5v_jax.storage import as_path
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 _DECODING_THREADS = 4  # Pillow decodes and resizes without Python's lock
-
-
-def _check_choice(name: str, value: str | None, choices: Any) -> None:
-    """See that a value is one of a Literal's, or None.
-
-    Raises:
-        ValueError: neither.
-    """
-    if value is not None and value not in get_args(choices):
-        raise ValueError(f"{name} {value!r}: expected one of {', '.join(get_args(choices))}")
 
 
 class E5V:
@@ -73,8 +63,9 @@ class E5V:
     ) -> Self:
         """Load a converted folder, a Hugging Face folder or GGUF file, or a hub id.
 
+        A converted folder may be in a bucket, ``gs://bucket/folder``.
+
         Args:
-            path: what to load; a converted folder may be in a bucket, ``gs://bucket/folder``.
             dtype: of weights and arithmetic; norms, softmax and rotary angles are fp32 always.
             mesh: devices to place the model on; None uses all of them for data parallelism.
             adapter: a PEFT LoRA folder or a run folder of ``python -m e5v_jax.train``; None applies
@@ -87,9 +78,14 @@ class E5V:
         Raises:
             FileNotFoundError, ValueError: one line that names the file, key or option.
         """
-        _check_choice("dtype", dtype, Dtype)
-        _check_choice("quantize", quantize, Quantization)
-        _check_choice("attn_implementation", attn_implementation, Implementation)
+        for name, value, choices in (
+            ("dtype", dtype, get_args(Dtype)),
+            ("quantize", quantize, (None, *get_args(Quantization))),
+            ("attn_implementation", attn_implementation, get_args(Implementation)),
+        ):
+            if value not in choices:
+                expected = ", ".join(filter(None, choices))
+                raise ValueError(f"{name} {value!r}: expected one of {expected}")
         folder = resolve(str(path), revision)
         source: WeightSource
         if folder.is_dir() and is_converted(folder):
@@ -125,14 +121,14 @@ class E5V:
     ) -> np.ndarray:
         """Embed inputs; order kept. Argument names follow sentence-transformers.
 
+        An input is a str (a text), a PIL image, Path or bytes (an image), or a mapping with
+        ``text`` and/or ``image``.
+
         Args:
-            inputs: str (a text), PIL image, Path or bytes (an image), a mapping with ``text``
-                and/or ``image``, or a sequence of these.
             prompt_name: a name in ``e5v_jax.prompts.PROMPTS``; None chooses by input kind.
             prompt: an instruction of your own with ``<sent>`` and/or ``<image>``.
             batch_size: most items per device batch; None leaves it to max_num_batched_tokens.
-            normalize_embeddings: L2-normalise, after truncation.
-            truncate_dim: keep only the first dimensions.
+            normalize_embeddings: L2-normalise, after truncation to ``truncate_dim`` dimensions.
             show_progress_bar: None shows it on a terminal when there are many inputs.
             max_num_batched_tokens: most positions per device batch; None is 1024 on a CPU, 16384
                 on a GPU or TPU. Less takes less memory.
@@ -152,10 +148,8 @@ class E5V:
         dimensions = self.config.text.hidden_size
         if truncate_dim is not None and not 0 < truncate_dim <= dimensions:
             raise ValueError(f"truncate_dim {truncate_dim}: expected 1 to {dimensions}")
-        for name, value in {
-            "batch_size": batch_size,
-            "max_num_batched_tokens": max_num_batched_tokens,
-        }.items():
+        limits = {"batch_size": batch_size, "max_num_batched_tokens": max_num_batched_tokens}
+        for name, value in limits.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} {value}: expected at least 1")
         prompts = choose_prompt(prompt_name, prompt)

@@ -10,34 +10,31 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from e5v_jax.data.rows import SUFFIXES, parquet_footer, read_rows
 from e5v_jax.encode.ids import repeated_ids, taken
 from e5v_jax.storage import in_bucket
 
+# What a folder is searched for; an image named by path may have any suffix.
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-"""What a folder is searched for; an image named by path may have any suffix."""
 _COLUMNS = ("id", "text", "image")
+# Files whose rows may have ids of their own; file names and line numbers cannot repeat.
 _WITH_IDS = (".jsonl", ".csv", ".parquet")
-"""Files whose rows may have ids of their own; file names and line numbers cannot repeat."""
 
 
 @dataclass(frozen=True)
 class Item:
     """One input."""
 
-    where: str
-    """Where a person finds it, for messages: ``file:line`` or the flag."""
+    where: str  # a person finds it there, for messages: "file:line" or the flag
     id: str
-    value: dict[str, str | Path | bytes]
-    """``text`` and/or ``image``, as :meth:`e5v_jax.E5V.encode` takes it."""
+    value: dict[str, str | Path | bytes]  # "text" and/or "image", as E5V.encode takes it
     error: str | None = None
     """Why it cannot be embedded, if that is known without a model; then it has no value."""
 
 
-@dataclass(frozen=True)
-class Scan:
+class Scan(NamedTuple):
     """What there is to embed, read once without keeping it."""
 
     rows: int
@@ -51,52 +48,19 @@ class Scan:
 def make_item(
     where: str, id: str, *, text: str | None, image: str | None, folder: Path = Path()
 ) -> Item:
-    """An input whose ``image`` is a path relative to ``folder``.
-
-    What needs no model is checked here: a model may take minutes to load.
+    """Make an input whose ``image`` is a path relative to ``folder``.
 
     Raises:
-        ValueError: neither text nor image, an empty one, a URL, no such image.
+        ValueError: it cannot be embedded, as far as that is known without a model.
     """
-    try:
-        return Item(where, id, _value(text, image, folder))
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def _value(
-    text: str | None, image: str | bytes | None, folder: Path
-) -> dict[str, str | Path | bytes]:
-    value: dict[str, str | Path | bytes] = {}
-    if text is not None:
-        if not text.strip():
-            raise ValueError("the text is empty")
-        value["text"] = text
-    if isinstance(image, bytes):
-        value["image"] = image
-    elif image is not None:
-        if not image.strip():
-            raise ValueError("image is empty")
-        if "://" in image:
-            raise ValueError(f"image {image}: URLs are not fetched; download it and give its path")
-        if in_bucket(folder):
-            raise ValueError(
-                f"image {image}: not read from a bucket by its path; mount the bucket, or put "
-                "the bytes of images into parquet"
-            )
-        value["image"] = folder / image
-        if not os.path.exists(folder / image):  # unlike Path.exists, False for any odd string
-            raise ValueError(f"image {folder / image}: no such file")
-    if not value:
-        raise ValueError("neither text nor image is given")
-    return value
+    item = _item(where, id, {"text": text, "image": image}, folder)
+    if item.error is not None:
+        raise ValueError(f"{where}: {item.error}")
+    return item
 
 
 def read_items(source: Path) -> tuple[list[Item], list[str]]:
-    """Read all inputs of ``source`` into memory.
-
-    Returns:
-        The inputs, and the names of a folder's other entries.
+    """Read all inputs of ``source`` into memory; also the names of a folder's other entries.
 
     Raises:
         FileNotFoundError, ValueError: as :func:`iterate_items`, and for a bad row, a repeated id
@@ -126,16 +90,15 @@ def scan_items(source: Path, *, allow_errors: bool) -> Scan:
             ``allow_errors`` for a bad row or a repeated id.
         OSError: the disk is full or the like.
     """
-    digest, rows, bad = hashlib.sha256(), 0, None
+    digest, rows = hashlib.sha256(), 0
     files = _files(source)
     may_repeat = any(file.suffix.lower() in _WITH_IDS for file in files)
 
     def ids() -> Iterator[tuple[str, str]]:
-        nonlocal rows, bad
+        nonlocal rows
         for item in filter(None, iterate_items(source, without_bytes=True)):
             if item.error is not None and not allow_errors:
-                bad = f"{item.where}: {item.error}"
-                return
+                raise ValueError(f"{item.where}: {item.error}")
             parts = (item.id, item.value.get("text"), item.value.get("image"))
             digest.update(repr(tuple(map(str, parts))).encode("utf-8", "surrogatepass"))
             rows += 1
@@ -147,8 +110,6 @@ def scan_items(source: Path, *, allow_errors: bool) -> Scan:
         if not allow_errors:
             raise ValueError(f"{where}: {reason}")
         repeated.write(json.dumps([row, reason]).encode() + b"\n")
-    if bad is not None:
-        raise ValueError(bad)
     if not rows:
         raise ValueError(f"{source}: nothing to embed")
     for file in files:
@@ -173,11 +134,9 @@ def iterate_items(
     which it starts is the id of a row that has none. In a folder, the file name is the id. What a
     pattern (say ``photos/**/*.jpg``) matches is sorted; ids are paths, of rows path:number.
 
-    Args:
-        source: the folder, file or pattern.
-        wanted: says of each row in turn whether to read and check it; for others comes None.
-        without_bytes: take it that rows of Parquet have an image if images there are bytes, and do
-            not read them.
+    ``wanted`` says of each row in turn whether to read and check it; for others comes None.
+    ``without_bytes`` takes it that rows of Parquet have an image if images there are bytes, and
+    does not read them.
 
     Raises:
         FileNotFoundError: no such file or folder.
@@ -188,13 +147,27 @@ def iterate_items(
     if source.is_dir():
         for name in list_folder(source)[0]:
             yield Item(str(source), name, {"image": source / name}) if next(wanted) else None
-        return
     for file in _files(source):
+        suffix = file.suffix.lower()
+        if file != source and suffix not in SUFFIXES:
+            if file.name.lower().endswith(IMAGE_SUFFIXES):
+                yield Item(str(source), str(file), {"image": file}) if next(wanted) else None
+            continue
+        if not file.exists():
+            raise FileNotFoundError(f"{file}: no such file or folder")
+        if suffix not in SUFFIXES:
+            raise ValueError(
+                f"{file}: unknown suffix {file.suffix!r}, expected {', '.join(SUFFIXES)} or a "
+                "folder of images"
+            )
         prefix = "" if file == source else f"{file}:"
-        if file == source or file.suffix.lower() in SUFFIXES:
-            yield from _iterate_file(file, prefix, wanted, without_bytes)
-        elif file.name.lower().endswith(IMAGE_SUFFIXES):
-            yield Item(str(source), str(file), {"image": file}) if next(wanted) else None
+        for number, values in read_rows(file, _check_columns, wanted, without_bytes=without_bytes):
+            if suffix == ".csv" and isinstance(values, dict):
+                for column, other in (("text", "image"), ("image", "text")):
+                    if not values.get(column) and values.get(other):
+                        values.pop(column, None)
+            where, id = f"{file}:{number}", f"{prefix}{number}"
+            yield None if values is None else _item(where, id, values, file.parent)
 
 
 def _files(source: Path) -> list[Path]:
@@ -219,55 +192,38 @@ def list_folder(folder: Path) -> tuple[list[str], list[str]]:
         )
     images: list[str] = []
     others: list[str] = []
-    for name in sorted(entry.name for entry in folder.iterdir()):
-        if not name.startswith("."):
-            is_image = name.lower().endswith(IMAGE_SUFFIXES) and (folder / name).is_file()
-            (images if is_image else others).append(name)
+    for path in sorted(folder.glob("[!.]*")):
+        is_image = path.name.lower().endswith(IMAGE_SUFFIXES) and path.is_file()
+        (images if is_image else others).append(path.name)
     if not images:
         raise ValueError(f"{folder}: no image file ({', '.join(IMAGE_SUFFIXES)})")
     return images, others
 
 
-def _iterate_file(
-    file: Path, prefix: str, wanted: Iterator[bool], without_bytes: bool
-) -> Iterator[Item | None]:
-    if not file.exists():
-        raise FileNotFoundError(f"{file}: no such file or folder")
-    suffix = file.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise ValueError(
-            f"{file}: unknown suffix {file.suffix!r}, expected {', '.join(SUFFIXES)} or a "
-            "folder of images"
-        )
-    folder = file.parent
-    for number, values in read_rows(file, _check_columns, wanted, without_bytes=without_bytes):
-        if suffix == ".csv" and isinstance(values, dict):
-            for column, other in (("text", "image"), ("image", "text")):
-                if not values.get(column) and values.get(other):
-                    values.pop(column, None)
-        where, id = f"{file}:{number}", f"{prefix}{number}"
-        yield None if values is None else _item(where, id, values, folder)
-
-
-def _item(where: str, id: str, values: dict[str, object] | ValueError, folder: Path) -> Item:
+def _item(where: str, id: str, values: dict[str, Any] | ValueError, folder: Path) -> Item:
+    """Make an input of a row, checking all that needs no model: one may take minutes to load."""
     try:
         if isinstance(values, ValueError):
             raise values
-        given: dict[str, Any] = {
-            key: _cell(key, value) for key, value in values.items() if value is not None
-        }
-        found = given.get("id", id)
+        value = {key: _cell(key, cell) for key, cell in values.items() if cell is not None}
+        found = value.pop("id", id)
         if not found.strip():
             raise ValueError("the id is empty")
         if not found.isascii() and re.search("[\ud800-\udfff]", found):  # it could not be written
             raise ValueError("the id has half a character (a lone surrogate)")
         id = found
-        return Item(where, id, _value(given.get("text"), given.get("image"), folder))
+        if not value:
+            raise ValueError("neither text nor image is given")
+        if "text" in value and not value["text"].strip():
+            raise ValueError("the text is empty")
+        if isinstance(value.get("image"), str):
+            value["image"] = _image_path(value["image"], folder)
+        return Item(where, id, value)
     except ValueError as error:
         return Item(where, id, {}, str(error))
 
 
-def _cell(key: str, value: object) -> str | bytes:
+def _cell(key: str, value: object) -> Any:
     if key not in _COLUMNS:  # not ignored: a misspelt one would change the embedding
         raise ValueError(f"unknown key {key!r}, expected {', '.join(_COLUMNS)}")
     if key == "id" and type(value) is int:
@@ -278,6 +234,21 @@ def _cell(key: str, value: object) -> str | bytes:
     if isinstance(value, str) or (key == "image" and isinstance(value, bytes)):
         return value
     raise ValueError(f"{key} is of type {type(value).__name__}, not a string")
+
+
+def _image_path(image: str, folder: Path) -> Path:
+    if not image.strip():
+        raise ValueError("image is empty")
+    if "://" in image:
+        raise ValueError(f"image {image}: URLs are not fetched; download it and give its path")
+    if in_bucket(folder):
+        raise ValueError(
+            f"image {image}: not read from a bucket by its path; mount the bucket, or put "
+            "the bytes of images into parquet"
+        )
+    if not os.path.exists(folder / image):  # unlike Path.exists, False for any odd string
+        raise ValueError(f"image {folder / image}: no such file")
+    return folder / image
 
 
 def _check_columns(where: str, header: list[str]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from e5v_jax.cli import BucketPath, UsageError
 
@@ -80,28 +80,16 @@ class ModelArgs:
             mesh = make_mesh(-1, self.fsdp, self.tensor, devices=devices)
         except ValueError as error:
             raise UsageError(str(error)) from error
-        return E5V.from_pretrained(
-            self.model,
-            revision=self.revision,
-            adapter=self.adapter,
-            template=self.template,
-            dtype=self.dtype,
-            quantize=self.quantize,
-            attn_implementation=self.attn_implementation,
-            mesh=mesh,
-        )
+        return E5V.from_pretrained(self.model, mesh=mesh, **self._options())
 
     def describe(self) -> dict[str, str | None]:
         """Name all that a vector depends on here; how many devices share the work is not of it."""
-        return {
-            "model": self.model,
-            "revision": self.revision,
-            "adapter": None if self.adapter is None else str(self.adapter),
-            "template": self.template,
-            "dtype": self.dtype,
-            "quantize": self.quantize,
-            "attn_implementation": self.attn_implementation,
-        }
+        adapter = None if self.adapter is None else str(self.adapter)
+        return {"model": self.model, **self._options(), "adapter": adapter}
+
+    def _options(self) -> dict[str, Any]:
+        names = ("revision", "adapter", "template", "dtype", "quantize", "attn_implementation")
+        return {name: getattr(self, name) for name in names}
 
     def content_hash(self) -> str:
         """Hash model and adapter as they lie on the disk, see :func:`model_key`.

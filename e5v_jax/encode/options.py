@@ -1,7 +1,7 @@
 """The flags of ``python -m e5v_jax.encode``, and which of them go together."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -57,6 +57,17 @@ class Args(ModelArgs):
         """Whether ``output`` is a folder of shards."""
         return self.output is not None and (not self.output.suffix or self.output.is_dir())
 
+    def encode_options(self) -> dict[str, Any]:
+        """Give the arguments of :meth:`e5v_jax.E5V.encode` that all inputs share."""
+        return {
+            "prompt_name": self.prompt_name,
+            "prompt": self.prompt,
+            "batch_size": self.batch_size,
+            "max_num_batched_tokens": self.max_num_batched_tokens,
+            "normalize_embeddings": self.normalize,
+            "truncate_dim": self.truncate_dim,
+        }
+
     def check(self) -> None:
         """Refuse flags that do not go together, and values that cannot be.
 
@@ -69,6 +80,13 @@ class Args(ModelArgs):
             raise cli.UsageError(f"--num-workers: {self.num_workers}, expected at least 0")
         if self.prompt_name is not None and self.prompt is not None:
             raise cli.UsageError("give --prompt-name or --prompt, not both")
+        if self.prompt_name is not None or self.prompt is not None:
+            from e5v_jax.prompts import choose_prompt  # loads transformers
+
+            try:
+                choose_prompt(self.prompt_name, self.prompt)
+            except ValueError as error:
+                raise cli.UsageError(str(error)) from error
         if (self.input is None) == (not self.text and not self.image):
             raise cli.UsageError("give --input, or --text and --image: one of the two")
         if self.is_bulk and self.input is None:

@@ -3,7 +3,6 @@
 import json
 import os
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -47,20 +46,17 @@ def write_vectors(path: Path, ids: list[str], vectors: np.ndarray) -> None:
     """
     if path.suffix == ".npy":
         write_whole(path, lambda file: np.save(file, vectors))
-    else:
-        write_whole(path, lambda file: _write_parquet(file, ids, vectors))
+        return
+    # here and not above: the import takes a while and .npy does not need it
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    embeddings = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
+    table = pa.table({"id": pa.array(ids, pa.string()), "embedding": embeddings})
+    write_whole(path, lambda file: pq.write_table(table, file))
 
 
 def write_json(path: Path, value: object) -> None:
     """Write ``value`` as json; ``path`` appears only when whole."""
     data = json.dumps(value, indent=1, ensure_ascii=False).encode("utf-8", "surrogatepass")
     write_whole(path, lambda file: file.write(data + b"\n"))
-
-
-def _write_parquet(file: BinaryIO, ids: list[str], vectors: np.ndarray) -> None:
-    # here and not above: the import takes a while and .npy does not need it
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    embeddings = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
-    pq.write_table(pa.table({"id": pa.array(ids, pa.string()), "embedding": embeddings}), file)
