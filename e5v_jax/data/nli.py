@@ -8,8 +8,7 @@ from typing import Literal
 from e5v_jax.data.pairs import TrainingPairs, make_pairs
 
 NLI_LABELS = ("entailment", "neutral", "contradiction")
-UNLABELLED = "-"
-"""SNLI's and MultiNLI's mark for a pair whose annotators did not agree."""
+UNLABELLED = "-"  # SNLI's and MultiNLI's mark for a pair whose annotators did not agree
 
 
 def triplets_from_nli(rows: Iterable[tuple[str, str, str]], source: str) -> TrainingPairs:
@@ -27,17 +26,15 @@ def triplets_from_nli(rows: Iterable[tuple[str, str, str]], source: str) -> Trai
     """
     entailments: dict[str, tuple[int, str]] = {}
     contradictions: dict[str, str] = {}
+    known = (*NLI_LABELS, UNLABELLED)
     for number, (premise, hypothesis, label) in enumerate(rows, start=1):
-        if label not in NLI_LABELS and label != UNLABELLED:
-            raise ValueError(
-                f"{source}:{number}: label {label!r}, expected one of {(*NLI_LABELS, UNLABELLED)}"
-            )
-        if not premise.strip() or not hypothesis.strip():
-            continue
-        if label == "entailment":
-            entailments.setdefault(premise, (number, hypothesis))
-        elif label == "contradiction":
-            contradictions.setdefault(premise, hypothesis)
+        if label not in known:
+            raise ValueError(f"{source}:{number}: label {label!r}, expected one of {known}")
+        if premise.strip() and hypothesis.strip():
+            if label == "entailment":
+                entailments.setdefault(premise, (number, hypothesis))
+            elif label == "contradiction":
+                contradictions.setdefault(premise, hypothesis)
     premises = [premise for premise in entailments if premise in contradictions]
     if not premises:
         raise ValueError(f"{source}: no premise has both an entailment and a contradiction")
@@ -66,19 +63,14 @@ def load_tfds(
     """
     root = data_dir or Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
     root = root.expanduser()
-    folders = [info.parent for info in (root / name).glob("*/dataset_info.json")]
-    versions = {  # by (major, minor, patch); tfds's own "incomplete.*" is none
-        tuple(map(int, folder.name.split("."))): folder
-        for folder in folders
-        if folder.name.replace(".", "").isdecimal()
-    }
-    if not versions:
-        raise FileNotFoundError(f"{root / name}: not prepared; {_how_to_prepare(name, root)}")
-    folder = versions[max(versions)]
 
     # here and not above: the import takes a second and only this source needs it
     import tensorflow_datasets as tfds
 
+    versions = tfds.core.utils.list_all_versions(root / name)
+    if not versions:
+        raise FileNotFoundError(f"{root / name}: not prepared; {_how_to_prepare(name, root)}")
+    folder = root / name / str(versions[-1])
     builder = tfds.builder_from_directory(folder)  # unlike tfds.builder, works from files alone
     try:
         records = builder.as_data_source(split=split)

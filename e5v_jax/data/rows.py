@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
+EVERY_ROW = repeat(True)
 # Gets the place and the names of the columns and returns those to read; raises ValueError.
 CheckColumns = Callable[[str, list[str]], Iterable[str]]
 # Its number, and its values by column, or what is wrong with it (without file and number), or None
@@ -19,7 +20,7 @@ Row = tuple[int, "dict[str, object] | ValueError | None"]
 def read_rows(
     file: Path,
     check_columns: CheckColumns,
-    wanted: Iterator[bool] | None = None,
+    wanted: Iterator[bool] = EVERY_ROW,
     *,
     strings_only: bool = False,
     without_bytes: bool = False,
@@ -40,7 +41,6 @@ def read_rows(
         ValueError: one line naming the file, and the line if it has one: columns that
             ``check_columns`` refuses, text that is not UTF-8, broken csv or parquet.
     """
-    wanted = repeat(True) if wanted is None else wanted
     suffix = file.suffix.lower()
     if suffix == ".parquet":
         yield from _read_parquet(file, check_columns, wanted, strings_only, without_bytes)
@@ -73,25 +73,23 @@ def _read_csv(file: Path, check_columns: CheckColumns, wanted: Iterator[bool]) -
     # strict: otherwise a stray quote silently swallows or merges what follows it
     reader = csv.reader((line for _, line in _read_lines(file)), strict=True)
     header: list[str] | None = None
-    while True:
-        number = reader.line_num + 1
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            raise ValueError(f"{file}:{number}: broken csv: {error}") from None
-        if row is None:
-            return
-        if not row:
-            continue
-        if header is None:
-            header = row
-            check_columns(f"{file}:{number}", header)
-        elif not next(wanted):
-            yield number, None
-        elif len(row) != len(header):
-            yield number, ValueError(f"{len(row)} fields, expected {len(header)}: {header}")
-        else:
-            yield number, dict(zip(header, row, strict=True))
+    number = 1
+    try:
+        for row in reader:
+            start, number = number, reader.line_num + 1
+            if not row:
+                continue
+            if header is None:
+                header = row
+                check_columns(f"{file}:{start}", header)
+            elif not next(wanted):
+                yield start, None
+            elif len(row) != len(header):
+                yield start, ValueError(f"{len(row)} fields, expected {len(header)}: {header}")
+            else:
+                yield start, dict(zip(header, row, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{file}:{number}: broken csv: {error}") from None
 
 
 def _json_object(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -14,21 +14,19 @@ from transformers import PreTrainedTokenizerFast
 _DOUBLINGS = [
     quarters * step for step in (32, 64, 128, 256, 512, 1024, 2048) for quarters in (5, 6, 7, 8)
 ]
+# Lengths that texts are padded to, and sequences with images: what TPU's splash attention takes.
 TEXT_BUCKETS = (16, 20, 24, 28, 32, 36, 40, 48, 56, 64, 80, 96, 112, 128, *_DOUBLINGS)
-"""Lengths that texts are padded to."""
 IMAGE_BUCKETS = tuple(range(256, 16385, 128))
-"""Lengths that sequences with images are padded to: what TPU's splash attention takes."""
 
 
 def encode_batch(tokenizer: PreTrainedTokenizerFast, filled: Sequence[str]) -> list[list[int]]:
-    """Token ids of filled prompts (:func:`e5v_jax.prompts.fill`), unpadded and never truncated.
+    """Tokenise filled prompts (:func:`e5v_jax.prompts.fill`), unpadded and never truncated.
 
-    Each string is tokenised whole, with the BOS that the tokenizer's own post-processor adds (or
-    not), as the reference does.
+    Each is tokenised whole, with a BOS if the tokenizer's own post-processor adds it, as the
+    reference does. Something after the prompt, say EOS, would be the pooled token.
 
     Raises:
-        ValueError: the tokenizer puts something else around the prompt. After it, say EOS, that
-            would be the pooled token.
+        ValueError: the tokenizer puts something else around the prompt.
     """
     if not filled:
         return []
@@ -101,7 +99,7 @@ def expand_image_tokens(
 
 
 def bucket_length(length: int, buckets: Sequence[int]) -> int:
-    """The smallest of ``buckets`` that holds ``length`` tokens; their order does not matter.
+    """Choose the smallest of ``buckets``, in any order, that holds ``length`` tokens.
 
     Raises:
         ValueError: none does. Nothing is ever cut to fit.

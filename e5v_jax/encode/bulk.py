@@ -35,6 +35,7 @@ from e5v_jax.encode.vectors import write_json, write_vectors
 from e5v_jax.storage import as_path, in_bucket
 
 FORMAT_VERSION = 2  # in 1, input_sha256 was over the sizes of images in Parquet
+_TEMPORARY = ".*.tmp"  # what a killed run may have left half-written
 _REPEATED = ".repeated.tmp"
 _NOT_COMPARED = {"versions", "result"}
 
@@ -71,7 +72,7 @@ def check_output(output: Path, manifest: dict[str, Any]) -> None:
     """
     path = output / "manifest.json"
     if not path.exists():
-        if output.exists() and not all(map(_is_temporary, output.iterdir())):
+        if output.exists() and not all(entry.match(_TEMPORARY) for entry in output.iterdir()):
             raise ValueError(f"{output}: not empty and no output of this command; choose another")
         return
     found = json.loads(path.read_text(encoding="utf-8"))
@@ -93,8 +94,7 @@ def scan_once(source: Path, *, allow_errors: bool) -> Scan:
     """Scan the input in the first process; the others get its rows and fingerprint from it.
 
     Raises:
-        FileNotFoundError, OSError, ValueError: as :func:`e5v_jax.encode.files.scan_items`; in the
-            other processes a ValueError of the same line.
+        OSError, ValueError: as :func:`e5v_jax.encode.files.scan_items`, or its line as ValueError.
     """
     # Processes give up on each other after 30 s when they first connect. Once connected, they wait
     # for as long as the scan takes.
@@ -118,7 +118,7 @@ def start_output(output: Path, manifest: dict[str, Any], scan: Scan) -> None:
     """Make the folder with its manifest, if it is not there; what a kill left there is removed."""
     if not in_bucket(output):
         output.mkdir(parents=True, exist_ok=True)
-        for entry in filter(_is_temporary, output.iterdir()):
+        for entry in output.glob(_TEMPORARY):
             entry.unlink()
     path = output / "manifest.json"
     if not path.exists():
@@ -126,11 +126,6 @@ def start_output(output: Path, manifest: dict[str, Any], scan: Scan) -> None:
     if scan.repeated.tell():
         scan.repeated.seek(0)
         write_whole(output / _REPEATED, lambda file: shutil.copyfileobj(scan.repeated, file))
-
-
-def _is_temporary(path: Path) -> bool:
-    """Say whether a killed run may have left this half-written."""
-    return path.name.startswith(".") and path.name.endswith(".tmp")
 
 
 def encode_shards(
@@ -155,12 +150,8 @@ def encode_shards(
             yield from repeat(mine, args.shard_size)
 
     rows = _mark_repeated(iterate_items(args.input, wanted()), output / _REPEATED)
-    for number in count():
-        chunk = list(islice(rows, args.shard_size))
-        items = [item for item in chunk if item is not None]
-        if not chunk:
-            return
-        if items:
+    for number, chunk in enumerate(iter(lambda: list(islice(rows, args.shard_size)), [])):
+        if items := [item for item in chunk if item is not None]:
             _encode_shard(args, items, _shard(output, number, args), embed, progress)
         elif is_mine(number):
             progress.passed(len(chunk))
@@ -256,21 +247,21 @@ def read_embeddings(output: str | Path) -> tuple[list[str], np.ndarray]:
     """
     ids: list[str] = []
     parts: list[np.ndarray] = []
-    found = as_path(output).glob("shard-*")
-    for path in sorted(found, key=lambda path: (len(path.name), path.name)):  # 99999 before 100000
-        if path.suffix == ".npy":
-            names = path.with_suffix(".ids.json").read_bytes()
-            ids += json.loads(names.decode("utf-8", "surrogatepass"))
-            with path.open("rb") as file:
+    shards = (*as_path(output).glob("shard-*.npy"), *as_path(output).glob("shard-*.parquet"))
+    for path in sorted(shards, key=lambda path: (len(path.name), path.name)):  # 99999 before 100000
+        with path.open("rb") as file:
+            if path.suffix == ".npy":
                 parts.append(np.load(file))
-        elif path.suffix == ".parquet":
-            import pyarrow.parquet as pq
+                names = path.with_suffix(".ids.json").read_bytes()
+                ids += json.loads(names.decode("utf-8", "surrogatepass"))
+            else:
+                import pyarrow.parquet as pq
 
-            with path.open("rb") as file:
                 table = pq.read_table(file)
-            ids += table["id"].to_pylist()
-            flat = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-            parts.append(flat.reshape(len(table), table.schema.field("embedding").type.list_size))
+                ids += table["id"].to_pylist()
+                flat = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+                dimensions = table.schema.field("embedding").type.list_size
+                parts.append(flat.reshape(len(table), dimensions))
     if not parts:
         raise ValueError(f"{output}: no shard there, neither .parquet nor .npy")
     return ids, np.concatenate(parts)

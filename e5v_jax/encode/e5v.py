@@ -61,9 +61,7 @@ class E5V:
         quantize: Quantization | None = None,
         attn_implementation: Implementation = "auto",
     ) -> Self:
-        """Load a converted folder, a Hugging Face folder or GGUF file, or a hub id.
-
-        A converted folder may be in a bucket, ``gs://bucket/folder``.
+        """Load a converted folder (here or ``gs://``), a Hugging Face one, GGUF file or hub id.
 
         Args:
             dtype: of weights and arithmetic; norms, softmax and rotary angles are fp32 always.
@@ -119,10 +117,10 @@ class E5V:
         on_error: Callable[[InputError], None] | None = None,
         on_batch: Callable[[int], None] = lambda done: None,
     ) -> np.ndarray:
-        """Embed inputs; order kept. Argument names follow sentence-transformers.
+        """Embed inputs as float32 [N, D], or [D] if it is one and no sequence; order kept.
 
         An input is a str (a text), a PIL image, Path or bytes (an image), or a mapping with
-        ``text`` and/or ``image``.
+        ``text`` and/or ``image``. Argument names follow sentence-transformers.
 
         Args:
             prompt_name: a name in ``e5v_jax.prompts.PROMPTS``; None chooses by input kind.
@@ -136,9 +134,6 @@ class E5V:
                 ``ProcessPoolExecutor`` must start its processes by "spawn", as JAX has threads.
             on_error: hears of each bad input, whose vector is then zero.
             on_batch: hears how many inputs each finished batch had.
-
-        Returns:
-            float32 [N, D]; [D] for a single input that is not a sequence.
 
         Raises:
             ValueError: a bad input, "input 3: ...", without on_error; a bad prompt.

@@ -8,11 +8,10 @@ import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import repeat
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from e5v_jax.data.rows import SUFFIXES, parquet_footer, read_rows
+from e5v_jax.data.rows import EVERY_ROW, SUFFIXES, parquet_footer, read_rows
 from e5v_jax.encode.ids import repeated_ids, taken
 from e5v_jax.storage import in_bucket
 
@@ -38,11 +37,9 @@ class Scan(NamedTuple):
     """What there is to embed, read once without keeping it."""
 
     rows: int
-    fingerprint: str
-    """sha256 (hex) over ids, texts and image paths, and the footers of Parquet files."""
+    fingerprint: str  # sha256 (hex) over ids, texts, image paths and the footers of Parquet files
     repeated: IO[bytes]
-    """A temporary file of rows whose id is taken, a line of json for each, in order: the number of
-    the row, from 0, and what is wrong with it."""
+    """A line of json for each row whose id is taken: its number, from 0, and what is wrong."""
 
 
 def make_item(
@@ -86,19 +83,19 @@ def scan_items(source: Path, *, allow_errors: bool) -> Scan:
     Parquet that has neither text nor image is not found yet if its images would be bytes.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`iterate_items`, for no input too, and without
-            ``allow_errors`` for a bad row or a repeated id.
+        FileNotFoundError, ValueError: as :func:`read_items`; with ``allow_errors`` not for rows.
         OSError: the disk is full or the like.
     """
-    digest, rows = hashlib.sha256(), 0
+    digest, rows, bad = hashlib.sha256(), 0, None
     files = _files(source)
     may_repeat = any(file.suffix.lower() in _WITH_IDS for file in files)
 
     def ids() -> Iterator[tuple[str, str]]:
-        nonlocal rows
+        nonlocal rows, bad
         for item in filter(None, iterate_items(source, without_bytes=True)):
             if item.error is not None and not allow_errors:
-                raise ValueError(f"{item.where}: {item.error}")
+                bad = f"{item.where}: {item.error}"
+                return
             parts = (item.id, item.value.get("text"), item.value.get("image"))
             digest.update(repr(tuple(map(str, parts))).encode("utf-8", "surrogatepass"))
             rows += 1
@@ -110,8 +107,8 @@ def scan_items(source: Path, *, allow_errors: bool) -> Scan:
         if not allow_errors:
             raise ValueError(f"{where}: {reason}")
         repeated.write(json.dumps([row, reason]).encode() + b"\n")
-    if not rows:
-        raise ValueError(f"{source}: nothing to embed")
+    if bad is not None or not rows:
+        raise ValueError(bad or f"{source}: nothing to embed")
     for file in files:
         if file.suffix.lower() == ".parquet":
             digest.update(parquet_footer(file))
@@ -119,20 +116,15 @@ def scan_items(source: Path, *, allow_errors: bool) -> Scan:
 
 
 def iterate_items(
-    source: Path, wanted: Iterator[bool] | None = None, *, without_bytes: bool = False
+    source: Path, wanted: Iterator[bool] = EVERY_ROW, *, without_bytes: bool = False
 ) -> Iterator[Item | None]:
-    """Inputs of a folder of images, of a file, or of all that a glob pattern matches, in order.
+    """Read a folder of images, a file, or all that a glob pattern matches (sorted), in order.
 
-    - .txt: one text a line.
-    - .jsonl: an object a line with ``text`` and/or ``image`` and any ``id``; null is not given.
-    - .csv: columns ``text`` and/or ``image`` and any ``id``; where there are both, an empty cell is
-      not given.
-    - .parquet: columns as for .csv; ``image`` may also be the bytes of a file, or as Hugging Face's
-      datasets have it, a struct with ``bytes`` and ``path``.
-
-    Image paths are relative to the file's folder. Lines count from 1, and the number of the line on
-    which it starts is the id of a row that has none. In a folder, the file name is the id. What a
-    pattern (say ``photos/**/*.jpg``) matches is sorted; ids are paths, of rows path:number.
+    Lines of .txt are texts. Rows of .jsonl, .csv and .parquet have ``text`` and/or ``image``, a
+    path from the file's folder, and any ``id``; null and, beside another, an empty cell of .csv are
+    not given. In .parquet, ``image`` may also be the bytes of a file, or as Hugging Face's datasets
+    have it, a struct with ``bytes`` and ``path``. A row without an id has the number of the line on
+    which it starts, from 1; an image of a folder its name; a pattern gives paths and path:number.
 
     ``wanted`` says of each row in turn whether to read and check it; for others comes None.
     ``without_bytes`` takes it that rows of Parquet have an image if images there are bytes, and
@@ -143,7 +135,6 @@ def iterate_items(
         ValueError: one line naming file and line, and what is wrong there with the file as a whole;
             what is wrong with one row only is the ``error`` of its item.
     """
-    wanted = repeat(True) if wanted is None else wanted
     if source.is_dir():
         for name in list_folder(source)[0]:
             yield Item(str(source), name, {"image": source / name}) if next(wanted) else None
@@ -190,14 +181,12 @@ def list_folder(folder: Path) -> tuple[list[str], list[str]]:
             f"{folder}: in a bucket, expected one file of {', '.join(SUFFIXES)}; mount the bucket "
             "for folders of images and patterns"
         )
-    images: list[str] = []
-    others: list[str] = []
+    names: dict[bool, list[str]] = {True: [], False: []}
     for path in sorted(folder.glob("[!.]*")):
-        is_image = path.name.lower().endswith(IMAGE_SUFFIXES) and path.is_file()
-        (images if is_image else others).append(path.name)
-    if not images:
+        names[path.name.lower().endswith(IMAGE_SUFFIXES) and path.is_file()].append(path.name)
+    if not names[True]:
         raise ValueError(f"{folder}: no image file ({', '.join(IMAGE_SUFFIXES)})")
-    return images, others
+    return names[True], names[False]
 
 
 def _item(where: str, id: str, values: dict[str, Any] | ValueError, folder: Path) -> Item:

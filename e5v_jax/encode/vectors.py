@@ -17,9 +17,7 @@ def check_output(path: Path) -> None:
 
     Raises:
         ValueError: a suffix other than .npy and .parquet.
-        FileExistsError: it exists.
-        FileNotFoundError: its folder does not.
-        PermissionError: its folder cannot be written to.
+        OSError: it exists, or its folder does not or cannot be written to.
     """
     if path.suffix not in OUTPUT_SUFFIXES:
         raise ValueError(
@@ -27,11 +25,9 @@ def check_output(path: Path) -> None:
         )
     if path.exists():
         raise FileExistsError(f"{path}: already exists; choose another name or delete it")
-    if in_bucket(path):  # no folders there
-        return
-    if not path.parent.is_dir():
+    if not in_bucket(path) and not path.parent.is_dir():  # a bucket has no folders
         raise FileNotFoundError(f"{path.parent}: no such folder; create it first")
-    if not os.access(path.parent, os.W_OK):
+    if not in_bucket(path) and not os.access(path.parent, os.W_OK):
         raise PermissionError(f"{path.parent}: no permission to write there")
 
 
