@@ -43,7 +43,7 @@ def number_inputs(sides: Sequence[Side]) -> Rows:
 
 
 def batches_per_epoch(premise_ids: Rows, batch_size: int) -> int:
-    """The most batches of ``batch_size`` rows in which no premise is there twice.
+    """Count the most batches of ``batch_size`` rows in which no premise is there twice.
 
     That is N // batch_size unless a few premises have many of the N rows. m batches can be had
     exactly if sum(min(count, m)) >= m * batch_size over all premises, since a batch takes at most
@@ -164,10 +164,8 @@ def make_batches(
         ValueError: one line: a number out of range, or not one batch can be formed.
     """
     if batch_size < 1 or num_epochs < 1 or seed < 0:
-        raise ValueError(
-            f"batch_size {batch_size}, num_epochs {num_epochs}, seed {seed}: "
-            "expected at least 1, 1 and 0"
-        )
+        found = f"batch_size {batch_size}, num_epochs {num_epochs}, seed {seed}"
+        raise ValueError(f"{found}: expected at least 1, 1 and 0")
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index {process_index}, expected 0 to {process_count - 1}")
     if batch_size % process_count:

@@ -4,7 +4,7 @@ import csv
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice, repeat
+from itertools import count, islice, repeat
 from pathlib import Path
 from typing import Any
 
@@ -152,20 +152,18 @@ def _read_parquet(
                 if leaf.path.partition(".")[0] in columns:
                     binary = "BYTE_ARRAY" in leaf.physical_type and leaf.logical_type.type == "NONE"
                     (left_out if without_bytes and binary else paths).append(leaf.path)
-            number = 0
+            numbers = count(1)
             for group in range(table.num_row_groups):
                 flags = bytes(islice(wanted, table.metadata.row_group(group).num_rows))
                 if not any(flags):
-                    yield from ((number + i, None) for i in range(1, len(flags) + 1))
-                    number += len(flags)
+                    yield from zip(islice(numbers, len(flags)), repeat(None))
                     continue
                 flag = iter(flags)
                 # few rows at a time, as they may hold images
                 for batch in table.iter_batches(256, row_groups=[group], columns=paths):
                     chosen = bytes(islice(flag, len(batch)))
                     rows = _batch_rows(batch, left_out) if any(chosen) else [None] * len(batch)
-                    for is_chosen, row in zip(chosen, rows, strict=True):
-                        number += 1
+                    for is_chosen, row, number in zip(chosen, rows, numbers, strict=False):
                         yield number, row if is_chosen else None
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"{file}: broken parquet: {str(error).splitlines()[0]}") from None

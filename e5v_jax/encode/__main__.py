@@ -33,9 +33,8 @@ def encode(args: Args) -> None:
         ValueError, OSError: one line naming the file and line, or the flag.
     """
     args.check()
-    with warnings.catch_warnings():
-        # Pillow's two lines about an image that is then refused in one
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+    # Pillow's two lines about an image that is then refused in one
+    with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
         (encode_to_folder if args.is_bulk else encode_in_memory)(args)
 
 
@@ -128,19 +127,23 @@ def collect_items(args: Args) -> list[Item]:
     """Read the inputs that the flags ask for; entries of a folder left out are told on stderr.
 
     Raises:
-        ValueError, FileNotFoundError: one line naming the file and line, or the flag.
+        ValueError, OSError: one line naming the file and line, or the flag.
     """
     if args.input is not None:
         items, skipped = read_items(args.input)
         tell_left_out(args.input, skipped)
-        return items
-    return [
-        make_item(f"--text {i}", f"text-{i}", text=text, image=None)
-        for i, text in enumerate(chain(*args.text), start=1)
-    ] + [
-        make_item(f"--image {i}", f"image-{i}", text=None, image=image)
-        for i, image in enumerate(chain(*args.image), start=1)
-    ]
+    else:
+        items = [
+            make_item(f"--text {i}", f"text-{i}", text=text, image=None)
+            for i, text in enumerate(chain(*args.text), start=1)
+        ] + [
+            make_item(f"--image {i}", f"image-{i}", text=None, image=image)
+            for i, image in enumerate(chain(*args.image), start=1)
+        ]
+    for item in items:
+        if item.error is not None:
+            raise ValueError(f"{item.where}: {item.error}")
+    return items
 
 
 def tell_left_out(folder: Path, names: list[str]) -> None:

@@ -34,9 +34,11 @@ from e5v_jax.encode.progress import BulkProgress
 from e5v_jax.encode.vectors import write_json, write_vectors
 from e5v_jax.storage import as_path, in_bucket
 
+Embed = Callable[..., np.ndarray]  # E5V.encode with what does not depend on the shard
 FORMAT_VERSION = 2  # in 1, input_sha256 was over the sizes of images in Parquet
 _TEMPORARY = ".*.tmp"  # what a killed run may have left half-written
 _REPEATED = ".repeated.tmp"
+_SHARD_FLAGS = ("shard_size", "format", "embedding_dtype", "on_error")
 _NOT_COMPARED = {"versions", "result"}
 
 
@@ -56,10 +58,7 @@ def describe(args: Args, scan: Scan) -> dict[str, Any]:
         "model_sha256": args.content_hash(),
         "device": jax.devices()[0].device_kind,
         **args.encode_options(),
-        "shard_size": args.shard_size,
-        "format": args.format,
-        "embedding_dtype": args.embedding_dtype,
-        "on_error": args.on_error,
+        **{name: getattr(args, name) for name in _SHARD_FLAGS},
         "versions": {**versions, "e5v_jax": __version__},
     }
 
@@ -128,12 +127,8 @@ def start_output(output: Path, manifest: dict[str, Any], scan: Scan) -> None:
         write_whole(output / _REPEATED, lambda file: shutil.copyfileobj(scan.repeated, file))
 
 
-def encode_shards(
-    args: Args, output: Path, embed: Callable[..., np.ndarray], progress: BulkProgress
-) -> None:
+def encode_shards(args: Args, output: Path, embed: Embed, progress: BulkProgress) -> None:
     """Embed this process's shards that are not in the folder ``output`` yet.
-
-    ``embed`` is :meth:`E5V.encode` with the arguments that do not depend on the shard.
 
     Raises:
         ValueError: without ``on_error`` skip, the first bad row; shards before it are kept.
@@ -176,11 +171,7 @@ def _shard(output: Path, number: int, args: Args) -> Path:
 
 
 def _encode_shard(
-    args: Args,
-    items: list[Item],
-    path: Path,
-    embed: Callable[..., np.ndarray],
-    progress: BulkProgress,
+    args: Args, items: list[Item], path: Path, embed: Embed, progress: BulkProgress
 ) -> None:
     reasons: dict[int, str] = {}
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from e5v_jax.data.rows import EVERY_ROW, SUFFIXES, parquet_footer, read_rows
-from e5v_jax.encode.ids import repeated_ids, taken
+from e5v_jax.encode.ids import repeated_ids
 from e5v_jax.storage import in_bucket
 
 # What a folder is searched for; an image named by path may have any suffix.
@@ -45,35 +45,19 @@ class Scan(NamedTuple):
 def make_item(
     where: str, id: str, *, text: str | None, image: str | None, folder: Path = Path()
 ) -> Item:
-    """Make an input whose ``image`` is a path relative to ``folder``.
-
-    Raises:
-        ValueError: it cannot be embedded, as far as that is known without a model.
-    """
-    item = _item(where, id, {"text": text, "image": image}, folder)
-    if item.error is not None:
-        raise ValueError(f"{where}: {item.error}")
-    return item
+    """Make an input whose ``image`` is a path relative to ``folder``."""
+    return _item(where, id, {"text": text, "image": image}, folder)
 
 
 def read_items(source: Path) -> tuple[list[Item], list[str]]:
     """Read all inputs of ``source`` into memory; also the names of a folder's other entries.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`iterate_items`, and for a bad row, a repeated id
-            and no input too.
+        OSError, ValueError: as :func:`scan_items` without ``allow_errors``.
     """
-    items: dict[str, Item] = {}
-    for item in filter(None, iterate_items(source)):
-        error = item.error
-        if error is None and item.id in items:
-            error = taken(item.id, items[item.id].where)
-        if error is not None:
-            raise ValueError(f"{item.where}: {error}")
-        items[item.id] = item
-    if not items:
-        raise ValueError(f"{source}: nothing to embed")
-    return list(items.values()), list_folder(source)[1] if source.is_dir() else []
+    scan_items(source, allow_errors=False)
+    items = list(filter(None, iterate_items(source)))
+    return items, list_folder(source)[1] if source.is_dir() else []
 
 
 def scan_items(source: Path, *, allow_errors: bool) -> Scan:
@@ -83,7 +67,8 @@ def scan_items(source: Path, *, allow_errors: bool) -> Scan:
     Parquet that has neither text nor image is not found yet if its images would be bytes.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`read_items`; with ``allow_errors`` not for rows.
+        FileNotFoundError, ValueError: as :func:`iterate_items`, for no input, and without
+            ``allow_errors`` for a bad row or a repeated id.
         OSError: the disk is full or the like.
     """
     digest, rows, bad = hashlib.sha256(), 0, None

@@ -36,11 +36,6 @@ def repeated_ids(rows: Iterable[tuple[str, str]]) -> Iterator[tuple[int, str, st
             database.execute("CREATE INDEX by_id ON ids (id, row)")
             for row, *words in database.execute(_FIND):
                 id, where, first = (word.decode("utf-8", "surrogatepass") for word in words)
-                yield row, where, taken(id, first)
+                yield row, where, f"id {id!r} is taken: see {first}"
     except sqlite3.Error as error:
         raise OSError(f"temporary file of ids: {error}; TMPDIR names its folder") from error
-
-
-def taken(id: str, first: str) -> str:
-    """Say that an ``id`` is that of an earlier row, and where that one is."""
-    return f"id {id!r} is taken: see {first}"

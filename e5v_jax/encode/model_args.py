@@ -16,10 +16,8 @@ if TYPE_CHECKING:
 class ModelArgs:
     """This says which model and how it is loaded; commands inherit it and add flags."""
 
-    model: str
-    """Converted folder, Hugging Face folder or GGUF file, or a hub id."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub id."""
+    model: str  # Converted folder, Hugging Face folder or GGUF file, or a hub id.
+    revision: str | None = None  # Branch, tag or commit of a hub id.
     adapter: BucketPath | None = None
     """LoRA to apply: a run folder of e5v_jax.train, one of its checkpoints, or a PEFT folder."""
     template: str | None = None
@@ -30,10 +28,8 @@ class ModelArgs:
     """Store the decoder's weights in 8 or 4 bits: less memory, slightly other vectors."""
     attn_implementation: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """Attention: cudnn is for GPUs, splash for TPUs; auto chooses."""
-    fsdp: int = 1
-    """Devices over which weights and batch are split; the rest share batches."""
-    tensor: int = 1
-    """Devices over which heads and MLP columns are split."""
+    fsdp: int = 1  # Devices over which weights and batch are split; the rest share batches.
+    tensor: int = 1  # Devices over which heads and MLP columns are split.
 
     def check(self) -> None:
         """Refuse values that cannot be, before anything is read.
