@@ -38,14 +38,12 @@ def triplets_from_nli(rows: Iterable[tuple[str, str, str]], source: str) -> Trai
     premises = [premise for premise in entailments if premise in contradictions]
     if not premises:
         raise ValueError(f"{source}: no premise has both an entailment and a contradiction")
-    return make_pairs(
-        {
-            "sent0": premises,
-            "sent1": [entailments[p][1] for p in premises],
-            "hard_neg": [contradictions[p] for p in premises],
-        },
-        [f"{source}:{entailments[p][0]}" for p in premises],
-    )
+    columns = {
+        "sent0": premises,
+        "sent1": [entailments[p][1] for p in premises],
+        "hard_neg": [contradictions[p] for p in premises],
+    }
+    return make_pairs(columns, [f"{source}:{entailments[p][0]}" for p in premises])
 
 
 def load_tfds(
@@ -63,11 +61,10 @@ def load_tfds(
     """
     root = data_dir or Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
     root = root.expanduser()
-
     # here and not above: the import takes a second and only this source needs it
     import tensorflow_datasets as tfds
 
-    versions = tfds.core.utils.list_all_versions(root / name)
+    versions = tfds.core.utils.version.list_all_versions(root / name)
     if not versions:
         raise FileNotFoundError(f"{root / name}: not prepared; {_how_to_prepare(name, root)}")
     folder = root / name / str(versions[-1])

@@ -24,7 +24,7 @@ _SUFFIXES = (".csv", ".jsonl", ".parquet")
 
 @dataclass(frozen=True)
 class Side:
-    """All anchors, all positives or all hard negatives."""
+    """All anchors, positives or hard negatives: texts, images, or both in all rows."""
 
     column: str  # to name in messages
     texts: list[str] | None
@@ -36,10 +36,7 @@ class Side:
 
 @dataclass(frozen=True)
 class TrainingPairs:
-    """Training rows: an anchor, its positive and, for all rows or none, a hard negative.
-
-    Each is a text, an image, or an image with a text, the same in all rows.
-    """
+    """Training rows: anchors, positives and, for all rows or none, hard negatives."""
 
     sides: tuple[Side, ...]
     row_ids: list[str]  # "file:row", where a person finds the row: see load_pairs

@@ -11,9 +11,7 @@ from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 # Fine where texts are many; beyond, at most a fifth of a sequence is padding.
-_DOUBLINGS = [
-    quarters * step for step in (32, 64, 128, 256, 512, 1024, 2048) for quarters in (5, 6, 7, 8)
-]
+_DOUBLINGS = [quarters * 2**power for power in range(5, 12) for quarters in (5, 6, 7, 8)]
 # Lengths that texts are padded to, and sequences with images: what TPU's splash attention takes.
 TEXT_BUCKETS = (16, 20, 24, 28, 32, 36, 40, 48, 56, 64, 80, 96, 112, 128, *_DOUBLINGS)
 IMAGE_BUCKETS = tuple(range(256, 16385, 128))
@@ -72,9 +70,8 @@ def truncate_texts(
     ids: list[list[int]] = tokenizer(
         list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
     )["input_ids"]
-    return tokenizer.batch_decode(
-        [sequence[:max_tokens] for sequence in ids], clean_up_tokenization_spaces=False
-    )
+    cut = [sequence[:max_tokens] for sequence in ids]
+    return tokenizer.batch_decode(cut, clean_up_tokenization_spaces=False)
 
 
 def expand_image_tokens(
@@ -128,5 +125,4 @@ def pad_right(
         if not 0 < len(sequence) <= length:
             raise ValueError(f"sequence {row} has {len(sequence)} tokens, expected 1 to {length}")
         input_ids[row, : len(sequence)] = sequence
-    last_index = np.array([len(sequence) - 1 for sequence in sequences], np.int32)  # [B]
-    return input_ids, last_index
+    return input_ids, np.array([len(sequence) - 1 for sequence in sequences], np.int32)

@@ -149,10 +149,8 @@ def collect_items(args: Args) -> list[Item]:
 def tell_left_out(folder: Path, names: list[str]) -> None:
     """Say which entries of a folder are no images."""
     if names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        print(
-            f"{folder}: left out, not an image file: {', '.join(names[:3])}{more}", file=sys.stderr
-        )
+        told = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        print(f"{folder}: left out, not an image file: {told}", file=sys.stderr)
 
 
 def label(item: Item) -> str:

@@ -1,13 +1,13 @@
 """Which items share a device batch: sorted by length, cut by a token budget, in few shapes."""
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 from e5v_jax.families.base import BatchShape, Measured
 
-_ROWS = tuple(4**i for i in range(10))
-"""Row counts of a batch that its items do not fill."""
+_ROWS = tuple(4**i for i in range(10))  # of a batch that its items do not fill
 
 
 @dataclass(frozen=True)
@@ -36,22 +36,20 @@ def plan_batches(
     Raises:
         ValueError: an item is longer than the longest padded length.
     """
+    limit = sys.maxsize if max_rows is None else max_rows
+
+    def round_up(rows: int) -> int:
+        return -(-rows // multiple) * multiple
+
     ordered = sorted(items, key=lambda item: (-item.shape_key, -item.length))
     for key, group in groupby(ordered, key=lambda item: item.shape_key):
         waiting = list(group)
         start = 0
         while start < len(waiting):
             length = padded_length(waiting[start].length, key)
-            rows = max(1, max_tokens // length)
-            rows = _round_up(rows if max_rows is None else min(rows, max_rows), multiple)
-            taken = rows if max_rows is None else min(rows, max_rows)
-            members = waiting[start : start + taken]
-            start += taken
-            if len(members) < taken:
-                enough = next(n for n in _ROWS if n >= len(members))
-                rows = min(rows, _round_up(enough, multiple))
+            rows = round_up(min(max(1, max_tokens // length), limit))
+            members = waiting[start : start + min(rows, limit)]
+            start += len(members)
+            if len(members) < min(rows, limit):
+                rows = min(rows, round_up(next(n for n in _ROWS if n >= len(members))))
             yield Batch(members, BatchShape(rows, length, key))
-
-
-def _round_up(number: int, multiple: int) -> int:
-    return -(-number // multiple) * multiple

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import jax
 
-VARIABLE = "E5V_COMPILATION_CACHE"
-"""Environment variable: another folder, or ``off``."""
+VARIABLE = "E5V_COMPILATION_CACHE"  # in the environment: another folder, or "off"
 
 
 def use_compilation_cache() -> Path | None:

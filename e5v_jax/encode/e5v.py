@@ -94,9 +94,8 @@ class E5V:
         else:
             source = open_source(folder)
         lora = None if adapter is None else load_adapter(as_path(adapter), source)
-        mesh = make_mesh(data=-1, fsdp=1) if mesh is None else mesh
         precision = Precision(jnp.dtype(dtype), jnp.dtype(dtype), quantize)
-        runtime = Runtime.on(mesh, attn_implementation)
+        runtime = Runtime.on(mesh or make_mesh(data=-1, fsdp=1), attn_implementation)
         build = Build(precision, runtime, None if lora is None else lora.lora)
         model = load_model(source, build, lora_values=None if lora is None else lora.values)
         processor = source.family.processor(source.config, load_tokenizer(folder), template)

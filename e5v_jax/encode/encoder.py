@@ -67,7 +67,7 @@ class Encoder:
     def run(
         self, state: nnx.State, batches: Iterable[tuple[Batch, Sequence[Any]]]
     ) -> Iterator[tuple[Batch, np.ndarray]]:
-        """Each batch with its vectors fp32 [items, D], not normalised, in the order given.
+        """Yield each batch with its vectors fp32 [items, D], not normalised, in the order given.
 
         A batch comes with its items as ``Processor.load`` returned them. The next batch is asked
         for and sent while the device works on the last ones.
@@ -77,9 +77,8 @@ class Encoder:
             yield batch, np.asarray(out)[: len(batch.items)]
 
     def _start(self, state: nnx.State, batch: Batch, prepared: Sequence[Any]) -> jax.Array:
-        """Vectors [rows, D], on their way."""
+        """Send a batch on its way to vectors [rows, D]; one short of items repeats its last."""
         shape, statistics = batch.shape, self.statistics
-        # a batch short of items repeats its last one
         filled = [*prepared, *[prepared[-1]] * (shape.rows - len(prepared))]
         arrays = place_split(self.processor.stack(filled, shape), self.runtime.mesh)
         start = time.perf_counter()

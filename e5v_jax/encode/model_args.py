@@ -58,9 +58,7 @@ class ModelArgs:
                 raise UsageError(f"--{name.replace('_', '-')}: {value}, expected at least 1")
 
     def load(self, devices: "Sequence[jax.Device] | None" = None) -> "E5V":
-        """Load the model onto a mesh over ``devices``, by default all of them.
-
-        JAX's persistent compilation cache is switched on, see encode/compilation.py.
+        """Load the model onto ``devices``, by default all, with a persistent compilation cache.
 
         Raises:
             UsageError: ``fsdp`` and ``tensor`` do not divide the devices.
@@ -71,7 +69,6 @@ class ModelArgs:
         from e5v_jax.sharding import make_mesh
 
         use_compilation_cache()
-
         try:
             mesh = make_mesh(-1, self.fsdp, self.tensor, devices=devices)
         except ValueError as error:

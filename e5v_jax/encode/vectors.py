@@ -32,10 +32,7 @@ def check_output(path: Path) -> None:
 
 
 def write_vectors(path: Path, ids: list[str], vectors: np.ndarray) -> None:
-    """Write vectors [N, D] in their dtype; ``path`` appears only when whole.
-
-    .npy holds the array, .parquet the columns ``id`` (string) and ``embedding`` (a list of D
-    numbers).
+    """Write vectors [N, D] in their dtype, in .parquet with ids; it appears only when whole.
 
     Raises:
         OSError: the disk is full or the like.
