@@ -173,31 +173,27 @@ def _shard(output: Path, number: int, args: Args) -> Path:
 def _encode_shard(
     args: Args, items: list[Item], path: Path, embed: Embed, progress: BulkProgress
 ) -> None:
-    reasons: dict[int, str] = {}
-
-    def leave_out(row: int, reason: str) -> None:
-        if args.on_error == "raise":
-            raise ValueError(f"{items[row].where}: {reason}")
-        reasons[row] = reason
+    raises = args.on_error == "raise"
+    for item in items:
+        if raises and item.error is not None:
+            raise ValueError(f"{item.where}: {item.error}")
+    usable = [row for row, item in enumerate(items) if item.error is None]
 
     def note(error: InputError) -> None:
-        leave_out(usable[error.position], error.reason)
+        row = usable[error.position]
+        if raises:
+            raise ValueError(f"{items[row].where}: {error.reason}")
+        items[row] = replace(items[row], error=error.reason)
 
-    for row, item in enumerate(items):
-        if item.error is not None:
-            leave_out(row, item.error)
-    usable = [row for row in range(len(items)) if row not in reasons]
     vectors = embed([items[row].value for row in usable], on_error=note)
-    progress.passed(len(reasons))
-    if reasons:
-        lines = [
-            json.dumps({"id": items[row].id, "where": items[row].where, "reason": reason}) + "\n"
-            for row, reason in sorted(reasons.items())
-        ]
-        failed = path.with_suffix(".failed.jsonl")
-        write_whole(failed, lambda file: file.write("".join(lines).encode()))
-    good = [position for position, row in enumerate(usable) if row not in reasons]
-    ids = [items[usable[position]].id for position in good]
+    failed = [item for item in items if item.error is not None]
+    progress.passed(len(failed))
+    if failed:
+        reasons = ({"id": item.id, "where": item.where, "reason": item.error} for item in failed)
+        lines = "".join(json.dumps(reason) + "\n" for reason in reasons).encode()
+        write_whole(path.with_suffix(".failed.jsonl"), lambda file: file.write(lines))
+    good = [position for position, row in enumerate(usable) if items[row].error is None]
+    ids = [item.id for item in items if item.error is None]
     if args.format == "npy":
         write_json(path.with_suffix(".ids.json"), ids)
     # last: it says that all of the shard is there

@@ -68,7 +68,7 @@ class E5V:
             mesh: devices to place the model on; None uses all of them for data parallelism.
             adapter: a PEFT LoRA folder or a run folder of ``python -m e5v_jax.train``; None applies
                 the adapter that the converted folder carries, if any.
-            template: chat template name, see ``e5v_jax.prompts.TEMPLATES``; None chooses.
+            template: a name in ``e5v_jax.prompts.TEMPLATES``; None chooses.
             revision: branch, tag or commit of a hub id.
             quantize: "int8" or "nf4" stores the decoder's kernels so; arithmetic stays in dtype.
             attn_implementation: "xla", "cudnn" (GPU) or "splash" (TPU); "auto" chooses.
