@@ -27,7 +27,7 @@ from e5v_jax.encode.bulk import read_embeddings
 from e5v_jax.encode.encoder import Statistics
 from e5v_jax.encode.files import iterate_items, scan_items
 from e5v_jax.encode.options import Args
-from e5v_jax.encode.progress import bulk_progress
+from e5v_jax.encode.progress import BulkProgress
 
 Command = Callable[..., tuple[int, str, str]]
 TEXTS = [f"Text number {i}: {'very ' * (i % 7)}short." for i in range(23)]
@@ -446,7 +446,7 @@ def test_long_resume_without_a_terminal(
     monkeypatch.setattr("e5v_jax.encode.progress.time.monotonic", lambda: float(next(clock)))
     monkeypatch.setattr("sys.stderr", io.StringIO())
     caplog.set_level("INFO", "e5v_jax")
-    with bulk_progress(100, Statistics()) as progress:
+    with BulkProgress(100, Statistics()) as progress:
         progress.passed(40)
         progress.encoded(10)
     first, second = caplog.messages

@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,25 +22,22 @@ class ImageError(ValueError):
 
 
 def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
-    """Read an image as RGB.
+    """Read a file, its bytes or a Pillow image (left unchanged) as RGB.
 
     Other modes go through ``convert("RGB")``: transparency is dropped, not blended, and no EXIF
     rotation is applied (both as in the reference). Of an animation, the first frame.
-
-    Args:
-        source: path of a file, the bytes of one, or a Pillow image (which is left unchanged).
 
     Raises:
         ImageError: missing file, not an image, broken or truncated data, no pixels, more than
             ``MAX_IMAGE_PIXELS``, or a URL. The header tells the size, so that nothing is decoded
             for it (only ICO files are: Pillow does so on opening, up to its own limit).
-        TypeError: ``source`` is none of the above types.
+        TypeError: ``source`` is none of these.
     """
     return _open(source, lambda image: image.convert("RGB"))
 
 
 def image_size(source: str | Path | bytes | Image.Image) -> Size:
-    """(height, width) that :func:`load_image` will find, from the header; the same errors."""
+    """Read (height, width) that :func:`load_image` will find from the header; the same errors."""
     return _open(source, lambda image: (image.height, image.width))
 
 
@@ -52,11 +50,21 @@ def _open(source: str | Path | bytes | Image.Image, read: Callable[[Image.Image]
     if isinstance(source, str | Path) and re.match(r"https?:/", str(source), re.IGNORECASE):
         raise ImageError(f"{name}: URLs are not fetched; download the image and give its path")
     try:
-        if isinstance(source, Image.Image):
-            _check_pixels(source, name)
-            return read(source)
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            _check_pixels(image, name)
+        with (
+            nullcontext(source)
+            if isinstance(source, Image.Image)
+            else Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        ) as image:
+            width, height = image.size
+            if width < 1 or height < 1:
+                raise ImageError(f"{name}: {width}x{height} pixels, an image needs at least one")
+            # Above its own limit Pillow only warns, so a lower one of the program counts here too.
+            limit = min(MAX_IMAGE_PIXELS, Image.MAX_IMAGE_PIXELS or MAX_IMAGE_PIXELS)
+            if width * height > limit:
+                raise ImageError(
+                    f"{name}: {width}x{height} pixels, more than the {limit} allowed; shrink it "
+                    "first"
+                )
             return read(image)
     except ImageError:
         raise
@@ -70,20 +78,8 @@ def _open(source: str | Path | bytes | Image.Image, read: Callable[[Image.Image]
         raise ImageError(f"{name}: cannot be read as an image: {_one_line(error)}") from error
 
 
-def _check_pixels(image: Image.Image, name: str) -> None:
-    width, height = image.size
-    if width < 1 or height < 1:
-        raise ImageError(f"{name}: {width}x{height} pixels, an image needs at least one")
-    # Above its own limit Pillow only warns, so a lower one set by the program counts here too.
-    limit = min(MAX_IMAGE_PIXELS, Image.MAX_IMAGE_PIXELS or MAX_IMAGE_PIXELS)
-    if width * height > limit:
-        raise ImageError(
-            f"{name}: {width}x{height} pixels, more than the {limit} allowed; shrink it first"
-        )
-
-
 def _name(source: str | Path | bytes | Image.Image) -> str:
-    """What to call the image in a message: one line, of bounded length."""
+    """Name the image in a message: on one line, of bounded length."""
     if isinstance(source, bytes):
         return f"image bytes ({len(source)} bytes)"
     if isinstance(source, Image.Image):

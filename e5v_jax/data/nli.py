@@ -1,15 +1,14 @@
 """NLI corpora turned into training triplets, from tensorflow-datasets' prepared files."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from e5v_jax.data.pairs import TrainingPairs, make_pairs
 
 NLI_LABELS = ("entailment", "neutral", "contradiction")
-UNLABELLED = "-"
-"""SNLI's and MultiNLI's mark for a pair whose annotators did not agree."""
+UNLABELLED = "-"  # SNLI's and MultiNLI's mark for a pair whose annotators did not agree
 
 
 def triplets_from_nli(rows: Iterable[tuple[str, str, str]], source: str) -> TrainingPairs:
@@ -20,50 +19,41 @@ def triplets_from_nli(rows: Iterable[tuple[str, str, str]], source: str) -> Trai
     one triplet per premise is our reading of its 275,601 rows for the 314 k entailments of SNLI
     and MultiNLI. Blank sentences and rows labelled ``-`` are left out.
 
-    Args:
-        rows: label is one of ``NLI_LABELS`` or ``-``.
-        source: stands before the row number (from 1, that of the entailment) in ``row_ids``.
+    ``source`` stands before the row number (from 1, that of the entailment) in ``row_ids``.
 
     Raises:
-        ValueError: an unknown label, or not one premise has both.
+        ValueError: a label that is neither in ``NLI_LABELS`` nor ``-``, or no premise has both.
     """
     entailments: dict[str, tuple[int, str]] = {}
     contradictions: dict[str, str] = {}
+    known = (*NLI_LABELS, UNLABELLED)
     for number, (premise, hypothesis, label) in enumerate(rows, start=1):
-        if label not in NLI_LABELS and label != UNLABELLED:
-            raise ValueError(
-                f"{source}:{number}: label {label!r}, expected one of {(*NLI_LABELS, UNLABELLED)}"
-            )
-        if not premise.strip() or not hypothesis.strip():
-            continue
-        if label == "entailment":
-            entailments.setdefault(premise, (number, hypothesis))
-        elif label == "contradiction":
-            contradictions.setdefault(premise, hypothesis)
+        if label not in known:
+            raise ValueError(f"{source}:{number}: label {label!r}, expected one of {known}")
+        if premise.strip() and hypothesis.strip():
+            if label == "entailment":
+                entailments.setdefault(premise, (number, hypothesis))
+            elif label == "contradiction":
+                contradictions.setdefault(premise, hypothesis)
     premises = [premise for premise in entailments if premise in contradictions]
     if not premises:
         raise ValueError(f"{source}: no premise has both an entailment and a contradiction")
-    return make_pairs(
-        {
-            "sent0": premises,
-            "sent1": [entailments[p][1] for p in premises],
-            "hard_neg": [contradictions[p] for p in premises],
-        },
-        [f"{source}:{entailments[p][0]}" for p in premises],
-    )
+    columns = {
+        "sent0": premises,
+        "sent1": [entailments[p][1] for p in premises],
+        "hard_neg": [contradictions[p] for p in premises],
+    }
+    return make_pairs(columns, [f"{source}:{entailments[p][0]}" for p in premises])
 
 
 def load_tfds(
     name: Literal["snli", "multi_nli"], split: str = "train", data_dir: Path | None = None
 ) -> TrainingPairs:
-    """Triplets of a prepared tensorflow-datasets NLI corpus, read without TensorFlow.
+    """Read triplets of the newest prepared version of a tfds corpus, without TensorFlow.
 
-    Args:
-        name: the corpus; its newest prepared version is read.
-        split: as in tfds, say ``train`` or ``validation[:10%]``. multi_nli calls its validation
-            splits validation_matched and validation_mismatched.
-        data_dir: where it was prepared; None is the environment variable ``TFDS_DATA_DIR``, else
-            ``~/tensorflow_datasets``, as in tfds.
+    ``split`` is as in tfds, say ``train`` or ``validation[:10%]``; multi_nli has validation_matched
+    and validation_mismatched. ``data_dir`` is where the corpus was prepared; None is the
+    environment variable ``TFDS_DATA_DIR``, else ``~/tensorflow_datasets``, as in tfds.
 
     Raises:
         FileNotFoundError: it is not prepared there; the message has the command that does it.
@@ -71,19 +61,13 @@ def load_tfds(
     """
     root = data_dir or Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
     root = root.expanduser()
-    folders = [info.parent for info in (root / name).glob("*/dataset_info.json")]
-    versions = {  # by (major, minor, patch); tfds's own "incomplete.*" is none
-        tuple(map(int, folder.name.split("."))): folder
-        for folder in folders
-        if folder.name.replace(".", "").isdecimal()
-    }
-    if not versions:
-        raise FileNotFoundError(f"{root / name}: not prepared; {_how_to_prepare(name, root)}")
-    folder = versions[max(versions)]
-
     # here and not above: the import takes a second and only this source needs it
     import tensorflow_datasets as tfds
 
+    versions = tfds.core.utils.version.list_all_versions(root / name)
+    if not versions:
+        raise FileNotFoundError(f"{root / name}: not prepared; {_how_to_prepare(name, root)}")
+    folder = root / name / str(versions[-1])
     builder = tfds.builder_from_directory(folder)  # unlike tfds.builder, works from files alone
     try:
         records = builder.as_data_source(split=split)
@@ -102,14 +86,10 @@ def load_tfds(
             record["hypothesis"].decode(),
             UNLABELLED if record["label"] < 0 else labels[record["label"]],
         )
-        for record in _in_blocks(records)
+        for start in range(0, len(records), 4096)  # one at a time takes 2.5 times as long
+        for record in records.__getitems__(list(range(len(records))[start : start + 4096]))
     )
     return triplets_from_nli(rows, source=f"{name}/{folder.name}/{split}")
-
-
-def _in_blocks(records: Any) -> Iterator[dict[str, Any]]:
-    for start in range(0, len(records), 4096):  # one at a time takes 2.5 times as long
-        yield from records.__getitems__(list(range(start, min(start + 4096, len(records)))))
 
 
 def _how_to_prepare(name: str, root: Path) -> str:

@@ -2,7 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,9 @@ _SUFFIXES = (".csv", ".jsonl", ".parquet")
 
 @dataclass(frozen=True)
 class Side:
-    """All anchors, all positives or all hard negatives."""
+    """All anchors, positives or hard negatives: texts, images, or both in all rows."""
 
-    column: str
-    """The column to name in messages."""
+    column: str  # to name in messages
     texts: list[str] | None
     images: list[Path] | None
 
@@ -36,17 +36,11 @@ class Side:
 
 @dataclass(frozen=True)
 class TrainingPairs:
-    """Training rows: an anchor, its positive and, for all rows or none, a hard negative.
-
-    Each is a text, an image, or an image with a text, the same in all rows.
-    """
+    """Training rows: anchors, positives and, for all rows or none, hard negatives."""
 
     sides: tuple[Side, ...]
-    """Anchors, positives and, if there are any, hard negatives."""
-    row_ids: list[str]
-    """``file:row``, where a person finds the row: see :func:`load_pairs`."""
-    fingerprint: str
-    """sha256 (hex) over the columns in order; the same in any file format and folder."""
+    row_ids: list[str]  # "file:row", where a person finds the row: see load_pairs
+    fingerprint: str  # sha256 (hex) over the columns; the same in any file format and folder
 
     def __len__(self) -> int:
         return len(self.row_ids)
@@ -59,16 +53,12 @@ def load_pairs(path: Path | Sequence[Path]) -> TrainingPairs:
     ``hard_neg``, in any order; beside a ``hard_neg`` other columns are passed over. In place of a
     sentence or beside it there may be an image: ``image0``, ``image1``, ``hard_neg_image``, its
     path as seen from the file's folder. All rows have the same columns. Sentences are kept as they
-    are, spaces included. The row in ``row_ids`` and in errors counts from 1: for csv and jsonl it
-    is the line of the file on which the row starts (so the first row of a csv file is at line 2),
-    for parquet the row. Blank lines are skipped.
+    are, spaces included. Rows are numbered in ``row_ids`` and errors as
+    :func:`e5v_jax.data.rows.read_rows` does.
 
     Raises:
         FileNotFoundError: a file does not exist.
-        ValueError: one line naming file, row and column: an unknown suffix, a missing or repeated
-            column, an unknown one without a hard negative, a value that is no string or is blank,
-            text that is not UTF-8, broken csv, json or parquet, no rows, a file given twice, or
-            columns in some rows only.
+        ValueError: one line naming file, row and column, and what is wrong there.
     """
     paths = list(path) if isinstance(path, Sequence) else [path]
     if not paths:
@@ -78,9 +68,18 @@ def load_pairs(path: Path | Sequence[Path]) -> TrainingPairs:
     for i, file in enumerate(paths):
         if file in paths[:i]:
             raise ValueError(f"{file}: given twice; its rows would be each other's negatives")
+        if file.suffix.lower() not in _SUFFIXES:
+            expected = ", ".join(_SUFFIXES)
+            raise ValueError(f"{file}: unknown suffix {file.suffix!r}, expected {expected}")
+        if not file.is_file():
+            raise FileNotFoundError(f"{file}: no such file")
         before = len(row_ids)
-        for where, values in _read(file):
-            names = _ordered(where, values.keys())
+        for number, values in read_rows(file, _ordered, strings_only=True):
+            where = f"{file}:{number}"
+            assert values is not None  # all rows are wanted
+            if isinstance(values, ValueError):
+                raise ValueError(f"{where}: {values}")
+            names = _ordered(where, values)
             if row_ids and names != tuple(columns):
                 only = next(c for c in _COLUMNS if (c in names) != (c in columns))
                 has, has_not = (where, row_ids[0]) if only in names else (row_ids[0], where)
@@ -89,8 +88,7 @@ def load_pairs(path: Path | Sequence[Path]) -> TrainingPairs:
                     "train on rows that all have the same columns"
                 )
             for name in names:
-                value = _value(where, name, values[name], file)
-                columns.setdefault(name, []).append(value)
+                columns.setdefault(name, []).append(_value(where, name, values[name], file))
             row_ids.append(where)
         if len(row_ids) == before:
             raise ValueError(f"{file}: no rows")
@@ -98,12 +96,7 @@ def load_pairs(path: Path | Sequence[Path]) -> TrainingPairs:
 
 
 def make_pairs(columns: dict[str, list[Any]], row_ids: list[str]) -> TrainingPairs:
-    """Put columns named as in ``SIDES``, and in that order, together as training pairs.
-
-    Args:
-        columns: texts (str) or images (Path), one of each row.
-        row_ids: where each row is from.
-    """
+    """Put columns of texts (str) and images (Path) together; named and in order as in ``SIDES``."""
     for_hash: Any = list(columns.values())
     if any(name in _IMAGE_COLUMNS for name in columns):  # the names tell which are images
         for_hash = [[name, [str(x) for x in column]] for name, column in columns.items()]
@@ -142,29 +135,11 @@ def _value(where: str, column: str, value: object, file: Path) -> str | Path:
         raise ValueError(f"{where}: {column} is {shortened(value)}, expected a string")
     if not value.strip():
         raise ValueError(f"{where}: {column} is empty")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:  # json can say "\ud800"
-            raise ValueError(
-                f"{where}: {column} has half a character (lone surrogate) at {error.start}"
-            ) from None
+    if half := re.search("[\ud800-\udfff]", value):  # json can say "\ud800"
+        place = half.start()
+        raise ValueError(f"{where}: {column} has half a character (lone surrogate) at {place}")
     if column not in _IMAGE_COLUMNS:
         return value
     if in_bucket(file):
         raise ValueError(f"{where}: {column}: images are not read from a bucket: mount it")
     return file.parent / value
-
-
-def _read(file: Path) -> Iterator[tuple[str, dict[str, object]]]:
-    if file.suffix.lower() not in _SUFFIXES:
-        raise ValueError(f"{file}: unknown suffix {file.suffix!r}, expected {', '.join(_SUFFIXES)}")
-    if not file.is_file():
-        raise FileNotFoundError(f"{file}: no such file")
-    for number, values in read_rows(file, _ordered, strings_only=True):
-        where = f"{file}:{number}"
-        assert values is not None  # all rows are wanted
-        if isinstance(values, ValueError):
-            raise ValueError(f"{where}: {values}")
-        _ordered(where, values.keys())
-        yield where, values

@@ -3,8 +3,9 @@
 import logging
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import grain
 import numpy as np
@@ -17,12 +18,8 @@ T_co = TypeVar("T_co", covariant=True)
 _logger = logging.getLogger(__name__)
 
 
-class BatchIterator(Protocol[T_co]):
+class BatchIterator(Iterator[T_co], Protocol[T_co]):
     """The part of ``grain.DatasetIterator`` that training uses."""
-
-    def __iter__(self) -> Self: ...
-
-    def __next__(self) -> T_co: ...
 
     def get_state(self) -> dict[str, Any]:
         """The position in the data, fit for json: how many batches were taken."""
@@ -34,23 +31,19 @@ class BatchIterator(Protocol[T_co]):
 
 
 def number_inputs(sides: Sequence[Side]) -> Rows:
-    """Number all inputs of all sides; equal are those of the same text and the same image path.
-
-    int64 [sum of N].
-    """
+    """Number the inputs of all sides, int64 [sum of N]: equal if text and path of the image are."""
     numbers: dict[tuple[str, Path | None], int] = {}
-
-    def keys(side: Side) -> Iterator[tuple[str, Path | None]]:
-        for row in range(len(side)):
-            text = side.texts[row].strip().casefold() if side.texts is not None else ""
-            yield text, side.images[row] if side.images is not None else None
-
-    found = [numbers.setdefault(key, len(numbers)) for side in sides for key in keys(side)]
+    found = []
+    for side in sides:
+        texts = side.texts or [""] * len(side)
+        images: Sequence[Path | None] = side.images or [None] * len(side)
+        for text, image in zip(texts, images, strict=True):
+            found.append(numbers.setdefault((text.strip().casefold(), image), len(numbers)))
     return np.array(found, np.int64)
 
 
 def batches_per_epoch(premise_ids: Rows, batch_size: int) -> int:
-    """The most batches of ``batch_size`` rows in which no premise is there twice.
+    """Count the most batches of ``batch_size`` rows in which no premise is there twice.
 
     That is N // batch_size unless a few premises have many of the N rows. m batches can be had
     exactly if sum(min(count, m)) >= m * batch_size over all premises, since a batch takes at most
@@ -66,18 +59,10 @@ def batches_per_epoch(premise_ids: Rows, batch_size: int) -> int:
 def epoch_order(premise_ids: Rows, batch_size: int, seed: int, epoch: int) -> Rows:
     """The batches of one epoch: a shuffle in which no batch has the same premise twice.
 
-    A pure function of its arguments, the same on every machine. No row is there twice. The rows
-    that are not there are the remainder: N modulo ``batch_size`` of them, other ones each epoch,
-    or more if a premise has more rows than there are batches (:func:`batches_per_epoch`).
-
-    Args:
-        premise_ids: int64 [N], from :func:`number_inputs`.
-        batch_size: rows of a global batch, B.
-        seed: not negative.
-        epoch: from 0.
-
-    Returns:
-        Row numbers, int64 [batches_per_epoch, B].
+    It turns int64 [N] of :func:`number_inputs` into row numbers int64 [batches_per_epoch, B], the
+    same on every machine. No row is there twice. Those that are not there are the remainder: N
+    modulo ``batch_size`` of them, other ones each epoch, or more if a premise has more rows than
+    there are batches (:func:`batches_per_epoch`). ``seed`` and ``epoch`` are not negative.
     """
     n, m = len(premise_ids), batches_per_epoch(premise_ids, batch_size)
     # Raw bits of a bit generator, because NumPy may change Generator.permutation in any version.
@@ -154,29 +139,6 @@ def _place_elsewhere(
     return np.array(table, np.int64)
 
 
-class _Batches:
-    """Gives Grain random access to the batches of all epochs."""
-
-    def __init__(
-        self, premise_ids: Rows, *, batch_size: int, seed: int, num_epochs: int, columns: slice
-    ) -> None:
-        self._arguments = (premise_ids, batch_size, seed)
-        self._per_epoch = batches_per_epoch(premise_ids, batch_size)
-        self._num_epochs = num_epochs
-        self._columns = columns
-        self._epoch = -1  # whose order is in memory
-        self._order: Rows | None = None
-
-    def __len__(self) -> int:
-        return self._num_epochs * self._per_epoch
-
-    def __getitem__(self, step: int) -> Rows:
-        epoch, batch = divmod(step, self._per_epoch)
-        if self._order is None or epoch != self._epoch:
-            self._epoch, self._order = epoch, epoch_order(*self._arguments, epoch)
-        return self._order[batch, self._columns].copy()
-
-
 def make_batches(
     pairs: TrainingPairs,
     *,
@@ -194,30 +156,23 @@ def make_batches(
     so a run may resume with other processes. It says nothing of the data: resume with the same
     pairs (``TrainingPairs.fingerprint``), batch_size and seed.
 
-    Args:
-        pairs: the training rows.
-        batch_size: rows of a global batch.
-        seed: of the shuffle, not negative.
-        num_epochs: times each row is seen, but for the remainder.
-        process_index: this process, from 0.
-        process_count: processes; each takes an equal run of columns of the global batch.
-        transform: called with int64 [batch_size / process_count] row numbers, in a thread and a
-            few batches ahead. What it raises, ``next`` raises. It must not return None.
+    ``batch_size`` is that of a global batch, of which each process takes an equal run of columns.
+    ``transform`` is called with int64 [batch_size / process_count] row numbers, in a thread and a
+    few batches ahead. What it raises, ``next`` raises. It must not return None.
 
     Raises:
         ValueError: one line: a number out of range, or not one batch can be formed.
     """
     if batch_size < 1 or num_epochs < 1 or seed < 0:
-        raise ValueError(
-            f"batch_size {batch_size}, num_epochs {num_epochs}, seed {seed}: "
-            "expected at least 1, 1 and 0"
-        )
+        found = f"batch_size {batch_size}, num_epochs {num_epochs}, seed {seed}"
+        raise ValueError(f"{found}: expected at least 1, 1 and 0")
     if not 0 <= process_index < process_count:
         raise ValueError(f"process_index {process_index}, expected 0 to {process_count - 1}")
     if batch_size % process_count:
         raise ValueError(f"batch_size {batch_size} is no multiple of {process_count} processes")
     premises = number_inputs(pairs.sides[:1])
-    used = batches_per_epoch(premises, batch_size) * batch_size
+    per_epoch = batches_per_epoch(premises, batch_size)
+    used = per_epoch * batch_size
     if not used:
         raise ValueError(
             f"{len(premises)} rows with {len(np.unique(premises))} different "
@@ -235,14 +190,14 @@ def make_batches(
             pairs.row_ids[int(np.argmax(premises == commonest))],
         )
     share = batch_size // process_count
-    source = _Batches(
-        premises,
-        batch_size=batch_size,
-        seed=seed,
-        num_epochs=num_epochs,
-        columns=slice(process_index * share, (process_index + 1) * share),
-    )
-    batches = grain.MapDataset.source(source).map(transform)
-    # One thread: the rows are in memory, and _Batches is then only used by one.
+    columns = slice(process_index * share, (process_index + 1) * share)
+    order_of = lru_cache(maxsize=1)(partial(epoch_order, premises, batch_size, seed))
+
+    def batch(step: int) -> Any:
+        epoch, number = divmod(step, per_epoch)
+        return transform(order_of(epoch)[number, columns].copy())
+
+    # One thread: the rows are in memory, and the order of one epoch is made once.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)
-    return iter(batches.to_iter_dataset(options))
+    steps = grain.MapDataset.range(num_epochs * per_epoch)
+    return iter(steps.map(batch).to_iter_dataset(options))

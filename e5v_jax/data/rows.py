@@ -4,23 +4,23 @@ import csv
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from itertools import islice, repeat
+from itertools import count, islice, repeat
 from pathlib import Path
 from typing import Any
 
 SUFFIXES = (".txt", ".jsonl", ".csv", ".parquet")
+EVERY_ROW = repeat(True)
+# Gets the place and the names of the columns and returns those to read; raises ValueError.
 CheckColumns = Callable[[str, list[str]], Iterable[str]]
-"""Gets where the columns are named and their names, and returns those to read; raises ValueError if
-they do not serve."""
+# Its number, and its values by column, or what is wrong with it (without file and number), or None
+# if it is not wanted.
 Row = tuple[int, "dict[str, object] | ValueError | None"]
-"""Its number, and its values by column, or what is wrong with it (without file and number), or None
-if it is not wanted."""
 
 
 def read_rows(
     file: Path,
     check_columns: CheckColumns,
-    wanted: Iterator[bool] | None = None,
+    wanted: Iterator[bool] = EVERY_ROW,
     *,
     strings_only: bool = False,
     without_bytes: bool = False,
@@ -31,38 +31,32 @@ def read_rows(
     the first row of a csv file is at line 2), for parquet the row. Blank lines are skipped, but for
     txt, where every line is a row with one column, ``text``.
 
-    Args:
-        file: its suffix, one of ``SUFFIXES``, tells the format.
-        check_columns: for csv and parquet; of jsonl, each row has its own keys.
-        wanted: says of each row whether to parse it; by default all are. A row group of a parquet
-            file with no such row is not read.
-        strings_only: refuse columns of a parquet file that hold something else.
-        without_bytes: do not read binary columns of a parquet file, nor binary fields of structs;
-            their values are then ``b""``.
+    The suffix of the file, one of ``SUFFIXES``, tells the format. ``check_columns`` is asked for
+    csv and parquet; of jsonl, each row has its own keys. ``wanted`` says of each row whether to
+    parse it; a row group of a parquet file without such a row is not read. ``strings_only`` refuses
+    columns of a parquet file that hold something else. ``without_bytes`` does not read its binary
+    columns, nor binary fields of structs; their values are then ``b""``.
 
     Raises:
         ValueError: one line naming the file, and the line if it has one: columns that
             ``check_columns`` refuses, text that is not UTF-8, broken csv or parquet.
     """
-    wanted = repeat(True) if wanted is None else wanted
     suffix = file.suffix.lower()
     if suffix == ".parquet":
         yield from _read_parquet(file, check_columns, wanted, strings_only, without_bytes)
     elif suffix == ".csv":
         yield from _read_csv(file, check_columns, wanted)
     else:
-        parse = _text if suffix == ".txt" else _json_row
         for number, line in _read_lines(file):
-            if suffix == ".txt" or line.strip():
-                yield number, parse(line) if next(wanted) else None
+            if suffix == ".txt":
+                text = line.removesuffix("\n").removesuffix("\r")
+                yield number, {"text": text} if next(wanted) else None
+            elif line.strip():
+                yield number, _json_row(line) if next(wanted) else None
 
 
 def _read_lines(file: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines, each with its end; only newlines end one, not all that str.splitlines knows.
-
-    Raises:
-        ValueError: a line that is not UTF-8.
-    """
+    """Number the lines, each with its end: a newline only, not all that str.splitlines knows."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:
@@ -75,44 +69,34 @@ def _read_lines(file: Path) -> Iterator[tuple[int, str]]:
                 ) from None
 
 
-def _text(line: str) -> dict[str, object]:
-    return {"text": line.removesuffix("\n").removesuffix("\r")}
-
-
 def _read_csv(file: Path, check_columns: CheckColumns, wanted: Iterator[bool]) -> Iterator[Row]:
     # strict: otherwise a stray quote silently swallows or merges what follows it
     reader = csv.reader((line for _, line in _read_lines(file)), strict=True)
     header: list[str] | None = None
-    while True:
-        number = reader.line_num + 1
-        try:
-            row = next(reader, None)
-        except csv.Error as error:
-            raise ValueError(f"{file}:{number}: broken csv: {error}") from None
-        if row is None:
-            return
-        if not row:
-            continue
-        if header is None:
-            header = row
-            check_columns(f"{file}:{number}", header)
-        elif not next(wanted):
-            yield number, None
-        elif len(row) != len(header):
-            yield number, ValueError(f"{len(row)} fields, expected {len(header)}: {header}")
-        else:
-            yield number, dict(zip(header, row, strict=True))
-
-
-class _RepeatedKey(ValueError):
-    pass
+    number = 1
+    try:
+        for row in reader:
+            start, number = number, reader.line_num + 1
+            if not row:
+                continue
+            if header is None:
+                header = row
+                check_columns(f"{file}:{start}", header)
+            elif not next(wanted):
+                yield start, None
+            elif len(row) != len(header):
+                yield start, ValueError(f"{len(row)} fields, expected {len(header)}: {header}")
+            else:
+                yield start, dict(zip(header, row, strict=True))
+    except csv.Error as error:
+        raise ValueError(f"{file}:{number}: broken csv: {error}") from None
 
 
 def _json_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     values: dict[str, object] = {}
     for key, value in pairs:
         if key in values:  # json itself would keep the last one
-            raise _RepeatedKey(f"key {key!r} is there twice")
+            raise KeyError(key)
         values[key] = value
     return values
 
@@ -125,8 +109,8 @@ def _json_row(line: str) -> dict[str, object] | ValueError:
         row = _JSON.decode(line.strip())
     except json.JSONDecodeError as error:
         return ValueError(f"broken json: {error.msg}, character {error.colno}")
-    except _RepeatedKey as error:
-        return error
+    except KeyError as error:
+        return ValueError(f"key {error.args[0]!r} is there twice")
     except (ValueError, RecursionError) as error:  # numbers too long, brackets too deep
         return ValueError(f"broken json: {error}")
     if isinstance(row, dict):
@@ -135,7 +119,7 @@ def _json_row(line: str) -> dict[str, object] | ValueError:
 
 
 def shortened(value: object) -> str:
-    """A value as json of at most 40 characters, for messages."""
+    """Show a value as json of at most 40 characters, for messages."""
     text = json.dumps(value)
     return text if len(text) <= 40 else text[:37] + "..."
 
@@ -155,44 +139,34 @@ def _read_parquet(
         # read_table would take columns from folder names; a buffer lets it read piece by piece
         with file.open("rb") as content, pq.ParquetFile(content, buffer_size=2**20) as table:
             columns = set(check_columns(str(file), table.schema_arrow.names))
-            if strings_only:
-                _check_strings(file, [f for f in table.schema_arrow if f.name in columns])
-            leaves = [table.schema.column(i) for i in range(len(table.schema))]
-            leaves = [leaf for leaf in leaves if leaf.path.partition(".")[0] in columns]
-            left_out = [leaf.path for leaf in leaves if without_bytes and _is_binary(leaf)]
-            paths = [leaf.path for leaf in leaves if leaf.path not in left_out]
-            number = 0
+            for field in table.schema_arrow if strings_only else ():
+                kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+                is_string = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+                if field.name in columns and not is_string:
+                    raise ValueError(
+                        f"{file}: column {field.name} is of type {field.type}, expected string"
+                    )
+            paths: list[str] = []
+            left_out: list[str] = []
+            for leaf in map(table.schema.column, range(len(table.schema))):
+                if leaf.path.partition(".")[0] in columns:
+                    binary = "BYTE_ARRAY" in leaf.physical_type and leaf.logical_type.type == "NONE"
+                    (left_out if without_bytes and binary else paths).append(leaf.path)
+            numbers = count(1)
             for group in range(table.num_row_groups):
                 flags = bytes(islice(wanted, table.metadata.row_group(group).num_rows))
                 if not any(flags):
-                    yield from ((number + i, None) for i in range(1, len(flags) + 1))
-                    number += len(flags)
+                    yield from zip(islice(numbers, len(flags)), repeat(None))
                     continue
                 flag = iter(flags)
                 # few rows at a time, as they may hold images
                 for batch in table.iter_batches(256, row_groups=[group], columns=paths):
                     chosen = bytes(islice(flag, len(batch)))
                     rows = _batch_rows(batch, left_out) if any(chosen) else [None] * len(batch)
-                    for is_chosen, row in zip(chosen, rows, strict=True):
-                        number += 1
+                    for is_chosen, row, number in zip(chosen, rows, numbers, strict=False):
                         yield number, row if is_chosen else None
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         raise ValueError(f"{file}: broken parquet: {str(error).splitlines()[0]}") from None
-
-
-def _check_strings(file: Path, fields: list[Any]) -> None:
-    import pyarrow as pa
-
-    for field in fields:
-        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
-        if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-            raise ValueError(
-                f"{file}: column {field.name} is of type {field.type}, expected string"
-            )
-
-
-def _is_binary(leaf: Any) -> bool:
-    return "BYTE_ARRAY" in leaf.physical_type and leaf.logical_type.type == "NONE"
 
 
 def _batch_rows(batch: Any, left_out: list[str]) -> list[dict[str, Any] | ValueError]:

@@ -4,57 +4,50 @@ NumPy and a fast tokenizer of transformers only; no torch, no jax.
 """
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
 # Fine where texts are many; beyond, at most a fifth of a sequence is padding.
-_DOUBLINGS = [
-    quarters * step for step in (32, 64, 128, 256, 512, 1024, 2048) for quarters in (5, 6, 7, 8)
-]
+_DOUBLINGS = [quarters * 2**power for power in range(5, 12) for quarters in (5, 6, 7, 8)]
+# Lengths that texts are padded to, and sequences with images: what TPU's splash attention takes.
 TEXT_BUCKETS = (16, 20, 24, 28, 32, 36, 40, 48, 56, 64, 80, 96, 112, 128, *_DOUBLINGS)
-"""Lengths that texts are padded to."""
 IMAGE_BUCKETS = tuple(range(256, 16385, 128))
-"""Lengths that sequences with images are padded to: what TPU's splash attention takes."""
 
 
 def encode_batch(tokenizer: PreTrainedTokenizerFast, filled: Sequence[str]) -> list[list[int]]:
-    """Token ids of filled prompts (:func:`e5v_jax.prompts.fill`), unpadded and never truncated.
+    """Tokenise filled prompts (:func:`e5v_jax.prompts.fill`), unpadded and never truncated.
 
-    Each string is tokenised whole, with the BOS that the tokenizer's own post-processor adds (or
-    not), as the reference does.
+    Each is tokenised whole, with a BOS if the tokenizer's own post-processor adds it, as the
+    reference does. Something after the prompt, say EOS, would be the pooled token.
 
     Raises:
-        ValueError: the tokenizer puts something else around the prompt. After it, say EOS, that
-            would be the pooled token.
+        ValueError: the tokenizer puts something else around the prompt.
     """
     if not filled:
         return []
     ids: list[list[int]] = tokenizer(
         list(filled), padding=False, truncation=False, return_attention_mask=False, verbose=False
     )["input_ids"]
-    _check_surroundings(tokenizer, filled[0], ids[0])
-    return ids
-
-
-def _check_surroundings(tokenizer: PreTrainedTokenizerFast, text: str, ids: list[int]) -> None:
-    """What the post-processor adds is the same for every text, so one text tells."""
-    bare: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    # What the post-processor adds is the same for every text, so one text tells.
+    bare: list[int] = tokenizer(filled[0], add_special_tokens=False, verbose=False)["input_ids"]
     if not bare:
-        raise ValueError(f"the tokenizer finds no token in the prompt {text!r}")
-    if ids[-len(bare) :] != bare:
-        last = tokenizer.convert_ids_to_tokens(ids[-1])
+        raise ValueError(f"the tokenizer finds no token in the prompt {filled[0]!r}")
+    before, after = ids[0][: -len(bare)], ids[0][-len(bare) :]
+    if after != bare:
         raise ValueError(
-            f"the tokenizer adds {last!r} after the prompt, but the embedding is read at the "
-            "template's last token: set add_eos_token to false in tokenizer_config.json"
+            f"the tokenizer adds {tokenizer.convert_ids_to_tokens(after[-1])!r} after the prompt, "
+            "but the embedding is read at the template's last token: set add_eos_token to false in "
+            "tokenizer_config.json"
         )
-    before = ids[: -len(bare)]
     if before not in ([], [tokenizer.bos_token_id]):
         raise ValueError(
             f"the tokenizer adds {tokenizer.convert_ids_to_tokens(before)} before the prompt, "
             f"expected nothing or the BOS token {tokenizer.bos_token!r}"
         )
+    return ids
 
 
 def truncate_texts(
@@ -77,9 +70,8 @@ def truncate_texts(
     ids: list[list[int]] = tokenizer(
         list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
     )["input_ids"]
-    return tokenizer.batch_decode(
-        [sequence[:max_tokens] for sequence in ids], clean_up_tokenization_spaces=False
-    )
+    cut = [sequence[:max_tokens] for sequence in ids]
+    return tokenizer.batch_decode(cut, clean_up_tokenization_spaces=False)
 
 
 def expand_image_tokens(
@@ -88,7 +80,7 @@ def expand_image_tokens(
     """Repeat the k-th image placeholder ``counts[k]`` times (reference: LlavaNextProcessor).
 
     Raises:
-        ValueError: as many placeholders as counts are expected, and counts of at least 1.
+        ValueError: there are not as many placeholders as counts, or a count is below 1.
     """
     placeholders = list(ids).count(image_token_id)
     if placeholders != len(counts):
@@ -99,37 +91,31 @@ def expand_image_tokens(
     if any(count < 1 for count in counts):
         raise ValueError(f"image token counts are {list(counts)}, expected at least 1 each")
     remaining = iter(counts)
-    expanded: list[int] = []
-    for token in ids:
-        expanded.extend([token] * (next(remaining) if token == image_token_id else 1))
-    return expanded
+    runs = ([token] * (next(remaining) if token == image_token_id else 1) for token in ids)
+    return list(chain.from_iterable(runs))
 
 
 def bucket_length(length: int, buckets: Sequence[int]) -> int:
-    """The smallest of ``buckets`` that holds ``length`` tokens; their order does not matter.
+    """Choose the smallest of ``buckets``, in any order, that holds ``length`` tokens.
 
     Raises:
         ValueError: none does. Nothing is ever cut to fit.
     """
-    fitting = [bucket for bucket in buckets if bucket >= length]
-    if not fitting:
+    smallest = min((bucket for bucket in buckets if bucket >= length), default=None)
+    if smallest is None:
         raise ValueError(
             f"a sequence of {length} tokens fits none of the length buckets {sorted(buckets)}: "
             "shorten the input or add a longer bucket"
         )
-    return min(fitting)
+    return smallest
 
 
 def pad_right(
     sequences: Sequence[Sequence[int]], length: int, pad_id: int
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Stack sequences into one array, padded on the right.
+    """Stack sequences into int32 [B, length]; also int32 [B], the last real token of each.
 
-    With a causal decoder the last real token never sees the padding, so no mask is needed.
-
-    Returns:
-        ``input_ids`` int32 [B, length] and ``last_index`` int32 [B], the position of the last real
-        token.
+    With a causal decoder that token never sees the padding, so no mask is needed.
 
     Raises:
         ValueError: a sequence is empty or longer than ``length``.
@@ -139,5 +125,4 @@ def pad_right(
         if not 0 < len(sequence) <= length:
             raise ValueError(f"sequence {row} has {len(sequence)} tokens, expected 1 to {length}")
         input_ids[row, : len(sequence)] = sequence
-    last_index = np.array([len(sequence) - 1 for sequence in sequences], np.int32)  # [B]
-    return input_ids, last_index
+    return input_ids, np.array([len(sequence) - 1 for sequence in sequences], np.int32)

@@ -3,11 +3,12 @@
 import multiprocessing
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -20,11 +21,7 @@ from e5v_jax.encode.files import Item, list_folder, make_item, read_items
 from e5v_jax.encode.options import Args
 from e5v_jax.encode.vectors import check_output, write_vectors
 
-if TYPE_CHECKING:
-    from e5v_jax import E5V
-
-MAX_SHOWN = 20
-"""Largest similarity table; more inputs need an output file."""
+MAX_SHOWN = 20  # largest similarity table; more inputs need an output file
 _LABEL_WIDTH = 32
 
 
@@ -36,17 +33,13 @@ def encode(args: Args) -> None:
         ValueError, OSError: one line naming the file and line, or the flag.
     """
     args.check()
-    with warnings.catch_warnings():
-        # Pillow's two lines about an image that is then refused in one
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        if args.is_bulk:
-            encode_to_folder(args)
-        else:
-            encode_in_memory(args)
+    # Pillow's two lines about an image that is then refused in one
+    with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
+        (encode_to_folder if args.is_bulk else encode_in_memory)(args)
 
 
 def encode_in_memory(args: Args) -> None:
-    """Inputs that fit in memory, to one file or to the terminal."""
+    """Embed inputs that fit in memory, to one file or to the terminal."""
     # All of it before the model, which may take minutes to load.
     if args.output is not None:
         check_output(args.output)
@@ -56,20 +49,20 @@ def encode_in_memory(args: Args) -> None:
             f"{len(items)} input{'s' * (len(items) > 1)} and no --output: give a file to write "
             f"to, or 2 to {MAX_SHOWN} inputs to compare"
         )
-    model = load_model(args)
+    # Here, not above: --help and the errors so far do not need JAX.
+    import jax
 
-    # Here, not above: they load JAX and transformers, which --help and the errors so far do not
-    # need.
-    from e5v_jax import E5V
     from e5v_jax.data.inputs import InputError
 
+    model = args.load(jax.local_devices())
     try:
         with decoding_pool(args.num_workers) as pool:
-            vectors = model.encode([item.value for item in items], pool=pool, **options(args))
+            values = [item.value for item in items]
+            vectors = model.encode(values, pool=pool, **args.encode_options())
     except InputError as error:
         raise ValueError(f"{items[error.position].where}: {error.reason}") from error
     if args.output is None:
-        print_similarities([label(item) for item in items], E5V.similarity(vectors, vectors))
+        print_similarities([label(item) for item in items], model.similarity(vectors, vectors))
     else:
         write_vectors(args.output, [item.id for item in items], vectors)
         rows, dims = vectors.shape
@@ -77,7 +70,7 @@ def encode_in_memory(args: Args) -> None:
 
 
 def encode_to_folder(args: Args) -> None:
-    """Any number of inputs, to shards; see e5v_jax/encode/bulk.py."""
+    """Embed any number of inputs to shards; see e5v_jax/encode/bulk.py."""
     assert args.input is not None and args.output is not None
     cli.show_log()
     if args.input.is_dir():
@@ -90,44 +83,30 @@ def encode_to_folder(args: Args) -> None:
     import jax
 
     from e5v_jax.encode import bulk
-    from e5v_jax.encode.progress import bulk_progress
+    from e5v_jax.encode.progress import BulkProgress
 
     scan = bulk.scan_once(args.input, allow_errors=args.on_error == "skip")
-    how = bulk.BulkOptions(args.shard_size, args.format, args.embedding_dtype, args.on_error)
-    arguments = options(args)
-    manifest = bulk.describe(
-        how,
-        input=str(args.input),
-        input_rows=scan.rows,
-        input_sha256=scan.fingerprint,
-        **args.describe(),
-        model_sha256=args.content_hash(),
-        device=jax.devices()[0].device_kind,
-        **arguments,
-    )
+    manifest = bulk.describe(args, scan)
     bulk.check_output(args.output, manifest)
-    model = load_model(args)
+    model = args.load(jax.local_devices())
     if is_first():
         bulk.start_output(args.output, manifest, scan)
     wait_for_all("the output folder is there")
-    share = bulk.Share(jax.process_index(), jax.process_count())
     with (
         decoding_pool(args.num_workers) as pool,
-        bulk_progress(scan.rows // share.count, model.statistics) as progress,
+        BulkProgress(scan.rows // jax.process_count(), model.statistics) as progress,
     ):
-        bulk.encode_shards(
-            model,
-            args.input,
-            args.output,
-            options=how,
-            encode=arguments,
-            progress=progress,
-            share=share,
+        embed = partial(
+            model.encode,
+            on_batch=progress.encoded,
             pool=pool,
+            show_progress_bar=False,
+            **args.encode_options(),
         )
+        bulk.encode_shards(args, args.output, embed, progress)
     wait_for_all("all shards are written")
     if is_first():
-        result = bulk.finish_output(args.output, scan.rows, how)
+        result = bulk.finish_output(args, args.output, scan.rows)
         print(
             f"{args.output}: {result['embedded']} of {result['rows']} rows embedded in "
             f"{result['shards']} shard{'s' * (result['shards'] > 1)}, {progress.summary()}"
@@ -136,82 +115,49 @@ def encode_to_folder(args: Args) -> None:
             print(f"{result['failed']} failed: see {args.output / 'failed.jsonl'}")
 
 
-def load_model(args: Args) -> "E5V":
-    """The model the flags ask for, on this process's devices.
-
-    Raises:
-        cli.UsageError: an unknown prompt, or a mesh that the devices do not make.
-        FileNotFoundError, ValueError: it cannot be loaded.
-    """
-    import jax
-
-    from e5v_jax.prompts import choose_prompt
-
-    try:
-        choose_prompt(args.prompt_name, args.prompt)
-    except ValueError as error:
-        raise cli.UsageError(str(error)) from error
-    return args.load(jax.local_devices())
-
-
-def options(args: Args) -> dict[str, Any]:
-    """Arguments of ``E5V.encode``."""
-    return {
-        "prompt_name": args.prompt_name,
-        "prompt": args.prompt,
-        "batch_size": args.batch_size,
-        "max_num_batched_tokens": args.max_num_batched_tokens,
-        "normalize_embeddings": args.normalize,
-        "truncate_dim": args.truncate_dim,
-    }
-
-
-@contextmanager
-def decoding_pool(num_workers: int) -> Iterator[Executor | None]:
-    """Processes that decode images; None leaves it to threads."""
+def decoding_pool(num_workers: int) -> AbstractContextManager[Executor | None]:
+    """Start processes that decode images; None leaves it to threads."""
     if num_workers == 0:
-        yield None
-        return
-    spawn = multiprocessing.get_context("spawn")  # JAX has threads, which a fork would lose
-    with ProcessPoolExecutor(num_workers, mp_context=spawn) as pool:
-        yield pool
+        return nullcontext()
+    # JAX has threads, which a fork would lose
+    return ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn"))
 
 
 def collect_items(args: Args) -> list[Item]:
-    """The inputs that the flags ask for; entries of a folder left out are told on stderr.
+    """Read the inputs that the flags ask for; entries of a folder left out are told on stderr.
 
     Raises:
-        ValueError, FileNotFoundError: one line naming the file and line, or the flag.
+        ValueError, OSError: one line naming the file and line, or the flag.
     """
     if args.input is not None:
         items, skipped = read_items(args.input)
         tell_left_out(args.input, skipped)
-        return items
-    texts = [text for group in args.text for text in group]
-    images = [image for group in args.image for image in group]
-    return [
-        make_item(f"--text {i}", f"text-{i}", text=text, image=None)
-        for i, text in enumerate(texts, start=1)
-    ] + [
-        make_item(f"--image {i}", f"image-{i}", text=None, image=image)
-        for i, image in enumerate(images, start=1)
-    ]
+    else:
+        items = [
+            make_item(f"--text {i}", f"text-{i}", text=text, image=None)
+            for i, text in enumerate(chain(*args.text), start=1)
+        ] + [
+            make_item(f"--image {i}", f"image-{i}", text=None, image=image)
+            for i, image in enumerate(chain(*args.image), start=1)
+        ]
+    for item in items:
+        if item.error is not None:
+            raise ValueError(f"{item.where}: {item.error}")
+    return items
 
 
 def tell_left_out(folder: Path, names: list[str]) -> None:
     """Say which entries of a folder are no images."""
     if names:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        print(
-            f"{folder}: left out, not an image file: {', '.join(names[:3])}{more}", file=sys.stderr
-        )
+        told = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        print(f"{folder}: left out, not an image file: {told}", file=sys.stderr)
 
 
 def label(item: Item) -> str:
-    """An input in a few printable words."""
+    """Show an input in a few printable words."""
     image, text = item.value.get("image"), item.value.get("text")
-    name = [] if image is None else ["image" if isinstance(image, bytes) else Path(image).name]
-    words = " ".join(" + ".join(name + ([] if text is None else [str(text)])).split())
+    name = "image" if isinstance(image, bytes) else Path(image or "").name
+    words = " ".join(" + ".join(str(part) for part in (name, text) if part).split())
     words = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in words)
     return words if len(words) <= _LABEL_WIDTH else words[: _LABEL_WIDTH - 1] + "…"
 

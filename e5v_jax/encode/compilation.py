@@ -7,8 +7,7 @@ from pathlib import Path
 
 import jax
 
-VARIABLE = "E5V_COMPILATION_CACHE"
-"""Environment variable: another folder, or ``off``."""
+VARIABLE = "E5V_COMPILATION_CACHE"  # in the environment: another folder, or "off"
 
 
 def use_compilation_cache() -> Path | None:
@@ -23,19 +22,17 @@ def use_compilation_cache() -> Path | None:
     chosen = os.environ.get(VARIABLE)
     if chosen == "off":
         return None
-    caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    # XLA compiles for this very processor; a home folder may be shared with others
-    folder = Path(chosen) if chosen else caches / "e5v_jax" / f"xla-{_processor()}"
+    if chosen:
+        folder = Path(chosen)
+    else:
+        # XLA compiles for this very processor; a home folder may be shared with others
+        processor = platform.machine() + platform.processor()
+        cpuinfo = Path("/proc/cpuinfo")
+        lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+        processor += next((line for line in lines if line.startswith(("flags", "Features"))), "")
+        name = f"xla-{hashlib.sha256(processor.encode()).hexdigest()[:8]}"
+        caches = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        folder = caches / "e5v_jax" / name
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     return folder
-
-
-def _processor() -> str:
-    """A short name for what this machine's processor can do."""
-    described = platform.machine() + platform.processor()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        lines = cpuinfo.read_text().splitlines()
-        described += next((line for line in lines if line.startswith(("flags", "Features"))), "")
-    return hashlib.sha256(described.encode()).hexdigest()[:8]

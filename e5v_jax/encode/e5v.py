@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Literal, Self, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -31,16 +31,6 @@ from e5v_jax.storage import as_path
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 _DECODING_THREADS = 4  # Pillow decodes and resizes without Python's lock
-
-
-def _check_choice(name: str, value: str | None, choices: Any) -> None:
-    """See that a value is one of a Literal's, or None.
-
-    Raises:
-        ValueError: neither.
-    """
-    if value is not None and value not in get_args(choices):
-        raise ValueError(f"{name} {value!r}: expected one of {', '.join(get_args(choices))}")
 
 
 class E5V:
@@ -71,15 +61,14 @@ class E5V:
         quantize: Quantization | None = None,
         attn_implementation: Implementation = "auto",
     ) -> Self:
-        """Load a converted folder, a Hugging Face folder or GGUF file, or a hub id.
+        """Load a converted folder (here or ``gs://``), a Hugging Face one, GGUF file or hub id.
 
         Args:
-            path: what to load; a converted folder may be in a bucket, ``gs://bucket/folder``.
             dtype: of weights and arithmetic; norms, softmax and rotary angles are fp32 always.
             mesh: devices to place the model on; None uses all of them for data parallelism.
             adapter: a PEFT LoRA folder or a run folder of ``python -m e5v_jax.train``; None applies
                 the adapter that the converted folder carries, if any.
-            template: chat template name, see ``e5v_jax.prompts.TEMPLATES``; None chooses.
+            template: a name in ``e5v_jax.prompts.TEMPLATES``; None chooses.
             revision: branch, tag or commit of a hub id.
             quantize: "int8" or "nf4" stores the decoder's kernels so; arithmetic stays in dtype.
             attn_implementation: "xla", "cudnn" (GPU) or "splash" (TPU); "auto" chooses.
@@ -87,9 +76,14 @@ class E5V:
         Raises:
             FileNotFoundError, ValueError: one line that names the file, key or option.
         """
-        _check_choice("dtype", dtype, Dtype)
-        _check_choice("quantize", quantize, Quantization)
-        _check_choice("attn_implementation", attn_implementation, Implementation)
+        for name, value, choices in (
+            ("dtype", dtype, get_args(Dtype)),
+            ("quantize", quantize, (None, *get_args(Quantization))),
+            ("attn_implementation", attn_implementation, get_args(Implementation)),
+        ):
+            if value not in choices:
+                expected = ", ".join(filter(None, choices))
+                raise ValueError(f"{name} {value!r}: expected one of {expected}")
         folder = resolve(str(path), revision)
         source: WeightSource
         if folder.is_dir() and is_converted(folder):
@@ -100,9 +94,8 @@ class E5V:
         else:
             source = open_source(folder)
         lora = None if adapter is None else load_adapter(as_path(adapter), source)
-        mesh = make_mesh(data=-1, fsdp=1) if mesh is None else mesh
         precision = Precision(jnp.dtype(dtype), jnp.dtype(dtype), quantize)
-        runtime = Runtime.on(mesh, attn_implementation)
+        runtime = Runtime.on(mesh or make_mesh(data=-1, fsdp=1), attn_implementation)
         build = Build(precision, runtime, None if lora is None else lora.lora)
         model = load_model(source, build, lora_values=None if lora is None else lora.values)
         processor = source.family.processor(source.config, load_tokenizer(folder), template)
@@ -123,16 +116,16 @@ class E5V:
         on_error: Callable[[InputError], None] | None = None,
         on_batch: Callable[[int], None] = lambda done: None,
     ) -> np.ndarray:
-        """Embed inputs; order kept. Argument names follow sentence-transformers.
+        """Embed inputs as float32 [N, D], or [D] if it is one and no sequence; order kept.
+
+        An input is a str (a text), a PIL image, Path or bytes (an image), or a mapping with
+        ``text`` and/or ``image``. Argument names follow sentence-transformers.
 
         Args:
-            inputs: str (a text), PIL image, Path or bytes (an image), a mapping with ``text``
-                and/or ``image``, or a sequence of these.
             prompt_name: a name in ``e5v_jax.prompts.PROMPTS``; None chooses by input kind.
             prompt: an instruction of your own with ``<sent>`` and/or ``<image>``.
             batch_size: most items per device batch; None leaves it to max_num_batched_tokens.
-            normalize_embeddings: L2-normalise, after truncation.
-            truncate_dim: keep only the first dimensions.
+            normalize_embeddings: L2-normalise, after truncation to ``truncate_dim`` dimensions.
             show_progress_bar: None shows it on a terminal when there are many inputs.
             max_num_batched_tokens: most positions per device batch; None is 1024 on a CPU, 16384
                 on a GPU or TPU. Less takes less memory.
@@ -140,9 +133,6 @@ class E5V:
                 ``ProcessPoolExecutor`` must start its processes by "spawn", as JAX has threads.
             on_error: hears of each bad input, whose vector is then zero.
             on_batch: hears how many inputs each finished batch had.
-
-        Returns:
-            float32 [N, D]; [D] for a single input that is not a sequence.
 
         Raises:
             ValueError: a bad input, "input 3: ...", without on_error; a bad prompt.
@@ -152,10 +142,8 @@ class E5V:
         dimensions = self.config.text.hidden_size
         if truncate_dim is not None and not 0 < truncate_dim <= dimensions:
             raise ValueError(f"truncate_dim {truncate_dim}: expected 1 to {dimensions}")
-        for name, value in {
-            "batch_size": batch_size,
-            "max_num_batched_tokens": max_num_batched_tokens,
-        }.items():
+        limits = {"batch_size": batch_size, "max_num_batched_tokens": max_num_batched_tokens}
+        for name, value in limits.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} {value}: expected at least 1")
         prompts = choose_prompt(prompt_name, prompt)

@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
@@ -17,6 +17,7 @@ from e5v_jax.families.base import BatchShape, Model, Processor
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import place_split
 
+T = TypeVar("T")
 _logger = logging.getLogger("e5v_jax")
 _IN_FLIGHT = 2  # batches on the device: the next one waits there while this one runs
 
@@ -27,10 +28,8 @@ class Statistics:
 
     items: int = 0
     tokens: int = 0
-    positions: int = 0
-    """Tokens and padding."""
-    compilations: dict[BatchShape, float] = field(default_factory=dict)
-    """Seconds by shape."""
+    positions: int = 0  # tokens and padding
+    compilations: dict[BatchShape, float] = field(default_factory=dict)  # seconds by shape
 
     @property
     def padding(self) -> float:
@@ -49,6 +48,16 @@ def make_encode_step(graphdef: nnx.GraphDef[Any], runtime: Runtime) -> Any:
     return jax.jit(run, out_shardings=NamedSharding(runtime.mesh, PartitionSpec()))
 
 
+def delayed(items: Iterable[T], ahead: int) -> Iterator[T]:
+    """Yield each item when ``ahead`` later ones are there, so that what they started goes on."""
+    waiting: deque[T] = deque()
+    for item in items:
+        waiting.append(item)
+        if len(waiting) > ahead:
+            yield waiting.popleft()
+    yield from waiting
+
+
 class Encoder:
     """The one engine that embeds: for users, in bulk, in evaluations and during training."""
 
@@ -62,24 +71,18 @@ class Encoder:
     def run(
         self, state: nnx.State, batches: Iterable[tuple[Batch, Sequence[Any]]]
     ) -> Iterator[tuple[Batch, np.ndarray]]:
-        """Each batch with its vectors fp32 [items, D], not normalised, in the order given.
+        """Yield each batch with its vectors fp32 [items, D], not normalised, in the order given.
 
-        A batch comes with its items as ``Processor.load`` returned them.
-
-        The next batch is asked for and sent while the device works on the last ones.
+        A batch comes with its items as ``Processor.load`` returned them. The next batch is asked
+        for and sent while the device works on the last ones.
         """
-        running: deque[tuple[Batch, jax.Array]] = deque()
-        for batch, prepared in batches:
-            running.append((batch, self._start(state, batch, prepared)))
-            if len(running) > _IN_FLIGHT:
-                yield self._finish(*running.popleft())
-        while running:
-            yield self._finish(*running.popleft())
+        started = ((batch, self._start(state, batch, items)) for batch, items in batches)
+        for batch, out in delayed(started, _IN_FLIGHT):
+            yield batch, np.asarray(out)[: len(batch.items)]
 
     def _start(self, state: nnx.State, batch: Batch, prepared: Sequence[Any]) -> jax.Array:
-        """Vectors [rows, D], on their way."""
+        """Send a batch on its way to vectors [rows, D]; one short of items repeats its last."""
         shape, statistics = batch.shape, self.statistics
-        # a batch short of items repeats its last one
         filled = [*prepared, *[prepared[-1]] * (shape.rows - len(prepared))]
         arrays = place_split(self.processor.stack(filled, shape), self.runtime.mesh)
         start = time.perf_counter()
@@ -100,6 +103,3 @@ class Encoder:
         statistics.tokens += sum(item.length for item in batch.items)
         statistics.positions += shape.rows * shape.length
         return out
-
-    def _finish(self, batch: Batch, out: jax.Array) -> tuple[Batch, np.ndarray]:
-        return batch, np.asarray(out)[: len(batch.items)]

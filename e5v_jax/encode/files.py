@@ -8,111 +8,56 @@ import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import repeat
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
-from e5v_jax.data.rows import SUFFIXES, parquet_footer, read_rows
-from e5v_jax.encode.ids import repeated_ids, taken
+from e5v_jax.data.rows import EVERY_ROW, SUFFIXES, parquet_footer, read_rows
+from e5v_jax.encode.ids import repeated_ids
 from e5v_jax.storage import in_bucket
 
+# What a folder is searched for; an image named by path may have any suffix.
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-"""What a folder is searched for; an image named by path may have any suffix."""
 _COLUMNS = ("id", "text", "image")
+# Files whose rows may have ids of their own; file names and line numbers cannot repeat.
 _WITH_IDS = (".jsonl", ".csv", ".parquet")
-"""Files whose rows may have ids of their own; file names and line numbers cannot repeat."""
 
 
 @dataclass(frozen=True)
 class Item:
     """One input."""
 
-    where: str
-    """Where a person finds it, for messages: ``file:line`` or the flag."""
+    where: str  # a person finds it there, for messages: "file:line" or the flag
     id: str
-    value: dict[str, str | Path | bytes]
-    """``text`` and/or ``image``, as :meth:`e5v_jax.E5V.encode` takes it."""
+    value: dict[str, str | Path | bytes]  # "text" and/or "image", as E5V.encode takes it
     error: str | None = None
     """Why it cannot be embedded, if that is known without a model; then it has no value."""
 
 
-@dataclass(frozen=True)
-class Scan:
+class Scan(NamedTuple):
     """What there is to embed, read once without keeping it."""
 
     rows: int
-    fingerprint: str
-    """sha256 (hex) over ids, texts and image paths, and the footers of Parquet files."""
+    fingerprint: str  # sha256 (hex) over ids, texts, image paths and the footers of Parquet files
     repeated: IO[bytes]
-    """A temporary file of rows whose id is taken, a line of json for each, in order: the number of
-    the row, from 0, and what is wrong with it."""
+    """A line of json for each row whose id is taken: its number, from 0, and what is wrong."""
 
 
 def make_item(
     where: str, id: str, *, text: str | None, image: str | None, folder: Path = Path()
 ) -> Item:
-    """An input whose ``image`` is a path relative to ``folder``.
-
-    What needs no model is checked here: a model may take minutes to load.
-
-    Raises:
-        ValueError: neither text nor image, an empty one, a URL, no such image.
-    """
-    try:
-        return Item(where, id, _value(text, image, folder))
-    except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-
-
-def _value(
-    text: str | None, image: str | bytes | None, folder: Path
-) -> dict[str, str | Path | bytes]:
-    value: dict[str, str | Path | bytes] = {}
-    if text is not None:
-        if not text.strip():
-            raise ValueError("the text is empty")
-        value["text"] = text
-    if isinstance(image, bytes):
-        value["image"] = image
-    elif image is not None:
-        if not image.strip():
-            raise ValueError("image is empty")
-        if "://" in image:
-            raise ValueError(f"image {image}: URLs are not fetched; download it and give its path")
-        if in_bucket(folder):
-            raise ValueError(
-                f"image {image}: not read from a bucket by its path; mount the bucket, or put "
-                "the bytes of images into parquet"
-            )
-        value["image"] = folder / image
-        if not os.path.exists(folder / image):  # unlike Path.exists, False for any odd string
-            raise ValueError(f"image {folder / image}: no such file")
-    if not value:
-        raise ValueError("neither text nor image is given")
-    return value
+    """Make an input whose ``image`` is a path relative to ``folder``."""
+    return _item(where, id, {"text": text, "image": image}, folder)
 
 
 def read_items(source: Path) -> tuple[list[Item], list[str]]:
-    """Read all inputs of ``source`` into memory.
-
-    Returns:
-        The inputs, and the names of a folder's other entries.
+    """Read all inputs of ``source`` into memory; also the names of a folder's other entries.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`iterate_items`, and for a bad row, a repeated id
-            and no input too.
+        OSError, ValueError: as :func:`scan_items` without ``allow_errors``.
     """
-    items: dict[str, Item] = {}
-    for item in filter(None, iterate_items(source)):
-        error = item.error
-        if error is None and item.id in items:
-            error = taken(item.id, items[item.id].where)
-        if error is not None:
-            raise ValueError(f"{item.where}: {error}")
-        items[item.id] = item
-    if not items:
-        raise ValueError(f"{source}: nothing to embed")
-    return list(items.values()), list_folder(source)[1] if source.is_dir() else []
+    scan_items(source, allow_errors=False)
+    items = list(filter(None, iterate_items(source)))
+    return items, list_folder(source)[1] if source.is_dir() else []
 
 
 def scan_items(source: Path, *, allow_errors: bool) -> Scan:
@@ -122,7 +67,7 @@ def scan_items(source: Path, *, allow_errors: bool) -> Scan:
     Parquet that has neither text nor image is not found yet if its images would be bytes.
 
     Raises:
-        FileNotFoundError, ValueError: as :func:`iterate_items`, for no input too, and without
+        FileNotFoundError, ValueError: as :func:`iterate_items`, for no input, and without
             ``allow_errors`` for a bad row or a repeated id.
         OSError: the disk is full or the like.
     """
@@ -147,10 +92,8 @@ def scan_items(source: Path, *, allow_errors: bool) -> Scan:
         if not allow_errors:
             raise ValueError(f"{where}: {reason}")
         repeated.write(json.dumps([row, reason]).encode() + b"\n")
-    if bad is not None:
-        raise ValueError(bad)
-    if not rows:
-        raise ValueError(f"{source}: nothing to embed")
+    if bad is not None or not rows:
+        raise ValueError(bad or f"{source}: nothing to embed")
     for file in files:
         if file.suffix.lower() == ".parquet":
             digest.update(parquet_footer(file))
@@ -158,43 +101,49 @@ def scan_items(source: Path, *, allow_errors: bool) -> Scan:
 
 
 def iterate_items(
-    source: Path, wanted: Iterator[bool] | None = None, *, without_bytes: bool = False
+    source: Path, wanted: Iterator[bool] = EVERY_ROW, *, without_bytes: bool = False
 ) -> Iterator[Item | None]:
-    """Inputs of a folder of images, of a file, or of all that a glob pattern matches, in order.
+    """Read a folder of images, a file, or all that a glob pattern matches (sorted), in order.
 
-    - .txt: one text a line.
-    - .jsonl: an object a line with ``text`` and/or ``image`` and any ``id``; null is not given.
-    - .csv: columns ``text`` and/or ``image`` and any ``id``; where there are both, an empty cell is
-      not given.
-    - .parquet: columns as for .csv; ``image`` may also be the bytes of a file, or as Hugging Face's
-      datasets have it, a struct with ``bytes`` and ``path``.
+    Lines of .txt are texts. Rows of .jsonl, .csv and .parquet have ``text`` and/or ``image``, a
+    path from the file's folder, and any ``id``; null and, beside another, an empty cell of .csv are
+    not given. In .parquet, ``image`` may also be the bytes of a file, or as Hugging Face's datasets
+    have it, a struct with ``bytes`` and ``path``. A row without an id has the number of the line on
+    which it starts, from 1; an image of a folder its name; a pattern gives paths and path:number.
 
-    Image paths are relative to the file's folder. Lines count from 1, and the number of the line on
-    which it starts is the id of a row that has none. In a folder, the file name is the id. What a
-    pattern (say ``photos/**/*.jpg``) matches is sorted; ids are paths, of rows path:number.
-
-    Args:
-        source: the folder, file or pattern.
-        wanted: says of each row in turn whether to read and check it; for others comes None.
-        without_bytes: take it that rows of Parquet have an image if images there are bytes, and do
-            not read them.
+    ``wanted`` says of each row in turn whether to read and check it; for others comes None.
+    ``without_bytes`` takes it that rows of Parquet have an image if images there are bytes, and
+    does not read them.
 
     Raises:
         FileNotFoundError: no such file or folder.
         ValueError: one line naming file and line, and what is wrong there with the file as a whole;
             what is wrong with one row only is the ``error`` of its item.
     """
-    wanted = repeat(True) if wanted is None else wanted
     if source.is_dir():
         for name in list_folder(source)[0]:
             yield Item(str(source), name, {"image": source / name}) if next(wanted) else None
-        return
     for file in _files(source):
+        suffix = file.suffix.lower()
+        if file != source and suffix not in SUFFIXES:
+            if file.name.lower().endswith(IMAGE_SUFFIXES):
+                yield Item(str(source), str(file), {"image": file}) if next(wanted) else None
+            continue
+        if not file.exists():
+            raise FileNotFoundError(f"{file}: no such file or folder")
+        if suffix not in SUFFIXES:
+            raise ValueError(
+                f"{file}: unknown suffix {file.suffix!r}, expected {', '.join(SUFFIXES)} or a "
+                "folder of images"
+            )
         prefix = "" if file == source else f"{file}:"
-        if file == source or file.suffix.lower() in SUFFIXES:
-            yield from _iterate_file(file, prefix, wanted, without_bytes)
-        elif file.name.lower().endswith(IMAGE_SUFFIXES):
-            yield Item(str(source), str(file), {"image": file}) if next(wanted) else None
+        for number, values in read_rows(file, _check_columns, wanted, without_bytes=without_bytes):
+            if suffix == ".csv" and isinstance(values, dict):
+                for column, other in (("text", "image"), ("image", "text")):
+                    if not values.get(column) and values.get(other):
+                        values.pop(column, None)
+            where, id = f"{file}:{number}", f"{prefix}{number}"
+            yield None if values is None else _item(where, id, values, file.parent)
 
 
 def _files(source: Path) -> list[Path]:
@@ -217,57 +166,38 @@ def list_folder(folder: Path) -> tuple[list[str], list[str]]:
             f"{folder}: in a bucket, expected one file of {', '.join(SUFFIXES)}; mount the bucket "
             "for folders of images and patterns"
         )
-    images: list[str] = []
-    others: list[str] = []
-    for name in sorted(entry.name for entry in folder.iterdir()):
-        if not name.startswith("."):
-            is_image = name.lower().endswith(IMAGE_SUFFIXES) and (folder / name).is_file()
-            (images if is_image else others).append(name)
-    if not images:
+    names: dict[bool, list[str]] = {True: [], False: []}
+    for path in sorted(folder.glob("[!.]*")):
+        names[path.name.lower().endswith(IMAGE_SUFFIXES) and path.is_file()].append(path.name)
+    if not names[True]:
         raise ValueError(f"{folder}: no image file ({', '.join(IMAGE_SUFFIXES)})")
-    return images, others
+    return names[True], names[False]
 
 
-def _iterate_file(
-    file: Path, prefix: str, wanted: Iterator[bool], without_bytes: bool
-) -> Iterator[Item | None]:
-    if not file.exists():
-        raise FileNotFoundError(f"{file}: no such file or folder")
-    suffix = file.suffix.lower()
-    if suffix not in SUFFIXES:
-        raise ValueError(
-            f"{file}: unknown suffix {file.suffix!r}, expected {', '.join(SUFFIXES)} or a "
-            "folder of images"
-        )
-    folder = file.parent
-    for number, values in read_rows(file, _check_columns, wanted, without_bytes=without_bytes):
-        if suffix == ".csv" and isinstance(values, dict):
-            for column, other in (("text", "image"), ("image", "text")):
-                if not values.get(column) and values.get(other):
-                    values.pop(column, None)
-        where, id = f"{file}:{number}", f"{prefix}{number}"
-        yield None if values is None else _item(where, id, values, folder)
-
-
-def _item(where: str, id: str, values: dict[str, object] | ValueError, folder: Path) -> Item:
+def _item(where: str, id: str, values: dict[str, Any] | ValueError, folder: Path) -> Item:
+    """Make an input of a row, checking all that needs no model: one may take minutes to load."""
     try:
         if isinstance(values, ValueError):
             raise values
-        given: dict[str, Any] = {
-            key: _cell(key, value) for key, value in values.items() if value is not None
-        }
-        found = given.get("id", id)
+        value = {key: _cell(key, cell) for key, cell in values.items() if cell is not None}
+        found = value.pop("id", id)
         if not found.strip():
             raise ValueError("the id is empty")
         if not found.isascii() and re.search("[\ud800-\udfff]", found):  # it could not be written
             raise ValueError("the id has half a character (a lone surrogate)")
         id = found
-        return Item(where, id, _value(given.get("text"), given.get("image"), folder))
+        if not value:
+            raise ValueError("neither text nor image is given")
+        if "text" in value and not value["text"].strip():
+            raise ValueError("the text is empty")
+        if isinstance(value.get("image"), str):
+            value["image"] = _image_path(value["image"], folder)
+        return Item(where, id, value)
     except ValueError as error:
         return Item(where, id, {}, str(error))
 
 
-def _cell(key: str, value: object) -> str | bytes:
+def _cell(key: str, value: object) -> Any:
     if key not in _COLUMNS:  # not ignored: a misspelt one would change the embedding
         raise ValueError(f"unknown key {key!r}, expected {', '.join(_COLUMNS)}")
     if key == "id" and type(value) is int:
@@ -278,6 +208,21 @@ def _cell(key: str, value: object) -> str | bytes:
     if isinstance(value, str) or (key == "image" and isinstance(value, bytes)):
         return value
     raise ValueError(f"{key} is of type {type(value).__name__}, not a string")
+
+
+def _image_path(image: str, folder: Path) -> Path:
+    if not image.strip():
+        raise ValueError("image is empty")
+    if "://" in image:
+        raise ValueError(f"image {image}: URLs are not fetched; download it and give its path")
+    if in_bucket(folder):
+        raise ValueError(
+            f"image {image}: not read from a bucket by its path; mount the bucket, or put "
+            "the bytes of images into parquet"
+        )
+    if not os.path.exists(folder / image):  # unlike Path.exists, False for any odd string
+        raise ValueError(f"image {folder / image}: no such file")
+    return folder / image
 
 
 def _check_columns(where: str, header: list[str]) -> list[str]:

@@ -14,22 +14,19 @@ _FIND = """
 
 
 def repeated_ids(rows: Iterable[tuple[str, str]]) -> Iterator[tuple[int, str, str]]:
-    """Find every row but the first of each id.
+    """Find every row but the first of each id, given the id of each row and where it is.
 
     The ids are in a temporary file, which SQLite makes in the folder that the environment variable
-    ``SQLITE_TMPDIR`` or ``TMPDIR`` names, else in /var/tmp, and deletes.
-
-    Args:
-        rows: the id of each row, and where a person finds it.
-
-    Yields:
-        The number of such a row, from 0, where it is, and what is wrong with it; in order, when all
-        rows are read.
+    ``SQLITE_TMPDIR`` or ``TMPDIR`` names, else in /var/tmp, and deletes. When all rows are read, it
+    yields the number of each such row, from 0, where it is, and what is wrong with it, in order.
 
     Raises:
         OSError: the disk is full or the like.
     """
-    encoded = ((row, _encode(id), _encode(where)) for row, (id, where) in enumerate(rows))
+    encoded = (
+        (row, *(word.encode("utf-8", "surrogatepass") for word in words))  # file names may need it
+        for row, words in enumerate(rows)
+    )
     try:
         with closing(sqlite3.connect("")) as database:
             for setting in ("journal_mode = OFF", "synchronous = OFF", "cache_size = -8192"):  # KiB
@@ -39,15 +36,6 @@ def repeated_ids(rows: Iterable[tuple[str, str]]) -> Iterator[tuple[int, str, st
             database.execute("CREATE INDEX by_id ON ids (id, row)")
             for row, *words in database.execute(_FIND):
                 id, where, first = (word.decode("utf-8", "surrogatepass") for word in words)
-                yield row, where, taken(id, first)
+                yield row, where, f"id {id!r} is taken: see {first}"
     except sqlite3.Error as error:
         raise OSError(f"temporary file of ids: {error}; TMPDIR names its folder") from error
-
-
-def taken(id: str, first: str) -> str:
-    """Say that an ``id`` is that of an earlier row, and where that one is."""
-    return f"id {id!r} is taken: see {first}"
-
-
-def _encode(words: str) -> bytes:
-    return words.encode("utf-8", "surrogatepass")  # names of files may not be UTF-8

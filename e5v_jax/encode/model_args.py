@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from e5v_jax.cli import BucketPath, UsageError
 
@@ -16,10 +16,8 @@ if TYPE_CHECKING:
 class ModelArgs:
     """This says which model and how it is loaded; commands inherit it and add flags."""
 
-    model: str
-    """Converted folder, Hugging Face folder or GGUF file, or a hub id."""
-    revision: str | None = None
-    """Branch, tag or commit of a hub id."""
+    model: str  # Converted folder, Hugging Face folder or GGUF file, or a hub id.
+    revision: str | None = None  # Branch, tag or commit of a hub id.
     adapter: BucketPath | None = None
     """LoRA to apply: a run folder of e5v_jax.train, one of its checkpoints, or a PEFT folder."""
     template: str | None = None
@@ -30,10 +28,8 @@ class ModelArgs:
     """Store the decoder's weights in 8 or 4 bits: less memory, slightly other vectors."""
     attn_implementation: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """Attention: cudnn is for GPUs, splash for TPUs; auto chooses."""
-    fsdp: int = 1
-    """Devices over which weights and batch are split; the rest share batches."""
-    tensor: int = 1
-    """Devices over which heads and MLP columns are split."""
+    fsdp: int = 1  # Devices over which weights and batch are split; the rest share batches.
+    tensor: int = 1  # Devices over which heads and MLP columns are split.
 
     def check(self) -> None:
         """Refuse values that cannot be, before anything is read.
@@ -62,9 +58,7 @@ class ModelArgs:
                 raise UsageError(f"--{name.replace('_', '-')}: {value}, expected at least 1")
 
     def load(self, devices: "Sequence[jax.Device] | None" = None) -> "E5V":
-        """Load the model onto a mesh over ``devices``, by default all of them.
-
-        JAX's persistent compilation cache is switched on, see encode/compilation.py.
+        """Load the model onto ``devices``, by default all, with a persistent compilation cache.
 
         Raises:
             UsageError: ``fsdp`` and ``tensor`` do not divide the devices.
@@ -75,33 +69,20 @@ class ModelArgs:
         from e5v_jax.sharding import make_mesh
 
         use_compilation_cache()
-
         try:
             mesh = make_mesh(-1, self.fsdp, self.tensor, devices=devices)
         except ValueError as error:
             raise UsageError(str(error)) from error
-        return E5V.from_pretrained(
-            self.model,
-            revision=self.revision,
-            adapter=self.adapter,
-            template=self.template,
-            dtype=self.dtype,
-            quantize=self.quantize,
-            attn_implementation=self.attn_implementation,
-            mesh=mesh,
-        )
+        return E5V.from_pretrained(self.model, mesh=mesh, **self._options())
 
     def describe(self) -> dict[str, str | None]:
         """Name all that a vector depends on here; how many devices share the work is not of it."""
-        return {
-            "model": self.model,
-            "revision": self.revision,
-            "adapter": None if self.adapter is None else str(self.adapter),
-            "template": self.template,
-            "dtype": self.dtype,
-            "quantize": self.quantize,
-            "attn_implementation": self.attn_implementation,
-        }
+        adapter = None if self.adapter is None else str(self.adapter)
+        return {"model": self.model, **self._options(), "adapter": adapter}
+
+    def _options(self) -> dict[str, Any]:
+        names = ("revision", "adapter", "template", "dtype", "quantize", "attn_implementation")
+        return {name: getattr(self, name) for name in names}
 
     def content_hash(self) -> str:
         """Hash model and adapter as they lie on the disk, see :func:`model_key`.

@@ -1,7 +1,7 @@
 """The flags of ``python -m e5v_jax.encode``, and which of them go together."""
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -14,8 +14,7 @@ from e5v_jax.encode.model_args import ModelArgs
 class Args(ModelArgs):
     """Embed texts and images: write the vectors, or show how similar they are."""
 
-    text: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
-    """Texts to embed."""
+    text: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()  # Texts to embed.
     image: Annotated[tuple[tuple[str, ...], ...], tyro.conf.UseAppendAction] = ()
     """Image files to embed, after the texts."""
     input: BucketPath | None = None
@@ -31,22 +30,16 @@ class Args(ModelArgs):
     by default chosen by what an input has."""
     prompt: str | None = None
     """Instruction of your own, with <sent> where the text goes and <image> for the image."""
-    batch_size: int | None = None
-    """Most inputs per device batch; by default only the tokens count."""
+    batch_size: int | None = None  # Most inputs per device batch; by default only the tokens count.
     max_num_batched_tokens: int | None = None
     """Most tokens per device batch, padding included; by default 1024 on a CPU, else 16384."""
-    truncate_dim: int | None = None
-    """Keep only the first dimensions."""
-    normalize: bool = True
-    """Scale the vectors to length 1, after truncation."""
-    num_workers: int = 0
-    """Processes that decode images, ahead of the device; 0 is a few threads."""
+    truncate_dim: int | None = None  # Keep only the first dimensions.
+    normalize: bool = True  # Scale the vectors to length 1, after truncation.
+    num_workers: int = 0  # Processes that decode images, ahead of the device; 0 is a few threads.
     format: Literal["parquet", "npy"] = "parquet"
     """Of the shards; with npy, ids are in a .json beside."""
-    embedding_dtype: Literal["float32", "float16"] = "float32"
-    """Of the vectors in the shards."""
-    shard_size: int = 4096
-    """Input rows of a shard; a killed run loses at most this many."""
+    embedding_dtype: Literal["float32", "float16"] = "float32"  # Of the vectors in the shards.
+    shard_size: int = 4096  # Input rows of a shard; a killed run loses at most this many.
     on_error: Literal["raise", "skip"] = "raise"
     """At a row that cannot be embedded: stop, or go on and list it in failed.jsonl."""
     distributed: bool = False
@@ -56,6 +49,17 @@ class Args(ModelArgs):
     def is_bulk(self) -> bool:
         """Whether ``output`` is a folder of shards."""
         return self.output is not None and (not self.output.suffix or self.output.is_dir())
+
+    def encode_options(self) -> dict[str, Any]:
+        """Give the arguments of :meth:`e5v_jax.E5V.encode` that all inputs share."""
+        return {
+            "prompt_name": self.prompt_name,
+            "prompt": self.prompt,
+            "batch_size": self.batch_size,
+            "max_num_batched_tokens": self.max_num_batched_tokens,
+            "normalize_embeddings": self.normalize,
+            "truncate_dim": self.truncate_dim,
+        }
 
     def check(self) -> None:
         """Refuse flags that do not go together, and values that cannot be.
@@ -69,6 +73,13 @@ class Args(ModelArgs):
             raise cli.UsageError(f"--num-workers: {self.num_workers}, expected at least 0")
         if self.prompt_name is not None and self.prompt is not None:
             raise cli.UsageError("give --prompt-name or --prompt, not both")
+        if self.prompt_name is not None or self.prompt is not None:
+            from e5v_jax.prompts import choose_prompt  # loads transformers
+
+            try:
+                choose_prompt(self.prompt_name, self.prompt)
+            except ValueError as error:
+                raise cli.UsageError(str(error)) from error
         if (self.input is None) == (not self.text and not self.image):
             raise cli.UsageError("give --input, or --text and --image: one of the two")
         if self.is_bulk and self.input is None:

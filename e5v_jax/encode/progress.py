@@ -3,8 +3,6 @@
 import logging
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
@@ -15,15 +13,22 @@ _logger = logging.getLogger("e5v_jax")
 _EVERY = 30.0  # seconds between log lines where there is no terminal
 
 
-class BulkProgress:
-    """The count of this process's rows; the model's ``statistics`` give tokens and padding."""
+class BulkProgress(Progress):
+    """This shows a bar on a terminal, else it logs a line every half minute."""
 
-    def __init__(self, progress: Progress, rows: int, statistics: Statistics) -> None:
-        """Start counting ``rows`` of this process."""
-        self._progress = progress
-        self._task = progress.add_task("encoding", total=rows, rates="")
-        self._statistics = statistics
-        self._tokens = statistics.tokens
+    def __init__(self, rows: int, statistics: Statistics) -> None:
+        """Start counting ``rows`` of this process; ``statistics`` give tokens and padding."""
+        super().__init__(
+            TextColumn("{task.completed} of {task.total}"),
+            BarColumn(),
+            TextColumn("{task.fields[rates]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not sys.stderr.isatty(),
+            transient=True,
+        )
+        self._bar = self.add_task("encoding", total=rows, rates="")
+        self._statistics, self._tokens = statistics, statistics.tokens
         self._start = self._logged = time.monotonic()
         self._rows, self._done, self._encoded = rows, 0, 0
 
@@ -35,9 +40,9 @@ class BulkProgress:
     def passed(self, rows: int) -> None:
         """Count rows that cannot be embedded, or that an earlier run embedded."""
         self._done += rows
-        self._progress.update(self._task, advance=rows, rates=self.summary())
+        self.update(self._bar, advance=rows, rates=self.summary())
         now = time.monotonic()
-        if self._progress.disable and now - self._logged >= _EVERY:
+        if self.disable and now - self._logged >= _EVERY:
             self._logged = now
             left = ""
             if self._encoded:  # nothing is, while a resumed run goes past what is there
@@ -53,19 +58,3 @@ class BulkProgress:
             f"{self._encoded / seconds:.1f} items/s, {tokens / seconds:.0f} tokens/s, "
             f"{100 * self._statistics.padding:.1f} % padding"
         )
-
-
-@contextmanager
-def bulk_progress(rows: int, statistics: Statistics) -> Iterator[BulkProgress]:
-    """Show a bar on a terminal, else a log line every half minute."""
-    columns = (
-        TextColumn("{task.completed} of {task.total}"),
-        BarColumn(),
-        TextColumn("{task.fields[rates]}"),
-        TimeRemainingColumn(),
-    )
-    console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, disable=not sys.stderr.isatty(), transient=True
-    ) as progress:
-        yield BulkProgress(progress, rows, statistics)

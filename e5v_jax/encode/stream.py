@@ -1,11 +1,11 @@
 """Inputs to vectors: distinct ones in windows, batches of similar length, images decoded ahead."""
 
-from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 from flax import nnx
@@ -13,16 +13,14 @@ from PIL import Image
 
 from e5v_jax.data.inputs import Input, InputError
 from e5v_jax.encode.batching import Batch, plan_batches
-from e5v_jax.encode.encoder import Encoder
+from e5v_jax.encode.encoder import Encoder, delayed
 from e5v_jax.families.base import Measured
 from e5v_jax.prompts import PromptChoice
 
-WINDOW = 8192
-"""Inputs that are tokenised, measured and sorted at a time."""
-_AHEAD = 8
-"""Batches whose images are being decoded while the device works."""
+WINDOW = 8192  # inputs that are tokenised, measured and sorted at a time
+_AHEAD = 8  # batches whose images are being decoded while the device works
+# On a CPU, the activations of more leave the caches.
 _MAX_TOKENS = {"cpu": 1024, "gpu": 16384, "tpu": 16384}
-"""On a CPU, the activations of more leave the caches."""
 
 OnError = Callable[[InputError], None]
 
@@ -32,8 +30,7 @@ class BatchLimits:
     """The size of a device batch."""
 
     max_rows: int | None = None
-    max_tokens: int | None = None
-    """None is 1024 on a CPU, 16384 on a GPU or TPU."""
+    max_tokens: int | None = None  # None is 1024 on a CPU, 16384 on a GPU or TPU
 
 
 def encode_stream(
@@ -47,17 +44,11 @@ def encode_stream(
     on_error: OnError | None = None,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> np.ndarray:
-    """Vectors fp32 [N, D], not normalised, in the order of ``inputs``.
+    """Embed ``inputs``, equal ones once, as fp32 [N, D], not normalised, in their order.
 
-    Args:
-        encoder: the model's program.
-        state: its parameters.
-        inputs: what to embed; equal ones are embedded once.
-        prompts: which instruction an input gets.
-        limits: of a batch.
-        pool: decodes images.
-        on_error: hears of each bad input, whose vector is zero; without it the first one raises.
-        on_batch: hears how many inputs each finished batch had.
+    ``state`` has the parameters of the model. ``on_error`` hears of each bad input, whose vector is
+    zero; without it the first one raises. ``on_batch`` hears how many inputs each finished batch
+    had. ``pool`` decodes images.
 
     Raises:
         InputError: a bad input, by its position.
@@ -97,7 +88,7 @@ def encode_stream(
 
 
 def identity(item: Input) -> Hashable:
-    """What is the same for inputs that get the same vector; a Pillow image is its object."""
+    """Tell what equal inputs have in common; a Pillow image is its object."""
     if isinstance(item, Image.Image):
         return id(item)
     if isinstance(item, Mapping):
@@ -108,37 +99,28 @@ def identity(item: Input) -> Hashable:
 def _load_ahead(
     batches: Iterable[Batch], load: Callable[[Measured], Any], pool: Executor, fail: OnError
 ) -> Iterator[tuple[Batch, list[Any]]]:
-    """Batches with their images decoded; items whose image is broken are told and left out."""
-    waiting: deque[tuple[Batch, list[Any]]] = deque()
+    """Yield batches with their images decoded, without the items whose image is broken."""
+    decoding: WeakSet[Future[Any]] = WeakSet()  # those that are waited for
+
+    def submit(item: Measured) -> Any:
+        if item.image is None:
+            return load(item)
+        future = pool.submit(load, item)
+        decoding.add(future)
+        return future
+
+    started = ((batch, [submit(item) for item in batch.items]) for batch in batches)
     try:
-        for batch in batches:
-            loading = [
-                load(item) if item.image is None else pool.submit(load, item)
-                for item in batch.items
-            ]
-            waiting.append((batch, loading))
-            if len(waiting) > _AHEAD:
-                yield from _loaded(*waiting.popleft(), fail)
-        while waiting:
-            yield from _loaded(*waiting.popleft(), fail)
+        for batch, loading in delayed(started, _AHEAD):
+            items, prepared = [], []
+            for item, loaded in zip(batch.items, loading, strict=True):
+                try:
+                    prepared.append(loaded.result() if isinstance(loaded, Future) else loaded)
+                    items.append(item)
+                except ValueError as error:
+                    fail(InputError(item.position, str(error)))
+            if items:
+                yield replace(batch, items=items), prepared
     finally:
-        for _, loading in waiting:
-            for future in loading:
-                if isinstance(future, Future):
-                    future.cancel()
-
-
-def _loaded(
-    batch: Batch, loading: Sequence[Any], fail: OnError
-) -> Iterator[tuple[Batch, list[Any]]]:
-    items, prepared = [], []
-    for item, future in zip(batch.items, loading, strict=True):
-        try:
-            ready = future.result() if isinstance(future, Future) else future
-        except ValueError as error:
-            fail(InputError(item.position, str(error)))
-            continue
-        items.append(item)
-        prepared.append(ready)
-    if items:
-        yield replace(batch, items=items), prepared
+        for future in decoding:
+            future.cancel()

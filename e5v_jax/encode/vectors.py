@@ -3,7 +3,6 @@
 import json
 import os
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -18,9 +17,7 @@ def check_output(path: Path) -> None:
 
     Raises:
         ValueError: a suffix other than .npy and .parquet.
-        FileExistsError: it exists.
-        FileNotFoundError: its folder does not.
-        PermissionError: its folder cannot be written to.
+        OSError: it exists, or its folder does not or cannot be written to.
     """
     if path.suffix not in OUTPUT_SUFFIXES:
         raise ValueError(
@@ -28,39 +25,31 @@ def check_output(path: Path) -> None:
         )
     if path.exists():
         raise FileExistsError(f"{path}: already exists; choose another name or delete it")
-    if in_bucket(path):  # no folders there
-        return
-    if not path.parent.is_dir():
+    if not in_bucket(path) and not path.parent.is_dir():  # a bucket has no folders
         raise FileNotFoundError(f"{path.parent}: no such folder; create it first")
-    if not os.access(path.parent, os.W_OK):
+    if not in_bucket(path) and not os.access(path.parent, os.W_OK):
         raise PermissionError(f"{path.parent}: no permission to write there")
 
 
 def write_vectors(path: Path, ids: list[str], vectors: np.ndarray) -> None:
-    """Write vectors [N, D] in their dtype; ``path`` appears only when whole.
-
-    .npy holds the array, .parquet the columns ``id`` (string) and ``embedding`` (a list of D
-    numbers).
+    """Write vectors [N, D] in their dtype, in .parquet with ids; it appears only when whole.
 
     Raises:
         OSError: the disk is full or the like.
     """
     if path.suffix == ".npy":
         write_whole(path, lambda file: np.save(file, vectors))
-    else:
-        write_whole(path, lambda file: _write_parquet(file, ids, vectors))
+        return
+    # here and not above: the import takes a while and .npy does not need it
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    embeddings = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
+    table = pa.table({"id": pa.array(ids, pa.string()), "embedding": embeddings})
+    write_whole(path, lambda file: pq.write_table(table, file))
 
 
 def write_json(path: Path, value: object) -> None:
     """Write ``value`` as json; ``path`` appears only when whole."""
     data = json.dumps(value, indent=1, ensure_ascii=False).encode("utf-8", "surrogatepass")
     write_whole(path, lambda file: file.write(data + b"\n"))
-
-
-def _write_parquet(file: BinaryIO, ids: list[str], vectors: np.ndarray) -> None:
-    # here and not above: the import takes a while and .npy does not need it
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    embeddings = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
-    pq.write_table(pa.table({"id": pa.array(ids, pa.string()), "embedding": embeddings}), file)
