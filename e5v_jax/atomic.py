@@ -29,8 +29,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 def check_new(dst: Path) -> None:
     """Refuse a target that :func:`new_folder` would refuse, before any work is done for it.
 
-    Raises:
-        FileExistsError: ``dst`` exists and is not an empty folder.
+    Raises FileExistsError: ``dst`` exists and is not an empty folder.
     """
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise FileExistsError(f"{dst}: already exists; choose another folder or delete it")
@@ -42,8 +41,7 @@ def new_folder(dst: Path) -> Iterator[Path]:
 
     If ``dst`` is in a bucket, it is a temporary folder here, uploaded then.
 
-    Raises:
-        FileExistsError: ``dst`` exists and is not an empty folder.
+    Raises FileExistsError: ``dst`` exists and is not an empty folder.
     """
     dst = absolute(dst)
     check_new(dst)

@@ -44,8 +44,7 @@ def run(
     help of its flag. ``--traceback`` is added. ``default`` has the values of the flags that are not
     given; ``argv``, the words of the command line, are by default those of this process.
 
-    Raises:
-        SystemExit: always; see :func:`exit_on_error` for the codes.
+    Raises SystemExit: always; see :func:`exit_on_error` for the codes.
     """
     spec = sys.modules["__main__"].__spec__
     command: _Command[Args] = tyro.cli(
@@ -64,8 +63,7 @@ def run(
 def read_config(file: Path, config_type: type[Args]) -> Args:
     """Run a configuration file and call its ``get_config()``.
 
-    Raises:
-        UsageError: no such file, or it does not give a ``config_type``.
+    Raises UsageError: no such file, or it does not give a ``config_type``.
     """
     if not file.is_file():
         raise UsageError(f"--config {file}: no such file")
@@ -81,8 +79,7 @@ def read_config(file: Path, config_type: type[Args]) -> Args:
 def split_config(argv: Sequence[str], config_type: type[Args]) -> tuple[Args | None, Sequence[str]]:
     """(what the file after --config gives, the other words); None without that flag.
 
-    Raises:
-        SystemExit: the file cannot be used (:func:`exit_on_error`).
+    Raises SystemExit: the file cannot be used (:func:`exit_on_error`).
     """
     for i, word in enumerate(argv):
         name, equals, value = word.partition("=")
@@ -104,8 +101,7 @@ def show_log() -> None:
 def refuse_remote_paths(args: object) -> None:
     """Raise on a ``gs://`` (or other) URL where a file path is meant, at any depth of a dataclass.
 
-    Raises:
-        UsageError: names it. As a Path it would be a relative one, and be written here.
+    Raises UsageError: names it. As a Path it would be a relative one, and be written here.
     """
     if isinstance(args, Path) and args.parts and re.fullmatch(r"[a-z][a-z0-9]+:", args.parts[0]):
         url = str(args).replace(":/", "://", 1)
@@ -123,8 +119,7 @@ def refuse_remote_paths(args: object) -> None:
 def exit_on_error(*, show_traceback: bool) -> Iterator[None]:
     """Turn an error of the block into one line on stderr and an exit code.
 
-    Raises:
-        SystemExit: 1 after an error, 2 after a :class:`UsageError`, 130 after an interrupt.
+    Raises SystemExit: 1 after an error, 2 after a :class:`UsageError`, 130 after an interrupt.
     """
     try:
         yield

@@ -23,8 +23,7 @@ def initialize(*, distributed: bool = False) -> None:
     Open MPI announce themselves; elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
     JAX_PROCESS_ID.
 
-    Raises:
-        ValueError: the other processes cannot be found.
+    Raises ValueError: the other processes cannot be found.
     """
     os.environ.setdefault("LIBTPU_INIT_ARGS", LIBTPU_INIT_ARGS)  # read when a TPU is first used
     announced = (

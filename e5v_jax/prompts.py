@@ -76,8 +76,7 @@ class PromptChoice:
     def fill(self, text: str | None, *, has_image: bool, template: str, image: str) -> str:
         """The string to tokenise for one input; ``image`` is what stands for an image in it.
 
-        Raises:
-            ValueError: the instruction has no place for what the input has, or lacks it.
+        Raises ValueError: the instruction has no place for what the input has, or lacks it.
         """
         instruction = self.instruction
         if instruction is None:
@@ -124,8 +123,7 @@ def fill(
     ``image`` is what a model family puts where an image goes. Filling is one pass: ``<sent>``,
     ``{type}`` or ``{}`` inside ``text``, which must have passed :func:`check_text`, stay.
 
-    Raises:
-        ValueError: a slot without value, a value without slot, a template without one ``{}``.
+    Raises ValueError: a slot without value, a value without slot, a template without one ``{}``.
     """
     if (count := template.count("{}")) != 1:
         raise ValueError(f"template {template!r} has {count} slots {{}}, expected exactly one")
@@ -149,8 +147,7 @@ def fill_released(prompt: str, *, template: str, text: str) -> str:
     the result. ``<|start_header_id|>`` becomes the plain text ``<|start header id|>`` and the
     pooled token of the Llama-3 template a literal ``>``.
 
-    Raises:
-        ValueError: as :func:`fill`.
+    Raises ValueError: as :func:`fill`.
     """
     filled = fill(prompt, template=template, text="<sent>", image="")
     return filled.replace("_", " ").replace("<sent>", text).strip()
@@ -164,8 +161,7 @@ def detect_template(
     Told from the tokenizer's chat tokens; without any, from ``model_type`` (of the text model, as
     in ``config.json``) or a Vicuna chat template. ``override`` is checked and returned.
 
-    Raises:
-        ValueError: an unknown ``override``, or it cannot be told; lists the names.
+    Raises ValueError: an unknown ``override``, or it cannot be told; lists the names.
     """
     names = ", ".join(TEMPLATES)
     if override in TEMPLATES:
@@ -213,8 +209,7 @@ def check_text(text: str, forbidden: re.Pattern[str]) -> None:
     The string filled with one that passes can be tokenised as a whole, as the reference does, with
     merges across the seams (".\\n" is one Llama-3 token).
 
-    Raises:
-        TextError: one line that names the offending string.
+    Raises TextError: one line that names the offending string.
     """
     if not text or text.isspace():
         raise TextError("the text is empty: expected at least one character that is not a space")

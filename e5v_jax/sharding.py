@@ -25,8 +25,7 @@ def make_mesh(
 ) -> Mesh:
     """A (data, fsdp, tensor) mesh over ``devices`` (default: all); one size may be -1.
 
-    Raises:
-        ValueError: the sizes do not multiply to the number of devices.
+    Raises ValueError: the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_shape(data, fsdp, tensor, len(devices))
@@ -36,8 +35,7 @@ def make_mesh(
 def mesh_shape(data: int, fsdp: int, tensor: int, count: int) -> tuple[int, ...]:
     """The sizes of :func:`make_mesh` over ``count`` devices, -1 resolved.
 
-    Raises:
-        ValueError: the sizes do not multiply to the number of devices.
+    Raises ValueError: the sizes do not multiply to the number of devices.
     """
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) == 1:

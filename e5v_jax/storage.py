@@ -18,8 +18,7 @@ _LAST = ("config.json", "adapter_config.json", "run.json")
 def as_path(path: str | os.PathLike[str]) -> Path:
     """A ``Path``; for ``gs://`` an epath with the same methods, which ``Path`` would make local.
 
-    Raises:
-        ImportError: a bucket, and gcsfs is not installed.
+    Raises ImportError: a bucket, and gcsfs is not installed.
     """
     if not os.fspath(path).startswith("gs://"):
         return Path(path)
@@ -79,8 +78,7 @@ def copy_file(src: Path, dst: Path) -> None:
 def upload(folder: Path, dst: Path) -> None:
     """Copy what is in the local ``folder`` into a bucket; what says that it is whole comes last.
 
-    Raises:
-        FileNotFoundError: there is no such bucket.
+    Raises FileNotFoundError: there is no such bucket.
     """
     files = walk_files(folder)
     for last in (False, True):

@@ -22,8 +22,7 @@ CHECKPOINTS = "checkpoints"
 def read_run_info(run: Path) -> dict[str, Any]:
     """Read ``run.json``. Fields that came later than the run may be missing.
 
-    Raises:
-        ValueError: the file is no JSON object with a ``config`` and, in it, ``data``.
+    Raises ValueError: the file is no JSON object with a ``config`` and, in it, ``data``.
     """
     file = run / "run.json"
     try:
@@ -39,8 +38,7 @@ def read_run_info(run: Path) -> dict[str, Any]:
 def lora_of(run: Path, config: dict[str, Any]) -> LoRAConfig | None:
     """The ``lora`` of a run's configuration; None trained all weights.
 
-    Raises:
-        ValueError: there is none, or its fields are not those of a :class:`LoRAConfig`.
+    Raises ValueError: there is none, or its fields are not those of a :class:`LoRAConfig`.
     """
     try:
         return None if config["lora"] is None else LoRAConfig(**config["lora"])
@@ -52,8 +50,7 @@ def lora_of(run: Path, config: dict[str, Any]) -> LoRAConfig | None:
 def read_run_adapter(run: Path, step: int | None, base: WeightSource) -> Adapter:
     """LoRA factors of a run's checkpoint after ``step`` (None: the newest), on the host.
 
-    Raises:
-        ValueError: the run trained all weights, or there is no such checkpoint.
+    Raises ValueError: the run trained all weights, or there is no such checkpoint.
     """
     lora = lora_of(run, read_run_info(run)["config"])
     if lora is None:

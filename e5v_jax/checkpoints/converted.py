@@ -150,8 +150,7 @@ class ConvertedFolder:
     def read(self, names: Sequence[str]) -> Iterator[np.ndarray]:
         """The named arrays in order.
 
-        Raises:
-            ValueError: the folder's ``params`` are missing or damaged.
+        Raises ValueError: the folder's ``params`` are missing or damaged.
         """
         shapes, dtype = self.info.parameters, np.dtype(self.info.dtype)
         context = ocp.Context()

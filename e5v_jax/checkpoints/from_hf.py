@@ -61,8 +61,7 @@ def write_unused(folder: Path, source: HfSource, dtype: np.dtype[Any]) -> None:
 def convert(args: Args) -> None:
     """Convert; ``args.dst`` appears only when whole.
 
-    Raises:
-        ValueError, FileNotFoundError, FileExistsError: one line naming file, key or folder.
+    Raises ValueError, FileNotFoundError, FileExistsError: one line naming file, key or folder.
     """
     if args.merge and args.adapter is None:
         raise cli.UsageError("--merge: needs --adapter")

@@ -101,8 +101,7 @@ class HfSource:
 def resolve(source: str, revision: str | None = None) -> Path:
     """A local folder or GGUF file as it is; else a Hugging Face hub id, fetched.
 
-    Raises:
-        FileNotFoundError: neither a local path nor a repository that can be fetched.
+    Raises FileNotFoundError: neither a local path nor a repository that can be fetched.
     """
     path = as_path(source)
     if path.exists():

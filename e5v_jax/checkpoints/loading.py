@@ -122,8 +122,7 @@ def load_model(
     they start as peft's do (a random from ``seed``, b zero). With ``load_vision`` off, the tower
     and projector are neither read nor placed.
 
-    Raises:
-        ValueError: a parameter is missing, superfluous or misshapen, by name.
+    Raises ValueError: a parameter is missing, superfluous or misshapen, by name.
     """
     shapes = abstract_model(source.family, source.config, build, load_vision=load_vision)
     graphdef, lora_shapes, *base_shapes = nnx.split(shapes, LoRAParam, ...)

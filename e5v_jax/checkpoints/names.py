@@ -36,9 +36,8 @@ def find_slot(
 def map_keys(keys: Iterable[str], table: ParameterTable) -> dict[str, Slot]:
     """Map every key, strictly, to what it holds, some of which only an export needs.
 
-    Raises:
-        ValueError: a key that is missing, that no row knows, that is one too many or repeats
-            another (it is named), or no text model at all.
+    Raises ValueError: a key that is missing, that no row knows, that is one too many or repeats
+    another (it is named), or no text model at all.
     """
     keys = sorted(keys)
     present = set(keys)

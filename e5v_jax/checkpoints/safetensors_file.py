@@ -55,8 +55,7 @@ def header(specs: Sequence[TensorSpec]) -> bytes:
 def write_file(path: Path, specs: Sequence[TensorSpec], arrays: Iterator[np.ndarray]) -> None:
     """Write ``arrays``, which come in the order of ``specs``, holding one at a time.
 
-    Raises:
-        ValueError: an array is not what its spec says, by name.
+    Raises ValueError: an array is not what its spec says, by name.
     """
     with path.open("wb") as file:
         file.write(header(specs))
@@ -166,11 +165,7 @@ class SafetensorsFolder:
         return self._specs[key][0]
 
     def dtype(self, key: str) -> np.dtype[Any]:
-        """Dtype of one tensor.
-
-        Raises:
-            ValueError: not a dtype of weights.
-        """
+        """Dtype of one tensor. Raises ValueError: not a dtype of weights."""
         kind = self._specs[key][1]
         if kind not in DTYPES:  # as old files keep position_ids, which nobody reads
             raise ValueError(f"{key}: dtype {kind}, expected one of {sorted(DTYPES)}")

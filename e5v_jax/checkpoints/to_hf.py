@@ -95,8 +95,7 @@ def write_hf(
 def convert(args: Args) -> None:
     """Export; ``args.dst`` appears only when whole.
 
-    Raises:
-        ValueError, FileNotFoundError, FileExistsError: one line naming file, key or folder.
+    Raises ValueError, FileNotFoundError, FileExistsError: one line naming file, key or folder.
     """
     if args.merge and args.peft:
         raise cli.UsageError("--merge, --peft: choose one")

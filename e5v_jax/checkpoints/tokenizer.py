@@ -39,8 +39,7 @@ def has_tokenizer(folder: Path) -> bool:
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a converted or Hugging Face folder, or of a GGUF file.
 
-    Raises:
-        FileNotFoundError: the folder has no tokenizer files.
+    Raises FileNotFoundError: the folder has no tokenizer files.
     """
     if folder.is_file():
         return build_tokenizer(folder)

@@ -24,8 +24,7 @@ class InputError(ValueError):
 def split_input(item: Input) -> tuple[str | None, ImageSource | str | None]:
     """(text, image source) of one input.
 
-    Raises:
-        ValueError: neither, an unknown key or an unsupported type.
+    Raises ValueError: neither, an unknown key or an unsupported type.
     """
     if isinstance(item, str):
         return item, None

@@ -21,8 +21,7 @@ def triplets_from_nli(rows: Iterable[tuple[str, str, str]], source: str) -> Trai
 
     ``source`` stands before the row number (from 1, that of the entailment) in ``row_ids``.
 
-    Raises:
-        ValueError: a label that is neither in ``NLI_LABELS`` nor ``-``, or no premise has both.
+    Raises ValueError: a label that is neither in ``NLI_LABELS`` nor ``-``, or no premise has both.
     """
     entailments: dict[str, tuple[int, str]] = {}
     contradictions: dict[str, str] = {}

@@ -23,11 +23,9 @@ class BatchIterator(Iterator[T_co], Protocol[T_co]):
 
     def get_state(self) -> dict[str, Any]:
         """The position in the data, fit for json: how many batches were taken."""
-        ...
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go to a position: the next batch is the one after those taken then."""
-        ...
 
 
 def number_inputs(sides: Sequence[Side]) -> Rows:
@@ -160,8 +158,7 @@ def make_batches(
     ``transform`` is called with int64 [batch_size / process_count] row numbers, in a thread and a
     few batches ahead. What it raises, ``next`` raises. It must not return None.
 
-    Raises:
-        ValueError: one line: a number out of range, or not one batch can be formed.
+    Raises ValueError: one line: a number out of range, or not one batch can be formed.
     """
     if batch_size < 1 or num_epochs < 1 or seed < 0:
         found = f"batch_size {batch_size}, num_epochs {num_epochs}, seed {seed}"

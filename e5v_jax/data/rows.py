@@ -37,9 +37,8 @@ def read_rows(
     columns of a parquet file that hold something else. ``without_bytes`` does not read its binary
     columns, nor binary fields of structs; their values are then ``b""``.
 
-    Raises:
-        ValueError: one line naming the file, and the line if it has one: columns that
-            ``check_columns`` refuses, text that is not UTF-8, broken csv or parquet.
+    Raises ValueError: one line naming the file, and the line if it has one: columns that
+    ``check_columns`` refuses, text that is not UTF-8, broken csv or parquet.
     """
     suffix = file.suffix.lower()
     if suffix == ".parquet":

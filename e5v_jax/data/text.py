@@ -23,8 +23,7 @@ def encode_batch(tokenizer: PreTrainedTokenizerFast, filled: Sequence[str]) -> l
     Each is tokenised whole, with a BOS if the tokenizer's own post-processor adds it, as the
     reference does. Something after the prompt, say EOS, would be the pooled token.
 
-    Raises:
-        ValueError: the tokenizer puts something else around the prompt.
+    Raises ValueError: the tokenizer puts something else around the prompt.
     """
     if not filled:
         return []
@@ -59,8 +58,7 @@ def truncate_texts(
     text is decoded, also a short one. Spaces are left alone: transformers 4 also removed those
     before punctuation, transformers 5 does not.
 
-    Raises:
-        ValueError: ``max_tokens`` is not positive.
+    Raises ValueError: ``max_tokens`` is not positive.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}, expected at least 1")
@@ -79,8 +77,7 @@ def expand_image_tokens(
 ) -> list[int]:
     """Repeat the k-th image placeholder ``counts[k]`` times (reference: LlavaNextProcessor).
 
-    Raises:
-        ValueError: there are not as many placeholders as counts, or a count is below 1.
+    Raises ValueError: there are not as many placeholders as counts, or a count is below 1.
     """
     placeholders = list(ids).count(image_token_id)
     if placeholders != len(counts):
@@ -98,8 +95,7 @@ def expand_image_tokens(
 def bucket_length(length: int, buckets: Sequence[int]) -> int:
     """Choose the smallest of ``buckets``, in any order, that holds ``length`` tokens.
 
-    Raises:
-        ValueError: none does. Nothing is ever cut to fit.
+    Raises ValueError: none does. Nothing is ever cut to fit.
     """
     smallest = min((bucket for bucket in buckets if bucket >= length), default=None)
     if smallest is None:
@@ -117,8 +113,7 @@ def pad_right(
 
     With a causal decoder that token never sees the padding, so no mask is needed.
 
-    Raises:
-        ValueError: a sequence is empty or longer than ``length``.
+    Raises ValueError: a sequence is empty or longer than ``length``.
     """
     input_ids = np.full((len(sequences), length), pad_id, np.int32)  # [B, L]
     for row, sequence in enumerate(sequences):

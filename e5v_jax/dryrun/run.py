@@ -76,8 +76,7 @@ class EncodeDryRun(_Target):
 def find_architecture(folder: Path, name: str | None) -> tuple[str, tuple[Family, ModelConfig]]:
     """The architecture by name, or that of the folder, or the one that the folder's name says.
 
-    Raises:
-        ValueError: none of them.
+    Raises ValueError: none of them.
     """
     if name is None and (folder / "config.json").is_file():
         base = ConvertedFolder(folder)

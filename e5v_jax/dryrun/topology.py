@@ -68,11 +68,7 @@ class Topology:
 
 
 def parse_topology(name: str) -> Topology:
-    """Read the name of a slice.
-
-    Raises:
-        ValueError: no such chip, or not its number of axes.
-    """
+    """Read the name of a slice. Raises ValueError: no such chip, or not its number of axes."""
     if name == "cpu":
         return Topology(name, None, (1,))
     chips = GPUS if name.startswith("gpu:") else TPUS
@@ -93,8 +89,7 @@ def parse_topology(name: str) -> Topology:
 def open_runtime(topology: Topology, sizes: MeshConfig) -> Runtime:
     """The runtime to compile for; for GPUs, which nothing here compiles for, one without devices.
 
-    Raises:
-        ImportError, ValueError: as :func:`compile_devices`; the mesh does not fit.
+    Raises ImportError, ValueError: as :func:`compile_devices`; the mesh does not fit.
     """
     if topology.platform == "gpu":
         shape = mesh_shape(sizes.data, sizes.fsdp, sizes.tensor, topology.chips)

@@ -126,8 +126,7 @@ def decoding_pool(num_workers: int) -> AbstractContextManager[Executor | None]:
 def collect_items(args: Args) -> list[Item]:
     """Read the inputs that the flags ask for; entries of a folder left out are told on stderr.
 
-    Raises:
-        ValueError, OSError: one line naming the file and line, or the flag.
+    Raises ValueError, OSError: one line naming the file and line, or the flag.
     """
     if args.input is not None:
         items, skipped = read_items(args.input)

@@ -33,8 +33,7 @@ def plan_batches(
     rows have more: the number of rows is a multiple of these devices that share a batch. For
     ``padded_length`` see :meth:`e5v_jax.families.base.Processor.padded_length`.
 
-    Raises:
-        ValueError: an item is longer than the longest padded length.
+    Raises ValueError: an item is longer than the longest padded length.
     """
     limit = sys.maxsize if max_rows is None else max_rows
 

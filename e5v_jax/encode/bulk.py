@@ -45,8 +45,7 @@ _NOT_COMPARED = {"versions", "result"}
 def describe(args: Args, scan: Scan) -> dict[str, Any]:
     """Make the manifest of a run: all that its vectors and shards depend on.
 
-    Raises:
-        FileNotFoundError: the model is not there and cannot be fetched.
+    Raises FileNotFoundError: the model is not there and cannot be fetched.
     """
     versions = {name: version(name) for name in ("jax", "numpy", "pillow", "transformers")}
     return {
@@ -205,8 +204,7 @@ def finish_output(args: Args, output: Path, rows: int) -> dict[str, int]:
 
     Returns the numbers of rows, embedded rows, failed rows and shards.
 
-    Raises:
-        RuntimeError: a shard is missing.
+    Raises RuntimeError: a shard is missing.
     """
     shards = [_shard(output, number, args) for number in range(-(-rows // args.shard_size))]
     for path in shards:
@@ -229,8 +227,7 @@ def finish_output(args: Args, output: Path, rows: int) -> dict[str, int]:
 def read_embeddings(output: str | Path) -> tuple[list[str], np.ndarray]:
     """Read all ids and vectors [N, D] of a finished or unfinished output folder, in input order.
 
-    Raises:
-        ValueError: no shard is there.
+    Raises ValueError: no shard is there.
     """
     ids: list[str] = []
     parts: list[np.ndarray] = []

@@ -73,8 +73,7 @@ class E5V:
             quantize: "int8" or "nf4" stores the decoder's kernels so; arithmetic stays in dtype.
             attn_implementation: "xla", "cudnn" (GPU) or "splash" (TPU); "auto" chooses.
 
-        Raises:
-            FileNotFoundError, ValueError: one line that names the file, key or option.
+        Raises FileNotFoundError, ValueError: one line that names the file, key or option.
         """
         for name, value, choices in (
             ("dtype", dtype, get_args(Dtype)),
@@ -134,8 +133,7 @@ class E5V:
             on_error: hears of each bad input, whose vector is then zero.
             on_batch: hears how many inputs each finished batch had.
 
-        Raises:
-            ValueError: a bad input, "input 3: ...", without on_error; a bad prompt.
+        Raises ValueError: a bad input, "input 3: ...", without on_error; a bad prompt.
         """
         single = isinstance(inputs, str | bytes) or not isinstance(inputs, Sequence)
         items: Sequence[Input] = [inputs] if single else inputs  # type: ignore[list-item, assignment]

@@ -52,8 +52,7 @@ def make_item(
 def read_items(source: Path) -> tuple[list[Item], list[str]]:
     """Read all inputs of ``source`` into memory; also the names of a folder's other entries.
 
-    Raises:
-        OSError, ValueError: as :func:`scan_items` without ``allow_errors``.
+    Raises OSError, ValueError: as :func:`scan_items` without ``allow_errors``.
     """
     scan_items(source, allow_errors=False)
     items = list(filter(None, iterate_items(source)))
@@ -158,8 +157,7 @@ def _files(source: Path) -> list[Path]:
 def list_folder(folder: Path) -> tuple[list[str], list[str]]:
     """Give the names of a folder's images and of its other entries, without hidden ones, sorted.
 
-    Raises:
-        ValueError: there is no image, or the folder is in a bucket.
+    Raises ValueError: there is no image, or the folder is in a bucket.
     """
     if in_bucket(folder):
         raise ValueError(

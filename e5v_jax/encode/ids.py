@@ -20,8 +20,7 @@ def repeated_ids(rows: Iterable[tuple[str, str]]) -> Iterator[tuple[int, str, st
     ``SQLITE_TMPDIR`` or ``TMPDIR`` names, else in /var/tmp, and deletes. When all rows are read, it
     yields the number of each such row, from 0, where it is, and what is wrong with it, in order.
 
-    Raises:
-        OSError: the disk is full or the like.
+    Raises OSError: the disk is full or the like.
     """
     encoded = (
         (row, *(word.encode("utf-8", "surrogatepass") for word in words))  # file names may need it

@@ -34,8 +34,7 @@ class ModelArgs:
     def check(self) -> None:
         """Refuse values that cannot be, before anything is read.
 
-        Raises:
-            UsageError: names the flag.
+        Raises UsageError: names the flag.
         """
         self.require_positive("fsdp", "tensor")
         if self.template is not None:
@@ -49,8 +48,7 @@ class ModelArgs:
     def require_positive(self, *names: str) -> None:
         """Refuse a count below 1 in any of the fields ``names``; None passes.
 
-        Raises:
-            UsageError: names the flag.
+        Raises UsageError: names the flag.
         """
         for name in names:
             value = getattr(self, name)
@@ -87,8 +85,7 @@ class ModelArgs:
     def content_hash(self) -> str:
         """Hash model and adapter as they lie on the disk, see :func:`model_key`.
 
-        Raises:
-            FileNotFoundError: the model is not there and cannot be fetched.
+        Raises FileNotFoundError: the model is not there and cannot be fetched.
         """
         from e5v_jax.checkpoints.hf_source import resolve
         from e5v_jax.checkpoints.model_key import model_key

@@ -64,8 +64,7 @@ class Args(ModelArgs):
     def check(self) -> None:
         """Refuse flags that do not go together, and values that cannot be.
 
-        Raises:
-            cli.UsageError: names the flag.
+        Raises cli.UsageError: names the flag.
         """
         super().check()
         self.require_positive("batch_size", "max_num_batched_tokens", "truncate_dim", "shard_size")

@@ -50,8 +50,7 @@ def encode_stream(
     zero; without it the first one raises. ``on_batch`` hears how many inputs each finished batch
     had. ``pool`` decodes images.
 
-    Raises:
-        InputError: a bad input, by its position.
+    Raises InputError: a bad input, by its position.
     """
     processor, runtime = encoder.processor, encoder.runtime
     max_tokens = limits.max_tokens or _MAX_TOKENS[runtime.platform]

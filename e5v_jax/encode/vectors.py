@@ -34,8 +34,7 @@ def check_output(path: Path) -> None:
 def write_vectors(path: Path, ids: list[str], vectors: np.ndarray) -> None:
     """Write vectors [N, D] in their dtype, in .parquet with ids; it appears only when whole.
 
-    Raises:
-        OSError: the disk is full or the like.
+    Raises OSError: the disk is full or the like.
     """
     if path.suffix == ".npy":
         write_whole(path, lambda file: np.save(file, vectors))

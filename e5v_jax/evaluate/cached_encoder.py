@@ -56,8 +56,7 @@ class VectorCache:
         ``about`` names model and prompt, and all else a vector depends on. A damaged shard is left
         out and said so: its inputs are embedded again.
 
-        Raises:
-            OSError: the folder cannot be made or read.
+        Raises OSError: the folder cannot be made or read.
         """
         text = (json.dumps(dict(about), indent=1, sort_keys=True) + "\n").encode()
         self._folder = folder / hashlib.sha256(text).hexdigest()[:32]
@@ -75,8 +74,7 @@ class VectorCache:
     def write(self, keys: list[bytes], vectors: np.ndarray) -> None:
         """Keep vectors [n, D] on disk, as one shard.
 
-        Raises:
-            OSError: the disk is full or the like; nothing half-written stays.
+        Raises OSError: the disk is full or the like; nothing half-written stays.
         """
         joined = b"".join(keys)
         stacked = np.frombuffer(joined, np.uint8).reshape(len(keys), -1)
@@ -117,8 +115,7 @@ class CachedEncoder:
         the item at a position, for messages; by default the text or where the image lies. With
         ``normalize`` False nothing is rounded: a cosine may tie.
 
-        Raises:
-            ValueError: a bad input, or a vector that is zero or not finite.
+        Raises ValueError: a bad input, or a vector that is zero or not finite.
         """
         if where is None:
             names = [f"text {item!r}" if isinstance(item, str) else str(item) for item in items]

@@ -42,8 +42,7 @@ _Query = tuple[str, tuple[str, ...], str | files.ImageRef, str | None, str]
 def load_cirr(data: Path, split: str) -> ComposedSet:
     """Read CIRR's ``val`` or ``test`` split, as its authors or the paper's lay it out.
 
-    Raises:
-        FileNotFoundError, ValueError: names file and row, and what was expected.
+    Raises FileNotFoundError, ValueError: names file and row, and what was expected.
     """
     folder, answered = data / "cirr", split == "val"
     number: type
@@ -76,8 +75,7 @@ def load_cirr(data: Path, split: str) -> ComposedSet:
 def load_fashioniq(data: Path, kind: str) -> ComposedSet:
     """Read FashionIQ's validation split of one type, as its authors or the paper's lay it out.
 
-    Raises:
-        FileNotFoundError, ValueError: names file and row, and what was expected.
+    Raises FileNotFoundError, ValueError: names file and row, and what was expected.
     """
     folder = data / "fashioniq"
     candidate: type

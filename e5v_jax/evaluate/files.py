@@ -102,8 +102,7 @@ def read_json(path: Path, *, hint: str) -> Any:
 def parse_json(text: str, where: str) -> Any:
     """Return what ``text`` says in JSON.
 
-    Raises:
-        ValueError: it is damaged; names ``where`` it stands.
+    Raises ValueError: it is damaged; names ``where`` it stands.
     """
     try:
         return json.loads(text)
@@ -124,8 +123,7 @@ def _read(path: Path, hint: str) -> str:
 def get(row: Any, key: str, kind: type, where: str) -> Any:
     """Return ``row[key]`` after checking it.
 
-    Raises:
-        ValueError: ``row`` is no object, lacks the key, or has another type there.
+    Raises ValueError: ``row`` is no object, lacks the key, or has another type there.
     """
     if not isinstance(row, dict):
         raise ValueError(f"{where}: found {str(row)[:60]!r}, expected an object with {key!r}")
@@ -139,8 +137,7 @@ def get(row: Any, key: str, kind: type, where: str) -> Any:
 def find_image(name: str, folders: Sequence[Path], where: str) -> Path:
     """Find the image file ``name`` in the first folder that has it.
 
-    Raises:
-        FileNotFoundError: none has.
+    Raises FileNotFoundError: none has.
     """
     for folder in folders:
         if (folder / name).is_file():

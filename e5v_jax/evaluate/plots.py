@@ -41,8 +41,7 @@ PROJECTIONS = (
 def draw_projection(projection: Projection, panels: Sequence[Panel], path: Path) -> None:
     """Write one PNG: the panels side by side, texts and images placed together in each.
 
-    Raises:
-        ImportError: matplotlib or scikit-learn is not installed.
+    Raises ImportError: matplotlib or scikit-learn is not installed.
     """
     from matplotlib.figure import Figure
 

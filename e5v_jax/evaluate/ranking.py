@@ -37,8 +37,7 @@ def rank_positives(
     ``positives`` are the gallery rows that are right for each query, at least one; ``removed``,
     int [Q], is a row that is left out for it (CIRR's reference image).
 
-    Raises:
-        ValueError: a query has no positive, or its only one is removed.
+    Raises ValueError: a query has no positive, or its only one is removed.
     """
     parts = []
     for start, scores in _scores(queries, gallery, removed):

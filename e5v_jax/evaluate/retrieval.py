@@ -48,8 +48,7 @@ def load_captioned(folder: Path) -> CaptionedImages:
 
     Image names are relative to ``folder/images`` or ``folder``.
 
-    Raises:
-        FileNotFoundError, ValueError: names file and row, and what was expected.
+    Raises FileNotFoundError, ValueError: names file and row, and what was expected.
     """
     return _collect(folder / "captions.jsonl", _read_jsonl(folder))
 
@@ -59,8 +58,7 @@ def load_task(data: Path, name: str, stride: int = 1) -> CaptionedImages:
 
     Every ``stride``-th image is taken; a task with drawn captions has the set of that without.
 
-    Raises:
-        FileNotFoundError, ValueError: names file and row, and what was expected.
+    Raises FileNotFoundError, ValueError: names file and row, and what was expected.
     """
     name = name.removeprefix(_I2I)
     if name == OWN:

@@ -101,8 +101,7 @@ def summarise(scores: Sequence[Score]) -> tuple[float, float, float]:
 def compare(first: Score, second: Score) -> Difference:
     """Compare two runs by paired bootstrap: both on the same resampled units.
 
-    Raises:
-        ValueError: they are not of the same task, metric and data.
+    Raises ValueError: they are not of the same task, metric and data.
     """
     for name in ("task", "metric", "data"):
         if getattr(first, name) != getattr(second, name):
@@ -122,8 +121,7 @@ def compare(first: Score, second: Score) -> Difference:
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
     """Return Spearman's rank correlation of two [N] arrays; equal values share their average rank.
 
-    Raises:
-        ValueError: it is undefined, as one array is constant.
+    Raises ValueError: it is undefined, as one array is constant.
     """
     for values in (x, y):
         if np.all(values == values[0]):

@@ -66,8 +66,7 @@ def project(vectors: np.ndarray, *, centred: bool) -> np.ndarray:
 def tsne(vectors: np.ndarray, *, seed: int = 0) -> np.ndarray:
     """Return [N, 2], the t-SNE of cosine distances, from the centred PCA.
 
-    Raises:
-        ImportError: scikit-learn is not installed.
+    Raises ImportError: scikit-learn is not installed.
     """
     from sklearn.manifold import TSNE
 

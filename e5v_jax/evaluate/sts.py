@@ -160,9 +160,8 @@ def score_tasks(
 
     ``encode`` is called once, with each distinct sentence of them all once.
 
-    Raises:
-        ValueError: ``encode`` returned another shape than [N, D], a vector that is zero or not
-            finite, or the same cosine for all pairs of a task.
+    Raises ValueError: ``encode`` returned another shape than [N, D], a vector that is zero or not
+    finite, or the same cosine for all pairs of a task.
     """
     index: dict[str, int] = {}  # sentence -> row of vectors
     sides = {

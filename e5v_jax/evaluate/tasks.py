@@ -45,8 +45,7 @@ TASKS = {task: benchmark for benchmark in _ALL for task in benchmark.tasks}
 def choose_tasks(text: str) -> list[str]:
     """Return the task names that ``--tasks`` asks for, each once, in the order given.
 
-    Raises:
-        cli.UsageError: a name is unknown, or there is none.
+    Raises cli.UsageError: a name is unknown, or there is none.
     """
     names: list[str] = []
     for word in filter(None, map(str.strip, text.split(","))):

@@ -20,8 +20,7 @@ def squared_lengths(vectors: np.ndarray, names: Sequence[str], *, what: str) -> 
 
     ``what`` says what the names are of, for messages.
 
-    Raises:
-        ValueError: the shape is another, or a vector is zero or not finite.
+    Raises ValueError: the shape is another, or a vector is zero or not finite.
     """
     count = len(names)
     if vectors.ndim != 2 or len(vectors) != count:

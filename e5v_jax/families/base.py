@@ -27,17 +27,14 @@ class ModelConfig(Protocol):
     @property
     def text(self) -> TextConfig:
         """The decoder's part."""
-        ...
 
     @property
     def image_token_id(self) -> int | None:
         """The id of the placeholder of images; None without images."""
-        ...
 
     @property
     def modalities(self) -> tuple[str, ...]:
         """What the model embeds: "text", and perhaps "image"."""
-        ...
 
 
 class Batch(Protocol):
@@ -49,7 +46,6 @@ class Batch(Protocol):
     @property
     def last_index(self) -> Array:
         """int32 [B], the position of each input's pooled token."""
-        ...
 
 
 class Model(Protocol):
@@ -61,11 +57,9 @@ class Model(Protocol):
         self, batch: Any, *, remat: Remat = "none", dropout_key: jax.Array | None = None
     ) -> jax.Array:
         """Embed a batch -> fp32 [B, D], not normalised; for training."""
-        ...
 
     def encode(self, batch: Any) -> jax.Array:
         """The same vectors [B, D] without what only training needs."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,24 +115,19 @@ class Processor(Protocol):
             InputError: without ``on_error``, the first bad input.
             ValueError: the tokenizer does not fit.
         """
-        ...
 
     @property
     def load(self) -> Callable[[Measured], Any]:
         """Decodes the image of an input that has one, or raises ValueError; workers unpickle it."""
-        ...
 
     def padded_length(self, length: int, shape_key: int) -> int:
         """The positions that an input of ``length`` is padded to: few different ones.
 
-        Raises:
-            ValueError: it is longer than any.
+        Raises ValueError: it is longer than any.
         """
-        ...
 
     def stack(self, items: Sequence[Any], shape: BatchShape) -> Batch:
         """What :attr:`load` returned as the arrays of one batch; None is a row without an input."""
-        ...
 
 
 @dataclass(frozen=True)

@@ -72,8 +72,7 @@ class MtebEncoder(AbsEncoder):
         What else mteb passes tells of the task; by then it has put a document's title in front of
         its text and an instruction behind a query.
 
-        Raises:
-            ValueError: a batch has neither text nor image, or an input is bad.
+        Raises ValueError: a batch has neither text nor image, or an input is bad.
         """
         rows = chain.from_iterable(map(split_batch, inputs))
         vectors = []
@@ -87,8 +86,7 @@ def split_batch(batch: BatchedInput) -> list[dict[str, Any]]:
 
     An image whose text is blank is an image alone: fused data sets have such rows.
 
-    Raises:
-        ValueError: it has neither text nor image.
+    Raises ValueError: it has neither text nor image.
     """
     found = cast(dict[str, list[Any]], batch)  # a union of typed dicts, one for each modality
     columns = {name: found[name] for name in ("text", "image") if name in found}

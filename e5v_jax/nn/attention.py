@@ -39,8 +39,7 @@ def attention(
     Right-padded batches need no mask: under the causal one, no real token sees what is right of it.
     With ``key_lengths`` int [B], keys from there on are not seen either.
 
-    Raises:
-        ValueError: splash was asked for, and the shape does not fit it.
+    Raises ValueError: splash was asked for, and the shape does not fit it.
     """
     chosen, platform = runtime.attn_implementation, runtime.platform
     if not is_causal or key_lengths is not None:

@@ -33,8 +33,7 @@ class VisionConfig:
     def from_hf(cls, hf: Any) -> Self:
         """Read a ``CLIPVisionConfig``.
 
-        Raises:
-            UnsupportedModelError: another kind of tower or activation.
+        Raises UnsupportedModelError: another kind of tower or activation.
         """
         if hf.model_type != "clip_vision_model":
             raise UnsupportedModelError(

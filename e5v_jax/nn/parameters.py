@@ -142,11 +142,7 @@ class ParameterTable:
         return list(found.values())
 
     def row(self, path: str) -> Parameter:
-        """The row of the array at ``path`` of the module.
-
-        Raises:
-            ValueError: there is none.
-        """
+        """The row of the array at ``path`` of the module. Raises ValueError: there is none."""
         if path not in self.by_path:
             raise ValueError(f"{path}: no row in the family's parameters")
         return self.by_path[path]
@@ -178,8 +174,7 @@ class ParameterTable:
 
         The latter is for the scales of quantised kernels, which go by the kernel's own row.
 
-        Raises:
-            ValueError: as :meth:`spec`, or an axis does not divide over its mesh axis.
+        Raises ValueError: as :meth:`spec`, or an axis does not divide over its mesh axis.
         """
         spec = self.spec(path, len(shape))
         axes = [None if size == 1 else axis for axis, size in zip(spec, shape, strict=True)]

@@ -47,8 +47,7 @@ NF4_VALUES = tuple(
 def quantize_kernel(kernel: jax.Array, quantization: Quantization) -> QArray:
     """Kernel [in, out] -> codes uint4 or int8 [in, out] with fp32 scales [in / 64 or 1, out].
 
-    Raises:
-        ValueError: nf4, and ``in`` is no multiple of 64.
+    Raises ValueError: nf4, and ``in`` is no multiple of 64.
     """
     kernel = kernel.astype(jnp.float32)  # scales and rounding in fp32
     if quantization == "int8":

@@ -42,9 +42,8 @@ def tokenize_pairs(pairs: TrainingPairs, processor: Processor, cfg: DataConfig) 
 
     Images get the prompts of images.
 
-    Raises:
-        ValueError: a sentence that holds a special token, an image that is none, a model without
-            vision; names file, row and column.
+    Raises ValueError: a sentence that holds a special token, an image that is none, a model without
+    vision; names file, row and column.
     """
     items, image_shapes = [], {}
     for column, side in enumerate(pairs.sides):
@@ -134,8 +133,7 @@ class BatchMaker:
         First come the texts of all columns, sorted into groups of similar length, then each column
         of images as a group of its own; an image that is not wanted here is left empty.
 
-        Raises:
-            ValueError: a broken image; names row and file.
+        Raises ValueError: a broken image; names row and file.
         """
         tokens, lengths = self.tokens, self.lengths
         places = np.arange(tokens.columns * len(rows)).reshape(tokens.columns, len(rows))

@@ -95,9 +95,8 @@ def restore(
     Damaged checkpoints are moved out of the way, to RUN/damaged-STEP, once all processes agree on
     an older one; without any checkpoint the result is None.
 
-    Raises:
-        ValueError: there are checkpoints and none is whole; or the newest could not be read for
-            another reason than damage, or does not fit this run: it stays where it is.
+    Raises ValueError: there are checkpoints and none is whole; or the newest could not be read for
+    another reason than damage, or does not fit this run: it stays where it is.
     """
     folder = as_path(checkpointer.directory)
     fresh = {"trainable": trainable, "opt_state": opt_state}

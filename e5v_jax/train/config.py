@@ -132,8 +132,7 @@ class TrainConfig:
 def check_counts(cfg: TrainConfig) -> None:
     """Check that every number that counts something is at least 1, where it is given.
 
-    Raises:
-        ValueError: names the field that is not.
+    Raises ValueError: names the field that is not.
     """
     counts = (
         "batch_size num_epochs max_steps chunk_size checkpoint_every keep_checkpoints log_every "

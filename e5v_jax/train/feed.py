@@ -37,11 +37,7 @@ class Feed(NamedTuple):
 
 
 def load_data(cfg: DataConfig) -> TrainingPairs:
-    """Read the training pairs that ``cfg`` names.
-
-    Raises:
-        ValueError: no source, or two.
-    """
+    """Read the training pairs that ``cfg`` names. Raises ValueError: no source, or two."""
     if bool(cfg.path) == (cfg.tfds is not None):
         raise ValueError("data: give either --data.path or --data.tfds")
     return load_tfds(cfg.tfds, data_dir=cfg.tfds_dir) if cfg.tfds else load_pairs(cfg.path)
@@ -50,8 +46,7 @@ def load_data(cfg: DataConfig) -> TrainingPairs:
 def group_multiple(cfg: TrainConfig, runtime: Runtime) -> int:
     """What the number of inputs of each group is a multiple of: the devices, or the chunk size.
 
-    Raises:
-        ValueError: the chunks do not divide over the devices.
+    Raises ValueError: the chunks do not divide over the devices.
     """
     devices = runtime.batch_devices
     multiple = cfg.chunk_size or devices
@@ -71,8 +66,7 @@ def open_feed(
     Every process goes through the same global batches, whose texts are small; :func:`place` gives
     each device its part. Images are decoded where they are needed only.
 
-    Raises:
-        ValueError: one line naming file, row and column, or the field of ``cfg``.
+    Raises ValueError: one line naming file, row and column, or the field of ``cfg``.
     """
     multiple = group_multiple(cfg, runtime)
     tokens = tokenize_pairs(pairs, processor, cfg.data)

@@ -30,8 +30,7 @@ class MetricsLog:
     ) -> None:
         """Open the run's logs.
 
-        Raises:
-            ImportError: a wandb project is given and wandb is not installed.
+        Raises ImportError: a wandb project is given and wandb is not installed.
         """
         self._writes = is_first()
         self._live = self._writes and sys.stderr.isatty()

@@ -52,8 +52,7 @@ class Training(StepParts):
 def train_build(cfg: TrainConfig, runtime: Runtime) -> Build:
     """How a model in training is made: trained weights are fp32.
 
-    Raises:
-        ValueError: a quantised base without LoRA.
+    Raises ValueError: a quantised base without LoRA.
     """
     if cfg.quantize is not None and cfg.lora is None:
         raise ValueError("quantize: a quantised base is frozen, so it needs lora to train anything")
@@ -86,8 +85,7 @@ def make_step(cfg: TrainConfig, model: Model, *, columns: int, total_steps: int)
 def set_up(cfg: TrainConfig, base: ConvertedFolder, triplets: TrainingPairs) -> Training:
     """Tokenise ``triplets``, load ``base`` onto the mesh, and make the step.
 
-    Raises:
-        ValueError: one line naming file, row and column, or the field of ``cfg``.
+    Raises ValueError: one line naming file, row and column, or the field of ``cfg``.
     """
     runtime = Runtime.on(make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor))
     build = train_build(cfg, runtime)

@@ -20,9 +20,8 @@ class Validation:
     def __init__(self, data: Path, encoder: Encoder, *, stride: int) -> None:
         """Read the pairs (every ``stride``-th) now, so that a missing file stops no running run.
 
-        Raises:
-            FileNotFoundError, ValueError: a missing or damaged file, or a pair that the model
-                cannot embed.
+        Raises FileNotFoundError, ValueError: a missing or damaged file, or a pair that the
+        model cannot embed.
         """
         self._pairs, self._encoder = load_task(data, TASK, stride=stride), encoder
         self._prompts = choose_prompt("sts", None)

@@ -29,8 +29,7 @@ _SIZE_OF_TRANSFORMERS = 224  # what a file means that leaves the sizes out
 def check_preprocessor(config: LlavaNextConfig, settings: dict[str, Any]) -> None:
     """Refuse settings of ``LlavaNextImageProcessor`` other than what is computed here.
 
-    Raises:
-        UnsupportedModelError: names the setting, its value and the one that is supported.
+    Raises UnsupportedModelError: names the setting, its value and the one that is supported.
     """
     size = config.vision.image_size
     square = {"height": size, "width": size}

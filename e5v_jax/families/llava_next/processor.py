@@ -48,9 +48,8 @@ class LlavaNextProcessor(TextProcessor):
     ) -> None:
         """A tokenizer that does not know ``<image>`` learns it here.
 
-        Raises:
-            ValueError: the template cannot be told, or config and tokenizer do not agree on the
-                id of ``<image>``.
+        Raises ValueError: the template cannot be told, or config and tokenizer do not agree
+        on the id of ``<image>``.
         """
         super().__init__(match_tokenizer(config, tokenizer), tokenizer, template)
 
@@ -102,8 +101,7 @@ class LlavaNextProcessor(TextProcessor):
 def load(item: Measured, config: LlavaNextConfig) -> Prepared | list[int]:
     """Decode and tile the image of an input, if it has one; for a worker, ahead of the device.
 
-    Raises:
-        ValueError: the image cannot be decoded.
+    Raises ValueError: the image cannot be decoded.
     """
     if item.image is None:
         return item.ids
@@ -138,8 +136,7 @@ def match_tokenizer(
     The original LLaVA code tokenises around the image, so its tokenizers do not know ``<image>``.
     Such a one gets it added here; any free id serves, as the row of an image is never read.
 
-    Raises:
-        ValueError: config and tokenizer do not agree on its id.
+    Raises ValueError: config and tokenizer do not agree on its id.
     """
     original = config.image_token_id == ORIGINAL_IMAGE_TOKEN
     if tokenizer is None:  # weights alone: the first id after the table serves

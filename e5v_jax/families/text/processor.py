@@ -36,8 +36,7 @@ class TextProcessor:
     ) -> None:
         """``template`` names the chat template, None asks the tokenizer.
 
-        Raises:
-            ValueError: the template cannot be told.
+        Raises ValueError: the template cannot be told.
         """
         self.config: Any = config
         self.tokenizer = tokenizer
@@ -108,8 +107,7 @@ class TextProcessor:
     def measure_image(self, size: Size) -> tuple[int, int]:
         """(tokens, shape key) of an image of ``size`` (height, width) pixels.
 
-        Raises:
-            ValueError: the model embeds no images, or none of this size.
+        Raises ValueError: the model embeds no images, or none of this size.
         """
         raise ValueError("this is a text-only model: it cannot embed images")
 
