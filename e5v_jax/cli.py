@@ -111,7 +111,7 @@ def refuse_remote_paths(args: object) -> None:
 
 @contextmanager
 def exit_on_error(*, show_traceback: bool) -> Iterator[None]:
-    """Turn an error into a line on stderr and exit code 1, 2 (UsageError) or 130 (interrupt)."""
+    """Turn an error into a line on stderr and SystemExit: 1, 2 (UsageError), 130 (interrupt)."""
     try:
         yield
     except KeyboardInterrupt:
