@@ -27,10 +27,7 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 
 def check_new(dst: Path) -> None:
-    """Refuse a target that :func:`new_folder` would refuse, before any work is done for it.
-
-    Raises FileExistsError: ``dst`` exists and is not an empty folder.
-    """
+    """Raise FileExistsError, before any work is done, where :func:`new_folder` would."""
     if dst.exists() and (not dst.is_dir() or any(dst.iterdir())):
         raise FileExistsError(f"{dst}: already exists; choose another folder or delete it")
 
@@ -39,9 +36,8 @@ def check_new(dst: Path) -> None:
 def new_folder(dst: Path) -> Iterator[Path]:
     """A temporary sibling of ``dst`` that becomes ``dst`` when the block ends well, else vanishes.
 
-    If ``dst`` is in a bucket, it is a temporary folder here, uploaded then.
-
-    Raises FileExistsError: ``dst`` exists and is not an empty folder.
+    If ``dst`` is in a bucket, it is a temporary folder here, uploaded then. Raises FileExistsError:
+    ``dst`` exists and is not an empty folder.
     """
     dst = absolute(dst)
     check_new(dst)

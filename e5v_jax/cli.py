@@ -42,9 +42,8 @@ def run(
 
     ``args_type`` is a dataclass: its docstring is the help text, the docstring of each field the
     help of its flag. ``--traceback`` is added. ``default`` has the values of the flags that are not
-    given; ``argv``, the words of the command line, are by default those of this process.
-
-    Raises SystemExit: always; see :func:`exit_on_error` for the codes.
+    given; ``argv``, the words of the command line, are by default those of this process. Raises
+    SystemExit: always; see :func:`exit_on_error` for the codes.
     """
     spec = sys.modules["__main__"].__spec__
     command: _Command[Args] = tyro.cli(
@@ -61,10 +60,7 @@ def run(
 
 
 def read_config(file: Path, config_type: type[Args]) -> Args:
-    """Run a configuration file and call its ``get_config()``.
-
-    Raises UsageError: no such file, or it does not give a ``config_type``.
-    """
+    """What a file's ``get_config()`` returns. Raises UsageError: no file, or no ``config_type``."""
     if not file.is_file():
         raise UsageError(f"--config {file}: no such file")
     get_config = runpy.run_path(str(file)).get("get_config")
@@ -99,10 +95,8 @@ def show_log() -> None:
 
 
 def refuse_remote_paths(args: object) -> None:
-    """Raise on a ``gs://`` (or other) URL where a file path is meant, at any depth of a dataclass.
-
-    Raises UsageError: names it. As a Path it would be a relative one, and be written here.
-    """
+    """Raise UsageError on a URL (``gs://``) where a path is meant, at any depth of a dataclass."""
+    # as a Path it would be a relative one, and be written here
     if isinstance(args, Path) and args.parts and re.fullmatch(r"[a-z][a-z0-9]+:", args.parts[0]):
         url = str(args).replace(":/", "://", 1)
         raise UsageError(
@@ -117,10 +111,7 @@ def refuse_remote_paths(args: object) -> None:
 
 @contextmanager
 def exit_on_error(*, show_traceback: bool) -> Iterator[None]:
-    """Turn an error of the block into one line on stderr and an exit code.
-
-    Raises SystemExit: 1 after an error, 2 after a :class:`UsageError`, 130 after an interrupt.
-    """
+    """Turn an error into a line on stderr and SystemExit: 1, 2 (UsageError), 130 (interrupt)."""
     try:
         yield
     except KeyboardInterrupt:

@@ -21,9 +21,7 @@ def initialize(*, distributed: bool = False) -> None:
 
     ``distributed`` says that there are, also where the environment does not. TPU pods, Slurm and
     Open MPI announce themselves; elsewhere set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
-    JAX_PROCESS_ID.
-
-    Raises ValueError: the other processes cannot be found.
+    JAX_PROCESS_ID. Raises ValueError: the other processes cannot be found.
     """
     os.environ.setdefault("LIBTPU_INIT_ARGS", LIBTPU_INIT_ARGS)  # read when a TPU is first used
     announced = (

@@ -93,8 +93,7 @@ class PromptChoice:
 def choose_prompt(prompt_name: str | None, prompt: str | None) -> PromptChoice:
     """The prompt of a call: by name, by text with ``<sent>``/``<image>`` slots, or by item kind.
 
-    Raises:
-        ValueError: both given, an unknown name, or a text without any slot or with ``{type}``.
+    Raises ValueError: both given, an unknown name, or a text without any slot or with ``{type}``.
     """
     if prompt_name is not None and prompt is not None:
         raise ValueError("give prompt_name or prompt, not both")
@@ -145,9 +144,7 @@ def fill_released(prompt: str, *, template: str, text: str) -> str:
 
     ft_llm.py replaces ``_`` by a space in the template, before it puts the sentence in, and strips
     the result. ``<|start_header_id|>`` becomes the plain text ``<|start header id|>`` and the
-    pooled token of the Llama-3 template a literal ``>``.
-
-    Raises ValueError: as :func:`fill`.
+    pooled token of the Llama-3 template a literal ``>``. Raises ValueError: as :func:`fill`.
     """
     filled = fill(prompt, template=template, text="<sent>", image="")
     return filled.replace("_", " ").replace("<sent>", text).strip()
@@ -159,9 +156,8 @@ def detect_template(
     """The name in :data:`TEMPLATES` of the template that a checkpoint was trained on.
 
     Told from the tokenizer's chat tokens; without any, from ``model_type`` (of the text model, as
-    in ``config.json``) or a Vicuna chat template. ``override`` is checked and returned.
-
-    Raises ValueError: an unknown ``override``, or it cannot be told; lists the names.
+    in ``config.json``) or a Vicuna chat template. ``override`` is checked and returned. Raises
+    ValueError: an unknown ``override``, or it cannot be told; lists the names.
     """
     names = ", ".join(TEMPLATES)
     if override in TEMPLATES:
@@ -207,9 +203,7 @@ def check_text(text: str, forbidden: re.Pattern[str]) -> None:
     """Refuse a text that could forge a placeholder, break its template, or is empty.
 
     The string filled with one that passes can be tokenised as a whole, as the reference does, with
-    merges across the seams (".\\n" is one Llama-3 token).
-
-    Raises TextError: one line that names the offending string.
+    merges across the seams (".\\n" is one Llama-3 token). Raises TextError: names the string.
     """
     if not text or text.isspace():
         raise TextError("the text is empty: expected at least one character that is not a space")

@@ -23,24 +23,17 @@ BATCH_SPEC = P(("data", "fsdp"))
 def make_mesh(
     data: int = 1, fsdp: int = -1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-    """A (data, fsdp, tensor) mesh over ``devices`` (default: all); one size may be -1.
-
-    Raises ValueError: the sizes do not multiply to the number of devices.
-    """
+    """A (data, fsdp, tensor) mesh over ``devices`` (default: all), sized by :func:`mesh_shape`."""
     devices = jax.devices() if devices is None else devices
     sizes = mesh_shape(data, fsdp, tensor, len(devices))
     return jax.make_mesh(sizes, MESH_AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def mesh_shape(data: int, fsdp: int, tensor: int, count: int) -> tuple[int, ...]:
-    """The sizes of :func:`make_mesh` over ``count`` devices, -1 resolved.
-
-    Raises ValueError: the sizes do not multiply to the number of devices.
-    """
+    """The sizes of a mesh, one of which may be -1. Raises ValueError: they do not fit ``count``."""
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) == 1:
-        known = -(data * fsdp * tensor)
-        sizes[sizes.index(-1)] = max(count // known, 1)
+        sizes[sizes.index(-1)] = max(count // -(data * fsdp * tensor), 1)
     if sizes[0] * sizes[1] * sizes[2] != count:
         raise ValueError(
             f"mesh data={data} fsdp={fsdp} tensor={tensor} does not fit {count} devices: "

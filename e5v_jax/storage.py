@@ -76,10 +76,7 @@ def copy_file(src: Path, dst: Path) -> None:
 
 
 def upload(folder: Path, dst: Path) -> None:
-    """Copy what is in the local ``folder`` into a bucket; what says that it is whole comes last.
-
-    Raises FileNotFoundError: there is no such bucket.
-    """
+    """Copy a local folder's files to a bucket, _LAST last. Raises FileNotFoundError: no bucket."""
     files = walk_files(folder)
     for last in (False, True):
         batch = [file for file in files if (file.name in _LAST) == last]

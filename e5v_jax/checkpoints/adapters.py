@@ -20,10 +20,7 @@ CHECKPOINTS = "checkpoints"
 
 
 def read_run_info(run: Path) -> dict[str, Any]:
-    """Read ``run.json``. Fields that came later than the run may be missing.
-
-    Raises ValueError: the file is no JSON object with a ``config`` and, in it, ``data``.
-    """
+    """Read ``run.json``; later fields may be missing. Raises ValueError: no ``config.data``."""
     file = run / "run.json"
     try:
         info = json.loads(file.read_text())
@@ -36,10 +33,7 @@ def read_run_info(run: Path) -> dict[str, Any]:
 
 
 def lora_of(run: Path, config: dict[str, Any]) -> LoRAConfig | None:
-    """The ``lora`` of a run's configuration; None trained all weights.
-
-    Raises ValueError: there is none, or its fields are not those of a :class:`LoRAConfig`.
-    """
+    """A run's ``lora``; None if all weights were trained. Raises ValueError: it cannot be read."""
     try:
         return None if config["lora"] is None else LoRAConfig(**config["lora"])
     except (KeyError, TypeError) as error:

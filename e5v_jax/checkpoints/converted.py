@@ -132,11 +132,7 @@ class ConvertedFolder:
     """A converted folder as a :class:`WeightSource`."""
 
     def __init__(self, folder: Path) -> None:
-        """Read ``config.json``; parameters are read on demand.
-
-        Raises:
-            ValueError: not a converted folder, or of a family that this version does not know.
-        """
+        """Read ``config.json``, parameters on demand. Raises ValueError: not a converted folder."""
         self.folder = as_path(folder)
         self.info = read_info(self.folder)
         self.family = FAMILIES[self.info.model_type]
@@ -148,10 +144,7 @@ class ConvertedFolder:
         return {name: tuple(shape) for name, shape in self.info.parameters.items()}
 
     def read(self, names: Sequence[str]) -> Iterator[np.ndarray]:
-        """The named arrays in order.
-
-        Raises ValueError: the folder's ``params`` are missing or damaged.
-        """
+        """The named arrays in order. Raises ValueError: the ``params`` are missing or damaged."""
         shapes, dtype = self.info.parameters, np.dtype(self.info.dtype)
         context = ocp.Context()
         context.pytree.loading.partial_load = True

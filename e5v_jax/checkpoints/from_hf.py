@@ -59,10 +59,7 @@ def write_unused(folder: Path, source: HfSource, dtype: np.dtype[Any]) -> None:
 
 
 def convert(args: Args) -> None:
-    """Convert; ``args.dst`` appears only when whole.
-
-    Raises ValueError, FileNotFoundError, FileExistsError: one line naming file, key or folder.
-    """
+    """Convert; ``args.dst`` appears only when whole. Raises ValueError or OSError, saying why."""
     if args.merge and args.adapter is None:
         raise cli.UsageError("--merge: needs --adapter")
     check_new(args.dst)

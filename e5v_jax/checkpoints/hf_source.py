@@ -99,10 +99,7 @@ class HfSource:
 
 
 def resolve(source: str, revision: str | None = None) -> Path:
-    """A local folder or GGUF file as it is; else a Hugging Face hub id, fetched.
-
-    Raises FileNotFoundError: neither a local path nor a repository that can be fetched.
-    """
+    """A local path as it is, or a hub id, fetched. Raises FileNotFoundError: it is neither."""
     path = as_path(source)
     if path.exists():
         return path
@@ -123,9 +120,8 @@ def resolve(source: str, revision: str | None = None) -> Path:
 def open_source(path: Path) -> HfSource:
     """Open a Hugging Face folder or a GGUF file.
 
-    Raises:
-        FileNotFoundError: no config.json or weights.
-        ValueError: in a bucket; as :class:`HfSource` and :class:`SafetensorsFolder` say.
+    Raises FileNotFoundError: no config.json or weights; ValueError: in a bucket, or as
+    :class:`HfSource` and :class:`SafetensorsFolder` say.
     """
     if in_bucket(path):
         raise ValueError(

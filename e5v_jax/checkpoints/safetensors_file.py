@@ -53,10 +53,7 @@ def header(specs: Sequence[TensorSpec]) -> bytes:
 
 
 def write_file(path: Path, specs: Sequence[TensorSpec], arrays: Iterator[np.ndarray]) -> None:
-    """Write ``arrays``, which come in the order of ``specs``, holding one at a time.
-
-    Raises ValueError: an array is not what its spec says, by name.
-    """
+    """Write ``arrays``, in the order of ``specs``, one by one. Raises ValueError: one differs."""
     with path.open("wb") as file:
         file.write(header(specs))
         for spec in specs:

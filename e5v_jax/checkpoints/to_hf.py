@@ -93,10 +93,7 @@ def write_hf(
 
 
 def convert(args: Args) -> None:
-    """Export; ``args.dst`` appears only when whole.
-
-    Raises ValueError, FileNotFoundError, FileExistsError: one line naming file, key or folder.
-    """
+    """Export; ``args.dst`` appears only when whole. Raises ValueError or OSError, saying why."""
     if args.merge and args.peft:
         raise cli.UsageError("--merge, --peft: choose one")
     check_new(args.dst)

@@ -37,10 +37,7 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a converted or Hugging Face folder, or of a GGUF file.
-
-    Raises FileNotFoundError: the folder has no tokenizer files.
-    """
+    """The tokenizer of a model folder or GGUF file. Raises FileNotFoundError: there is none."""
     if folder.is_file():
         return build_tokenizer(folder)
     if not has_tokenizer(folder):

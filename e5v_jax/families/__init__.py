@@ -23,10 +23,7 @@ FAMILIES: dict[str, Family] = {
 
 
 def find_family(raw: dict[str, Any]) -> Family:
-    """The family of a parsed ``config.json``.
-
-    Raises UnsupportedModelError: there is none for its ``model_type``.
-    """
+    """The family of a parsed ``config.json``. Raises UnsupportedModelError: there is none."""
     model_type = raw.get("model_type")
     if model_type not in FAMILIES:
         names = raw.get("architectures") or [model_type]

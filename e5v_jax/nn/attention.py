@@ -37,9 +37,8 @@ def attention(
     """Attention of q [B, T, N, H] over k, v [B, S, K, H] -> [B, T, N, H]; N is a multiple of K.
 
     Right-padded batches need no mask: under the causal one, no real token sees what is right of it.
-    With ``key_lengths`` int [B], keys from there on are not seen either.
-
-    Raises ValueError: splash was asked for, and the shape does not fit it.
+    With ``key_lengths`` int [B], keys from there on are not seen either. Raises ValueError: splash
+    was asked for, and the shape does not fit it.
     """
     chosen, platform = runtime.attn_implementation, runtime.platform
     if not is_causal or key_lengths is not None:

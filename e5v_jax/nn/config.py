@@ -31,10 +31,7 @@ class VisionConfig:
 
     @classmethod
     def from_hf(cls, hf: Any) -> Self:
-        """Read a ``CLIPVisionConfig``.
-
-        Raises UnsupportedModelError: another kind of tower or activation.
-        """
+        """Read a ``CLIPVisionConfig``. Raises UnsupportedModelError: other tower or activation."""
         if hf.model_type != "clip_vision_model":
             raise UnsupportedModelError(
                 f"vision_config.model_type {hf.model_type!r}: only 'clip_vision_model' is supported"
@@ -66,8 +63,7 @@ class TextConfig:
     def from_hf(cls, hf: Any) -> Self:
         """Read a ``LlamaConfig`` or ``MistralConfig``, of transformers 4 or 5.
 
-        Raises:
-            UnsupportedModelError: the architecture or one of its options is not computed here.
+        Raises UnsupportedModelError: the architecture or one of its options is not computed here.
         """
         if hf.model_type not in ("llama", "mistral"):
             raise UnsupportedModelError(

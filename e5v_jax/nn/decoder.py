@@ -55,14 +55,9 @@ class Attention(nnx.Module):
         v = self.v_proj(x).reshape(b, t, -1, self.head_dim)  # [B, T, K, H]
         q = apply_rope(q, angles[index]).swapaxes(0, 1)  # [B, 1, N, H]
         k = apply_rope(k, angles)
+        precision, runtime = self.precision, self.runtime
         out = attention(
-            q,
-            k,
-            v,
-            is_causal=False,
-            key_lengths=index + 1,
-            precision=self.precision,
-            runtime=self.runtime,
+            q, k, v, is_causal=False, key_lengths=index + 1, precision=precision, runtime=runtime
         )  # [B, 1, N, H]
         return self.o_proj(out.reshape(b, -1))
 
@@ -129,11 +124,7 @@ class Decoder(nnx.Module):
         return self.embed_tokens[...][input_ids].astype(self.precision.compute)
 
     def __call__(
-        self,
-        x: jax.Array,
-        *,
-        remat: Remat = "none",
-        dropout_key: jax.Array | None = None,
+        self, x: jax.Array, *, remat: Remat = "none", dropout_key: jax.Array | None = None
     ) -> jax.Array:
         """Run all layers over embeddings [B, T, D] -> hidden states [B, T, D] **before** the norm.
 

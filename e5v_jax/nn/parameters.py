@@ -155,8 +155,7 @@ class ParameterTable:
     def spec(self, path: str, ndim: int) -> P:
         """The PartitionSpec of the array at ``path``, a parameter or a LoRA factor.
 
-        Raises:
-            ValueError: there is no row for it, or the row has another rank than the array.
+        Raises ValueError: there is no row for it, or the row has another rank than the array.
         """
         base, _, leaf = path.rpartition(".")
         is_factor = leaf in ("lora_a", "lora_b")
@@ -172,9 +171,8 @@ class ParameterTable:
     def sharding(self, path: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
         """The NamedSharding of the array at ``path`` on ``mesh``; an axis of size 1 is never split.
 
-        The latter is for the scales of quantised kernels, which go by the kernel's own row.
-
-        Raises ValueError: as :meth:`spec`, or an axis does not divide over its mesh axis.
+        That is for scales of quantised kernels, which go by the kernel's row. Raises ValueError: as
+        :meth:`spec`, or an axis does not divide over its mesh axis.
         """
         spec = self.spec(path, len(shape))
         axes = [None if size == 1 else axis for axis, size in zip(spec, shape, strict=True)]

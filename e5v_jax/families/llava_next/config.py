@@ -5,12 +5,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Self
 
-from e5v_jax.nn.config import (
-    TextConfig,
-    UnsupportedModelError,
-    VisionConfig,
-    transformers_config,
-)
+from e5v_jax.nn.config import TextConfig, UnsupportedModelError, VisionConfig, transformers_config
 
 # Checkpoints of the original LLaVA code name the vision tower instead of describing it.
 KNOWN_VISION_TOWERS: dict[str, dict[str, Any]] = {
@@ -67,8 +62,7 @@ class LlavaNextConfig:
     def from_hf(cls, raw: dict[str, Any]) -> Self:
         """Read a parsed ``config.json``, of transformers or of the original LLaVA code.
 
-        Raises:
-            UnsupportedModelError: the architecture, or one of its options, is not computed here.
+        Raises UnsupportedModelError: the architecture, or an option of it, is not computed here.
         """
         if raw["model_type"] == "llava_next":
             return cls._from_transformers(raw)

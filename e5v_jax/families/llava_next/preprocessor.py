@@ -27,10 +27,7 @@ _SIZE_OF_TRANSFORMERS = 224  # what a file means that leaves the sizes out
 
 
 def check_preprocessor(config: LlavaNextConfig, settings: dict[str, Any]) -> None:
-    """Refuse settings of ``LlavaNextImageProcessor`` other than what is computed here.
-
-    Raises UnsupportedModelError: names the setting, its value and the one that is supported.
-    """
+    """Raise UnsupportedModelError, naming it, on a setting other than what is computed here."""
     size = config.vision.image_size
     square = {"height": size, "width": size}
     supported: dict[str, tuple[Any, ...]] = {
@@ -55,8 +52,7 @@ def check_preprocessor(config: LlavaNextConfig, settings: dict[str, Any]) -> Non
         "size_divisor": (None,),
     }
     if "image_mean" in settings:  # the image processor's, not only those of the processor around it
-        edge = _SIZE_OF_TRANSFORMERS
-        settings = {"size": edge, "crop_size": edge, **settings}
+        settings = {**dict.fromkeys(("size", "crop_size"), _SIZE_OF_TRANSFORMERS), **settings}
     for name, value in settings.items():
         if name in _IGNORED_SETTINGS:
             continue

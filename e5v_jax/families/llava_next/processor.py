@@ -48,21 +48,17 @@ class LlavaNextProcessor(TextProcessor):
     ) -> None:
         """A tokenizer that does not know ``<image>`` learns it here.
 
-        Raises ValueError: the template cannot be told, or config and tokenizer do not agree
-        on the id of ``<image>``.
+        Raises ValueError: the template cannot be told, or as :func:`match_tokenizer`.
         """
         super().__init__(match_tokenizer(config, tokenizer), tokenizer, template)
 
     def measure_image(self, size: Size) -> tuple[int, int]:
         """(tokens, tiles) of an image of ``size`` (height, width) pixels."""
-        vision, pinpoints = self.config.vision, self.config.image_grid_pinpoints
-        height, width = select_best_resolution(size, pinpoints)
+        vision, grid = self.config.vision, self.config.image_grid_pinpoints
+        height, width = select_best_resolution(size, grid)
         tiles = 1 + (height // vision.image_size) * (width // vision.image_size)
         tokens = num_image_tokens(
-            size,
-            grid_pinpoints=pinpoints,
-            image_size=vision.image_size,
-            patch_size=vision.patch_size,
+            size, grid_pinpoints=grid, image_size=vision.image_size, patch_size=vision.patch_size
         )
         return tokens, tiles
 
@@ -99,10 +95,7 @@ class LlavaNextProcessor(TextProcessor):
 
 
 def load(item: Measured, config: LlavaNextConfig) -> Prepared | list[int]:
-    """Decode and tile the image of an input, if it has one; for a worker, ahead of the device.
-
-    Raises ValueError: the image cannot be decoded.
-    """
+    """Decode and tile the image of an input, if any. Raises ValueError: it cannot be decoded."""
     if item.image is None:
         return item.ids
     vision, pinpoints = config.vision, config.image_grid_pinpoints

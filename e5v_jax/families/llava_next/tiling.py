@@ -57,10 +57,8 @@ def tile_image(
     Tile 0 is the whole image resized to the tile, its aspect ignored. The others are cut row by
     row from the image resized into the best pinpoint with its aspect kept and centred on black.
     Every resize starts from the original and is bicubic (reference: transformers
-    ``LlavaNextImageProcessor``, equal to the last bit).
-
-    ``image_size`` is the side S of a tile, ``grid_pinpoints`` are multiples of it, all in pixels;
-    the tiles are uint8 [T, S, S, 3], T = 1 + tiles of the best pinpoint.
+    ``LlavaNextImageProcessor``, equal to the last bit). ``image_size`` is the side S of a tile,
+    ``grid_pinpoints`` are multiples of it, all in pixels; T = 1 + tiles of the best pinpoint.
 
     Raises:
         ImageError: the image has no pixels.
@@ -98,15 +96,13 @@ def _resize(image: Image.Image, height: int, width: int) -> NDArray[np.uint8]:
 def image_token_index(
     original_size: Size, *, grid_pinpoints: Sequence[Size], image_size: int, patch_size: int
 ) -> NDArray[np.int32]:
-    """Which vector each of an image's N tokens is.
+    """Which vector each of an image's N tokens is: a row of the features [T * P, D], or NEWLINE.
 
     First the P tokens of tile 0, then the grid of tiles as one feature map, row by row without
     the rows and columns that only show padding, a newline after each row (reference:
     transformers ``LlavaNextModel.pack_image_features``). Of an extremely long image nothing but
-    newlines, or nothing at all, may be left of the grid.
-
-    Sizes are (height, width) or sides in pixels, the image's before any resizing. Each of the N
-    int32 is a row of the tile features flattened to [T * P, D], or ``NEWLINE``.
+    newlines, or nothing at all, may be left of the grid. Sizes are (height, width) or sides in
+    pixels, the image's before any resizing; the result is int32 [N].
 
     Raises:
         ImageError: the image has no pixels.

@@ -24,11 +24,7 @@ class TextModelConfig:
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> Self:
-        """Read a parsed ``config.json``.
-
-        Raises:
-            UnsupportedModelError: the architecture, or one of its options, is not computed here.
-        """
+        """Read a parsed ``config.json``. Raises UnsupportedModelError: it is not computed here."""
         return cls(TextConfig.from_hf(transformers_config(raw, raw["model_type"])))
 
     @classmethod

@@ -29,10 +29,7 @@ class TextProcessor:
     shape_unit = "images"
 
     def __init__(
-        self,
-        config: ModelConfig,
-        tokenizer: PreTrainedTokenizerFast,
-        template: str | None = None,
+        self, config: ModelConfig, tokenizer: PreTrainedTokenizerFast, template: str | None = None
     ) -> None:
         """``template`` names the chat template, None asks the tokenizer.
 
