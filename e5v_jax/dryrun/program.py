@@ -82,7 +82,6 @@ def train_program(cfg: TrainConfig, target: Target, sequence_lengths: tuple[int,
     """The step of a training run on triplets of texts, as train/setup.py makes it.
 
     ``sequence_lengths`` are the padded lengths of the groups that the batch is split into.
-
     Raises ValueError: an axis, the batch or the chunks do not divide over the mesh.
     """
     inputs, groups = COLUMNS * cfg.batch_size, len(sequence_lengths)
@@ -112,8 +111,6 @@ def train_program(cfg: TrainConfig, target: Target, sequence_lengths: tuple[int,
 
 def encode_program(target: Target, shape: BatchShape, precision: Precision) -> Program:
     """The model over one batch of texts or, with a shape key, images, as the encoder runs it."""
-    graphdef, state = nnx.split(
-        target.model(Build(precision, target.runtime), load_vision=shape.shape_key > 0)
-    )
-    step = make_encode_step(graphdef, target.runtime)
-    return Program(step, (state, target.batch(shape)), frozen=state)
+    build = Build(precision, target.runtime)
+    graphdef, state = nnx.split(target.model(build, load_vision=shape.shape_key > 0))
+    return Program(make_encode_step(graphdef, target.runtime), (state, target.batch(shape)), state)

@@ -15,10 +15,7 @@ _font = cache(ImageFont.load_default)  # reading it takes longer than drawing wi
 
 
 def draw_caption(text: str) -> Image.Image:
-    """Draw ``text``, RGB 800 x 400; a text of more than eight lines runs out of the picture.
-
-    Raises ImportError: this Pillow was built without FreeType.
-    """
+    """Draw ``text``, RGB 800 x 400; a ninth line is cut off. Raises ImportError: no FreeType."""
     image = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
     font = _font(_POINTS)
     if not isinstance(font, ImageFont.FreeTypeFont):

@@ -52,10 +52,7 @@ def read_parquet(
     """Read the rows of a data set as the hub has it: ``split*.parquet``, anywhere below ``folder``.
 
     ``columns`` are read, ``images`` (structs with ``bytes``) become :class:`ParquetImage`.
-
-    Raises:
-        FileNotFoundError: no file.
-        ValueError: a file is damaged or lacks a column.
+    Raises FileNotFoundError: no file; ValueError: a file is damaged or lacks a column.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -84,9 +81,7 @@ def read_parquet(
 def read_lines(path: Path, *, hint: str) -> list[str]:
     """Return the lines of a text file, without their ends.
 
-    Raises:
-        FileNotFoundError: it is missing; ``hint`` says what should be there.
-        ValueError: it is not UTF-8; names the row.
+    Raises FileNotFoundError: ``hint`` says what should be there; ValueError: a row is not UTF-8.
     """
     text = _read(path, hint)
     # Not splitlines(): it also splits at characters that may stand in a sentence, such as U+0085.
@@ -100,10 +95,7 @@ def read_json(path: Path, *, hint: str) -> Any:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Return what ``text`` says in JSON.
-
-    Raises ValueError: it is damaged; names ``where`` it stands.
-    """
+    """Return what ``text`` says in JSON. Raises ValueError: damaged; names ``where`` it stands."""
     try:
         return json.loads(text)
     except ValueError as error:
@@ -121,10 +113,7 @@ def _read(path: Path, hint: str) -> str:
 
 
 def get(row: Any, key: str, kind: type, where: str) -> Any:
-    """Return ``row[key]`` after checking it.
-
-    Raises ValueError: ``row`` is no object, lacks the key, or has another type there.
-    """
+    """Return ``row[key]``. Raises ValueError: no object, no such key, or another type there."""
     if not isinstance(row, dict):
         raise ValueError(f"{where}: found {str(row)[:60]!r}, expected an object with {key!r}")
     if key not in row:
@@ -135,23 +124,19 @@ def get(row: Any, key: str, kind: type, where: str) -> Any:
 
 
 def find_image(name: str, folders: Sequence[Path], where: str) -> Path:
-    """Find the image file ``name`` in the first folder that has it.
-
-    Raises FileNotFoundError: none has.
-    """
+    """Find file ``name`` in the first folder that has it. Raises FileNotFoundError: none has."""
     for folder in folders:
         if (folder / name).is_file():
             return folder / name
-    looked = " and ".join(map(str, folders))
-    raise FileNotFoundError(f"{where}: image {name!r} not found in {looked}")
+    raise FileNotFoundError(
+        f"{where}: image {name!r} not found in {' and '.join(map(str, folders))}"
+    )
 
 
 def dataset_folder(data: Path, name: str, *, neither: str) -> Path:
     """Find the authors' data set ``name``: DATA/name, or fetched where ``data`` is :data:`HUB`.
 
-    Raises:
-        FileNotFoundError: DATA has no such folder; ``neither`` says what was looked for.
-        OSError: it could not be fetched.
+    Raises FileNotFoundError: ``neither`` says what was looked for; OSError: it cannot be fetched.
     """
     if data != HUB:
         if not (data / name).is_dir():

@@ -47,7 +47,6 @@ def load_captioned(folder: Path) -> CaptionedImages:
     """Read ``captions.jsonl``, ``{"image": "a.jpg", "captions": ["...", ...]}`` on each line.
 
     Image names are relative to ``folder/images`` or ``folder``.
-
     Raises FileNotFoundError, ValueError: names file and row, and what was expected.
     """
     return _collect(folder / "captions.jsonl", _read_jsonl(folder))
@@ -57,7 +56,6 @@ def load_task(data: Path, name: str, stride: int = 1) -> CaptionedImages:
     """Read the set of a task: ``data`` itself for ``retrieval``, else DATA/name or Parquet files.
 
     Every ``stride``-th image is taken; a task with drawn captions has the set of that without.
-
     Raises FileNotFoundError, ValueError: names file and row, and what was expected.
     """
     name = name.removeprefix(_I2I)

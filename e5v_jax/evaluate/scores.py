@@ -67,8 +67,7 @@ class Score:
     task: str
     metric: str
     items: Hits | Pairs
-    # Hash of the questions asked: only scores over the same ones can be compared in pairs.
-    data: str
+    data: str  # hash of the questions asked: only scores over the same ones can be compared
 
     def resamples(self) -> np.ndarray:
         """Return [RESAMPLES] values; every score of the task draws the same units."""
@@ -99,10 +98,7 @@ def summarise(scores: Sequence[Score]) -> tuple[float, float, float]:
 
 
 def compare(first: Score, second: Score) -> Difference:
-    """Compare two runs by paired bootstrap: both on the same resampled units.
-
-    Raises ValueError: they are not of the same task, metric and data.
-    """
+    """Compare two runs by paired bootstrap. Raises ValueError: not of one task, metric and data."""
     for name in ("task", "metric", "data"):
         if getattr(first, name) != getattr(second, name):
             raise ValueError(
@@ -123,10 +119,9 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
 
     Raises ValueError: it is undefined, as one array is constant.
     """
-    for values in (x, y):
-        if np.all(values == values[0]):
-            constant = f"all {len(values)} values are {values[0]:g}"
-            raise ValueError(f"rank correlation is undefined: {constant}")
+    for v in (x, y):
+        if np.all(v == v[0]):
+            raise ValueError(f"rank correlation is undefined: all {len(v)} values are {v[0]:g}")
     once = np.ones((1, len(x)), np.int64)
     return float(np.corrcoef(*(_ranks(values, once)[0] for values in (x, y)))[0, 1])
 

@@ -64,10 +64,7 @@ def project(vectors: np.ndarray, *, centred: bool) -> np.ndarray:
 
 
 def tsne(vectors: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """Return [N, 2], the t-SNE of cosine distances, from the centred PCA.
-
-    Raises ImportError: scikit-learn is not installed.
-    """
+    """Return [N, 2], the t-SNE of cosines from the centred PCA. Raises ImportError: no sklearn."""
     from sklearn.manifold import TSNE
 
     perplexity = min(30.0, (len(vectors) - 1) / 3)

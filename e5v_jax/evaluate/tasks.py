@@ -43,10 +43,7 @@ TASKS = {task: benchmark for benchmark in _ALL for task in benchmark.tasks}
 
 
 def choose_tasks(text: str) -> list[str]:
-    """Return the task names that ``--tasks`` asks for, each once, in the order given.
-
-    Raises cli.UsageError: a name is unknown, or there is none.
-    """
+    """Return the tasks asked for, each once, in order. Raises cli.UsageError: none, or unknown."""
     names: list[str] = []
     for word in filter(None, map(str.strip, text.split(","))):
         if word not in _GROUPS and word not in TASKS:
