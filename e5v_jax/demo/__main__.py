@@ -59,9 +59,8 @@ def score(
         "triplet accuracy": float(np.mean(cosines[index, index] > cosines[index, index + n])),
         "recall@1": float(np.mean(top[:, 0] == index)),
     }
-    return shares, [
-        [(float(cosines[i, j]), candidates[j]) for j in top[i, :3]] for i in range(QUERIES)
-    ]
+    nearest = [[(float(cosines[i, j]), candidates[j]) for j in top[i, :3]] for i in range(QUERIES)]
+    return shares, nearest
 
 
 def demo(args: Args) -> None:

@@ -27,9 +27,8 @@ def traced_flops(jaxpr: Any) -> float:
             summed = math.prod(eqn.invars[0].aval.shape[i] for i in contracting)
             total += 2.0 * summed * math.prod(eqn.outvars[0].aval.shape)
         elif name == "conv_general_dilated":
-            out_features = eqn.params["dimension_numbers"].rhs_spec[0]
             kernel = eqn.invars[1].aval.shape
-            per_output = math.prod(kernel) // kernel[out_features]
+            per_output = math.prod(kernel) // kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
             total += 2.0 * per_output * math.prod(eqn.outvars[0].aval.shape)
         elif name == "pallas_call":
             total += _kernel_flops(eqn)

@@ -32,8 +32,7 @@ def measure(program: Program, topology: Topology, estimate: Cost) -> Cost:
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = needed_memory(str(error), cost.parameters + cost.optimizer)
-        if needed is None:
+        if (needed := needed_memory(str(error), cost.parameters + cost.optimizer)) is None:
             raise
         seconds = time.perf_counter() - start
         return dataclasses.replace(cost, peak=needed, live=needed, compile_seconds=seconds)

@@ -98,11 +98,10 @@ def train_program(cfg: TrainConfig, target: Target, sequence_lengths: tuple[int,
     numbers = jax.ShapeDtypeStruct((inputs,), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     order, text_ids, key = _place((numbers, numbers, key), whole)
-    shapes = [BatchShape(inputs // groups, length) for length in sequence_lengths]
-    batch = PairBatch(tuple(map(target.batch, shapes)), order, text_ids)
+    batches = tuple(target.batch(BatchShape(inputs // groups, n)) for n in sequence_lengths)
     return Program(
         parts.step_fn,
-        (parts.trainable, parts.opt_state, parts.frozen, batch, key),
+        (parts.trainable, parts.opt_state, parts.frozen, PairBatch(batches, order, text_ids), key),
         parts.frozen,
         parts.trainable,
         parts.opt_state,

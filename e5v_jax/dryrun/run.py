@@ -97,13 +97,12 @@ def report_train(args: TrainDryRun) -> Report:
     program = train_program(cfg, target, lengths)
     inputs = COLUMNS * cfg.batch_size
     rows = inputs // len(lengths)
-    chunked = cfg.chunk_size is not None and cfg.chunk_size < rows
     useful = done = 0.0
     for length in lengths:
         forward = count_forward(*model, rows=rows, length=length, lora=cfg.lora)
         count = partial(train_flops, forward, frozen_base=cfg.lora is not None)
         useful += count(remat="none", chunked=False)
-        done += count(remat=cfg.remat, chunked=chunked)
+        done += count(remat=cfg.remat, chunked=cfg.chunk_size is not None and cfg.chunk_size < rows)
     estimate = estimate_train(cfg, target, program, lengths, done / topology.chips)
     kind = "full" if cfg.lora is None else f"LoRA r {cfg.lora.rank}"
     base = f", {cfg.quantize} base" if cfg.quantize else ""

@@ -18,12 +18,10 @@ from e5v_jax.sharding import MESH_AXES, make_mesh, mesh_shape
 from e5v_jax.train.config import MeshConfig
 
 _LIBTPU_ENVIRONMENT = {
-    # it would ask the cloud that it is not in which machine this is, for a minute
-    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_SKIP_MDS_QUERY": "1",  # it would ask a cloud, for a minute, which machine this is
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
-    # it would refuse to load while another process compiles
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # it would refuse while another process compiles
     "TPU_STDERR_LOG_LEVEL": "3",
     "LIBTPU_INIT_ARGS": LIBTPU_INIT_ARGS,  # as training has it
 }

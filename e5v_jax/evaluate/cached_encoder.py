@@ -3,8 +3,7 @@
     DIR/<hash of model and prompt>/about.json      what the hash stands for
     DIR/<hash of model and prompt>/<hash>.npz      keys uint8 [n, 32], vectors float32 [n, D]
 
-A shard appears only when whole, so an evaluation that was killed goes on where it stopped, and
-several may share a folder.
+A shard appears only when whole: a killed evaluation can go on, and several may share a folder.
 """
 
 import hashlib

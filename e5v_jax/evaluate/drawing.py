@@ -1,9 +1,8 @@
 """A caption as a picture: what the paper calls image-to-image retrieval reads captions from pixels.
 
 As in the authors' retrieval.py: black on white, 800 x 400, 40 points, wrapped to 760 pixels,
-vertically centred, left-aligned 20 pixels in. Theirs is Arial, which may not be passed on; ours is
-the font that comes inside Pillow (Aileron), and lines are evenly spaced by its height, where theirs
-stand as far apart as the ink of each line is high.
+vertically centred, 20 pixels from the left. Theirs is Arial, which may not be passed on, with lines
+as far apart as their ink is high; ours is Pillow's own font (Aileron), its lines evenly spaced.
 """
 
 from functools import cache

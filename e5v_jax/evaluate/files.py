@@ -72,8 +72,7 @@ def read_parquet(
             for group in range(parquet.num_row_groups):
                 rows = parquet.read_row_group(group, columns=list(columns)).to_pylist()
                 for number, row in enumerate(rows):
-                    refs = {name: ParquetImage(file, name, group, number) for name in images}
-                    yield {**row, **refs}
+                    yield row | {name: ParquetImage(file, name, group, number) for name in images}
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{file}: not a whole Parquet file ({error})") from error
 

@@ -98,11 +98,10 @@ def score_vectors(
     """
     captions_of = np.split(np.arange(len(texts)), np.cumsum(np.bincount(image_of))[:-1])
     to_image = rank_positives(texts, images, [np.array([i]) for i in image_of])
-    to_text = rank_positives(images, texts, captions_of)
     return [
         # a unit is an image with its captions, as they are no independent draws
         *recalls(name, to_image, AT, data, prefix="image ", unit_of=image_of),
-        *recalls(name, to_text, AT, data, prefix="text "),
+        *recalls(name, rank_positives(images, texts, captions_of), AT, data, prefix="text "),
     ]
 
 

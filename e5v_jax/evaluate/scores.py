@@ -53,8 +53,7 @@ class Pairs:
     def resample(self, weights: np.ndarray) -> np.ndarray:
         """Return each resample's value as :class:`Hits` do; nan where one holds a single value."""
         middle = (weights.sum(axis=1, keepdims=True) + 1) / 2  # the mean rank, whatever the ties
-        x = _ranks(self.cosine, weights) - middle  # [B, N]
-        y = _ranks(self.gold, weights) - middle
+        x, y = (_ranks(values, weights) - middle for values in (self.cosine, self.gold))  # [B, N]
         covariance, xx, yy = ((weights * a * b).sum(axis=1) for a, b in ((x, y), (x, x), (y, y)))
         with np.errstate(invalid="ignore", divide="ignore"):
             return 100 * (covariance / np.sqrt(xx * yy))
@@ -110,8 +109,7 @@ def compare(first: Score, second: Score) -> Difference:
     # One more than counted: no finite number of resamples makes a difference certain.
     tail = 1 + min(np.sum(difference <= 0), np.sum(difference >= 0))
     p = min(1.0, 2 * float(tail) / (len(difference) + 1))
-    value = second.items.value() - first.items.value()
-    return Difference(value, *_interval(difference), p)
+    return Difference(second.items.value() - first.items.value(), *_interval(difference), p)
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:

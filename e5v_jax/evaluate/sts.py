@@ -129,9 +129,8 @@ def _split_lines(
     rows = [(f"{path}, row {number}", fields) for number, fields in numbered]
     for place, fields in rows:
         if len(fields) < expected or (exact and len(fields) > expected):
-            least = "" if exact else "at least "
-            wanted = f"expected {least}{expected}"
-            raise ValueError(f"{place}: {len(fields)} tab-separated fields, {wanted}")
+            wanted = f"{expected}" if exact else f"at least {expected}"
+            raise ValueError(f"{place}: {len(fields)} tab-separated fields, expected {wanted}")
     return rows
 
 

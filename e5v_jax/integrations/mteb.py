@@ -3,11 +3,10 @@
     model = MtebEncoder(path="e5-v")  # a converted folder; also dtype=, adapter=, fsdp= ...
     mteb.evaluate(model, mteb.get_tasks(tasks=["Flickr30kT2IRetrieval"]))
 
-``mteb.get_model("e5v-jax/e5-v", path="e5-v")`` does the same after the import; for every model with
-images, mteb then wants its extra ``mteb[image]`` installed, though nothing here uses torchvision.
-
-The name is its own, so that results do not mix with those of mteb's PyTorch implementation of the
-checkpoint (``royokong/e5-v``), whose prompt for text with image differs from the authors'.
+``mteb.get_model("e5v-jax/e5-v", path="e5-v")`` does the same after the import; mteb then wants its
+extra ``mteb[image]``, though nothing here uses torchvision. The name is its own, so that results do
+not mix with those of mteb's PyTorch implementation of the checkpoint (``royokong/e5-v``), whose
+prompt for text with image differs from the authors'.
 """
 
 from itertools import chain, islice
