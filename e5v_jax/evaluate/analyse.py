@@ -70,8 +70,7 @@ def analyse(args: AnalyseArgs) -> None:
     file, row or folder; ImportError: matplotlib or scikit-learn is missing.
     """
     args.check()
-    # Before the models, which take minutes to load.
-    pictures = pairs = None
+    pictures = pairs = None  # read before the models, which take minutes to load
     if args.data is not None:
         for library in ("matplotlib", "sklearn"):
             if find_spec(library) is None:

@@ -25,7 +25,7 @@ class ComposedSet:
     gallery: list[files.ImageRef]
     images: list[files.ImageRef]  # reference image of each query
     captions: list[tuple[str, ...]]  # one (CIRR) or two (FashionIQ) of each query
-    references: np.ndarray | None  # int [Q], their gallery rows; None where they stay in it
+    references: np.ndarray | None  # int [Q], gallery rows of images; None where they stay in
     targets: np.ndarray | None  # int [Q], gallery row of the answer; None in a test set
     pair_ids: list[str]  # CIRR's names of its queries; empty otherwise
 

@@ -127,9 +127,8 @@ def find_image(name: str, folders: Sequence[Path], where: str) -> Path:
     for folder in folders:
         if (folder / name).is_file():
             return folder / name
-    raise FileNotFoundError(
-        f"{where}: image {name!r} not found in {' and '.join(map(str, folders))}"
-    )
+    looked = " and ".join(map(str, folders))
+    raise FileNotFoundError(f"{where}: image {name!r} not found in {looked}")
 
 
 def dataset_folder(data: Path, name: str, *, neither: str) -> Path:

@@ -88,7 +88,7 @@ def recalls(
 def top_k(
     queries: np.ndarray, gallery: np.ndarray, k: int, *, removed: np.ndarray | None = None
 ) -> np.ndarray:
-    """Return the k best for what rank_positives takes, int64 [Q, k]; ties in gallery order."""
+    """Return the k best rows, int64 [Q, k], ties in gallery order; see :func:`rank_positives`."""
     chunks = (scores for _, scores in _scores(queries, gallery, removed))
     return np.concatenate([np.argsort(-s, axis=1, kind="stable")[:, :k] for s in chunks])
 

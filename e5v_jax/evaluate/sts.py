@@ -165,7 +165,7 @@ def score_tasks(
     squares = squared_lengths(vectors, list(map(repr, index)), what="sentences")  # [N]
     scores = {}
     for name, (rows1, rows2) in sides.items():
-        # One root of the product, not two: a sentence paired with itself gets exactly 1, a tie.
+        # One root of the product, not two: a sentence paired with itself gets exactly 1, to tie.
         norms = np.sqrt(squares[rows1] * squares[rows2])
         cosine = dot(vectors[rows1], vectors[rows2]) / norms  # [pairs]
         first, second, gold = tasks[name]

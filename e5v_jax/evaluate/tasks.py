@@ -37,8 +37,7 @@ _ALL: list[Benchmark[Any]] = [
     Benchmark((composed.CIRR_TEST,), composed.load, composed.submit, submits=composed.SUBMISSION),
     Benchmark(composed.FASHIONIQ_TASKS, composed.load, composed.report_fashioniq, order=1),
 ]
-# Words that --tasks takes for several tasks at once.
-_GROUPS = {"sts": sts.PAPER_TASKS, "fashioniq": composed.FASHIONIQ_TASKS}
+_GROUPS = {"sts": sts.PAPER_TASKS, "fashioniq": composed.FASHIONIQ_TASKS}  # words for several
 TASKS = {task: benchmark for benchmark in _ALL for task in benchmark.tasks}
 
 
