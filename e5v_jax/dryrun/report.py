@@ -115,8 +115,8 @@ class Report:
         spare, capacity = self.capacity - self.cost.peak, gib(self.capacity)
         if spare >= 0:
             return f"fits: {gib(spare)} of {capacity} to spare"
-        more = f"{gib(-spare)} more than the {capacity} of a chip"
-        return f"does not fit: {more}; try {self.remedies[0]}"
+        remedy = self.remedies[0]
+        return f"does not fit: {gib(-spare)} more than the {capacity} of a chip; try {remedy}"
 
     def print(self) -> None:
         """Show it as a table."""
