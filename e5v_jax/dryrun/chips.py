@@ -24,13 +24,11 @@ class Chip:
 
 
 def _tpu(gib: float) -> int:
-    # libtpu's compiler refuses programs above 15.75 GiB on v5e: a quarter GiB is the runtime's
-    return int((gib - 0.25) * GiB)
+    return int((gib - 0.25) * GiB)  # libtpu refuses programs above 15.75 GiB on v5e
 
 
 def _gpu(gb: float) -> int:
-    # what XLA_PYTHON_CLIENT_MEM_FRACTION=.95 leaves, beside the CUDA context
-    return int(gb * 0.95e9)
+    return int(gb * 0.95e9)  # XLA_PYTHON_CLIENT_MEM_FRACTION=.95, beside the CUDA context
 
 
 TPUS: dict[str, Chip] = {

@@ -56,8 +56,7 @@ def estimate_train(
     peak = parameters + optimizer + trained + 2 * vectors
     peak += layers * kept[cfg.remat] + layer + moved_weights
 
-    # times that each chunk goes over the weights
-    passes = 2 + (cfg.remat == "full") + (cfg.chunk_size is not None)
+    passes = 2 + (cfg.remat == "full") + (cfg.chunk_size is not None)  # of a chunk over the weights
     chunks = inputs // rows
     stored = per_device_bytes(program.frozen) * min(split, devices)
     traffic = float(chunks * passes * stored)

@@ -17,7 +17,6 @@ def traced_flops(jaxpr: Any) -> float:
 
     Of the whole program, over all devices: 2 per multiply-add. Element-wise work is left out, as in
     the hand count. (XLA's own cost analysis counts the body of a loop once.)
-
     Raises ValueError: a matmul in a loop of unknown length, or an unknown kernel.
     """
     total = 0.0
@@ -28,9 +27,8 @@ def traced_flops(jaxpr: Any) -> float:
             summed = math.prod(eqn.invars[0].aval.shape[i] for i in contracting)
             total += 2.0 * summed * math.prod(eqn.outvars[0].aval.shape)
         elif name == "conv_general_dilated":
-            out_features = eqn.params["dimension_numbers"].rhs_spec[0]
             kernel = eqn.invars[1].aval.shape
-            per_output = math.prod(kernel) // kernel[out_features]
+            per_output = math.prod(kernel) // kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
             total += 2.0 * per_output * math.prod(eqn.outvars[0].aval.shape)
         elif name == "pallas_call":
             total += _kernel_flops(eqn)
@@ -81,10 +79,7 @@ class HandCount:
 
 
 def matmul_parameters(table: ParameterTable, *names: str) -> int:
-    """Weights of the decoder's linear maps, all or only those called ``q_proj`` and the like.
-
-    They are 6.98e9 of Llama-3-8B (no embedding, no lm_head).
-    """
+    """Weights of the decoder's linear maps (6.98e9 in Llama-3-8B), or of those called ``names``."""
     return sum(
         math.prod(row.shape) * (row.layers or 1)
         for row in table.adapted
@@ -140,9 +135,8 @@ def train_flops(forward: HandCount, *, frozen_base: bool, remat: Remat, chunked:
     gradient. Full rematerialisation computes each layer once more, up to its last linear map, whose
     output no gradient needs; gradient caching computes each chunk once more before that.
     """
-    decoder = forward.decoder * (2 if frozen_base else 3)
-    rest = (forward.lora + forward.attention) * 3
+    trained = forward.decoder * (2 if frozen_base else 3) + 3 * (forward.lora + forward.attention)
     again = forward.forward if chunked else 0.0
     if remat == "full":
         again += forward.forward - forward.down
-    return decoder + rest + again
+    return trained + again

@@ -108,8 +108,7 @@ def parse(text: str) -> Computation:
 
 def trip_count(loop: Instruction) -> int:
     """How often a while loop runs: as XLA says, or the bound that its condition compares with."""
-    known = re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes)
-    if known:
+    if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
     conditions = list(loop.called["condition"])
     bounds = []
@@ -227,8 +226,7 @@ def count_traffic(text: str, *, devices: int) -> Traffic:
                 walk(called["condition"][0], runs, fused=True)
                 continue
             if not fused:
-                is_fusion = opcode == "fusion"
-                hbm += times * (_fusion_bytes if is_fusion else _plain_bytes)(instruction)
+                hbm += times * (_fusion_bytes if opcode == "fusion" else _plain_bytes)(instruction)
             inner = called.get("branch_computations", [])
             if opcode in ("fusion", "call", "async"):
                 inner = called.get("calls") or called["to_apply"]

@@ -32,21 +32,19 @@ def measure(program: Program, topology: Topology, estimate: Cost) -> Cost:
     try:
         compiled = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = needed_memory(str(error), cost.parameters + cost.optimizer)
-        if needed is None:
+        if (needed := needed_memory(str(error), cost.parameters + cost.optimizer)) is None:
             raise
         seconds = time.perf_counter() - start
         return dataclasses.replace(cost, peak=needed, live=needed, compile_seconds=seconds)
     seconds = time.perf_counter() - start
     stats = compiled.memory_analysis()
     traffic = count_traffic(compiled.as_text(), devices=topology.chips * per_chip)
-    moved = {kind: size * per_chip for kind, size in traffic.collective_bytes.items()}
     return dataclasses.replace(
         cost,
         peak=reserved_memory(stats) * per_chip,
         live=stats.peak_memory_in_bytes * per_chip,
         hbm_bytes=traffic.hbm_bytes * per_chip,
-        collective_bytes=moved,
+        collective_bytes={k: size * per_chip for k, size in traffic.collective_bytes.items()},
         compile_seconds=seconds,
     )
 
@@ -56,14 +54,13 @@ def reserved_memory(stats: Any) -> int:
 
     XLA's own ``peak_memory_in_bytes`` is lower, by what never holds anything at the same time.
     """
-    total = (
+    return int(
         stats.argument_size_in_bytes
         + stats.output_size_in_bytes
         - stats.alias_size_in_bytes
         + stats.temp_size_in_bytes
         + stats.generated_code_size_in_bytes
     )
-    return int(total)
 
 
 def needed_memory(error: str, parameters: int) -> int | None:
@@ -72,8 +69,7 @@ def needed_memory(error: str, parameters: int) -> int | None:
     It names all that the program uses, or only what the program has besides its arguments.
     """
     used = re.search(r"Used ([\d.]+)([GMK]) of [\d.]+[GMK] hbm", error)
-    temporary = re.search(r"required for HLO temporaries \(([\d.]+)([GMK])\)", error)
-    found = used or temporary
+    found = used or re.search(r"required for HLO temporaries \(([\d.]+)([GMK])\)", error)
     if found is None:
         return None
     size = float(found[1]) * {"G": GiB, "M": GiB >> 10, "K": GiB >> 20}[found[2]]

@@ -82,7 +82,6 @@ def train_program(cfg: TrainConfig, target: Target, sequence_lengths: tuple[int,
     """The step of a training run on triplets of texts, as train/setup.py makes it.
 
     ``sequence_lengths`` are the padded lengths of the groups that the batch is split into.
-
     Raises ValueError: an axis, the batch or the chunks do not divide over the mesh.
     """
     inputs, groups = COLUMNS * cfg.batch_size, len(sequence_lengths)
@@ -99,11 +98,10 @@ def train_program(cfg: TrainConfig, target: Target, sequence_lengths: tuple[int,
     numbers = jax.ShapeDtypeStruct((inputs,), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))
     order, text_ids, key = _place((numbers, numbers, key), whole)
-    shapes = [BatchShape(inputs // groups, length) for length in sequence_lengths]
-    batch = PairBatch(tuple(map(target.batch, shapes)), order, text_ids)
+    batches = tuple(target.batch(BatchShape(inputs // groups, n)) for n in sequence_lengths)
     return Program(
         parts.step_fn,
-        (parts.trainable, parts.opt_state, parts.frozen, batch, key),
+        (parts.trainable, parts.opt_state, parts.frozen, PairBatch(batches, order, text_ids), key),
         parts.frozen,
         parts.trainable,
         parts.opt_state,
@@ -112,8 +110,6 @@ def train_program(cfg: TrainConfig, target: Target, sequence_lengths: tuple[int,
 
 def encode_program(target: Target, shape: BatchShape, precision: Precision) -> Program:
     """The model over one batch of texts or, with a shape key, images, as the encoder runs it."""
-    graphdef, state = nnx.split(
-        target.model(Build(precision, target.runtime), load_vision=shape.shape_key > 0)
-    )
-    step = make_encode_step(graphdef, target.runtime)
-    return Program(step, (state, target.batch(shape)), frozen=state)
+    build = Build(precision, target.runtime)
+    graphdef, state = nnx.split(target.model(build, load_vision=shape.shape_key > 0))
+    return Program(make_encode_step(graphdef, target.runtime), (state, target.batch(shape)), state)

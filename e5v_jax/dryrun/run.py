@@ -74,10 +74,7 @@ class EncodeDryRun(_Target):
 
 
 def find_architecture(folder: Path, name: str | None) -> tuple[str, tuple[Family, ModelConfig]]:
-    """The architecture by name, or that of the folder, or the one that the folder's name says.
-
-    Raises ValueError: none of them.
-    """
+    """The architecture by name, of the folder, or in the folder's name. Raises ValueError: none."""
     if name is None and (folder / "config.json").is_file():
         base = ConvertedFolder(folder)
         return str(folder), (base.family, base.config)
@@ -91,9 +88,7 @@ def find_architecture(folder: Path, name: str | None) -> tuple[str, tuple[Family
 def report_train(args: TrainDryRun) -> Report:
     """Compile (for a GPU: estimate) one training step.
 
-    Raises:
-        ImportError: no libtpu to compile for a TPU with.
-        ValueError: one line naming the flag.
+    Raises ImportError: no libtpu to compile for a TPU with; ValueError: one line naming the flag.
     """
     cfg, topology = args.run, parse_topology(args.topology)
     name, model = find_architecture(cfg.model, args.architecture)
@@ -102,13 +97,12 @@ def report_train(args: TrainDryRun) -> Report:
     program = train_program(cfg, target, lengths)
     inputs = COLUMNS * cfg.batch_size
     rows = inputs // len(lengths)
-    chunked = cfg.chunk_size is not None and cfg.chunk_size < rows
     useful = done = 0.0
     for length in lengths:
         forward = count_forward(*model, rows=rows, length=length, lora=cfg.lora)
         count = partial(train_flops, forward, frozen_base=cfg.lora is not None)
         useful += count(remat="none", chunked=False)
-        done += count(remat=cfg.remat, chunked=chunked)
+        done += count(remat=cfg.remat, chunked=cfg.chunk_size is not None and cfg.chunk_size < rows)
     estimate = estimate_train(cfg, target, program, lengths, done / topology.chips)
     kind = "full" if cfg.lora is None else f"LoRA r {cfg.lora.rank}"
     base = f", {cfg.quantize} base" if cfg.quantize else ""
@@ -129,9 +123,7 @@ def report_train(args: TrainDryRun) -> Report:
 def report_encode(args: EncodeDryRun) -> Report:
     """Compile (for a GPU: estimate) one batch of the encoder.
 
-    Raises:
-        ImportError: no libtpu to compile for a TPU with.
-        ValueError: one line naming the flag.
+    Raises ImportError: no libtpu to compile for a TPU with; ValueError: one line naming the flag.
     """
     topology = parse_topology(args.topology)
     name, model = find_architecture(as_path(args.model), args.architecture)
@@ -141,15 +133,11 @@ def report_encode(args: EncodeDryRun) -> Report:
     rows, length = args.batch_size * target.runtime.batch_devices, args.length
     shape, dtype = BatchShape(rows, length, args.tiles), jnp.dtype(args.dtype)
     program = encode_program(target, shape, Precision(dtype, dtype, args.quantize))
+    tiles = rows * args.tiles
     forward = count_forward(
-        *model,
-        rows=rows,
-        length=length,
-        tiles=rows * args.tiles,
-        causal_half=True,
-        pooled_only=True,
-    ).forward
-    flops = forward / topology.chips
+        *model, rows=rows, length=length, tiles=tiles, causal_half=True, pooled_only=True
+    )
+    flops = forward.forward / topology.chips
     estimate = estimate_encode(target, program, shape, flops, dtype.itemsize)
     item = "images" if args.tiles else "texts"
     remedies = [f"--batch-size {args.batch_size // 2}"] if args.batch_size > 1 else []

@@ -18,12 +18,10 @@ from e5v_jax.sharding import MESH_AXES, make_mesh, mesh_shape
 from e5v_jax.train.config import MeshConfig
 
 _LIBTPU_ENVIRONMENT = {
-    # it would ask the cloud that it is not in which machine this is, for a minute
-    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_SKIP_MDS_QUERY": "1",  # it would ask a cloud, for a minute, which machine this is
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
-    # it would refuse to load while another process compiles
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # it would refuse while another process compiles
     "TPU_STDERR_LOG_LEVEL": "3",
     "LIBTPU_INIT_ARGS": LIBTPU_INIT_ARGS,  # as training has it
 }
@@ -96,17 +94,14 @@ def open_runtime(topology: Topology, sizes: MeshConfig) -> Runtime:
         # as good as a Mesh to NamedSharding
         mesh: Any = AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3)
     else:
-        devices = compile_devices(topology)
-        mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor, devices=devices)
+        mesh = make_mesh(sizes.data, sizes.fsdp, sizes.tensor, devices=compile_devices(topology))
     return Runtime(mesh, topology.platform)
 
 
 def compile_devices(topology: Topology) -> list[jax.Device]:
     """Devices to compile for: they take programs, and run none (``cpu`` does run them).
 
-    Raises:
-        ImportError: libtpu is missing, or does not go with this jaxlib.
-        ValueError: there is no such slice.
+    Raises ImportError: no libtpu, or not that of this jaxlib; ValueError: there is no such slice.
     """
     if topology.chip is None:
         return jax.devices("cpu")[:1]
@@ -118,9 +113,7 @@ def compile_devices(topology: Topology) -> list[jax.Device]:
     if topology.name.startswith("v4:"):
         options["chip_config_name"] = "megacore"  # one device a chip, as JAX has it on a v4
     try:
-        description = topologies.get_topology_desc(
-            platform="tpu", topology_name=topology.name, **options
-        )
+        found = topologies.get_topology_desc(platform="tpu", topology_name=topology.name, **options)
     except Exception as error:  # whatever libtpu has to say, of any class
         text = str(error)
         if "libtpu" in text.lower() or "not installed" in text:
@@ -132,4 +125,4 @@ def compile_devices(topology: Topology) -> list[jax.Device]:
         raise ValueError(
             f"topology {topology.name!r}: libtpu knows no such slice: {text.splitlines()[0]}"
         ) from error
-    return list(description.devices)
+    return list(found.devices)

@@ -17,9 +17,8 @@ from e5v_jax.evaluate.config import AnalyseArgs, EvaluateConfig
 def evaluate(args: EvaluateConfig) -> None:
     """Evaluate and print; ``args.output`` appears only when whole.
 
-    Raises:
-        cli.UsageError: a flag has a value that cannot be.
-        ValueError, FileNotFoundError, FileExistsError: one line naming file, row or folder.
+    Raises cli.UsageError: a flag has a value that cannot be; ValueError, FileNotFoundError,
+    FileExistsError: one line naming file, row or folder.
     """
     if args.compare is not None:
         from e5v_jax.evaluate.report import compare_runs
@@ -32,8 +31,7 @@ def evaluate(args: EvaluateConfig) -> None:
     args.check()
     assert args.data is not None
     for name in names:
-        submission = TASKS[name].submits
-        if submission and args.output is None:
+        if (submission := TASKS[name].submits) and args.output is None:
             raise cli.UsageError(f"--output: {name} writes {submission} there, give a folder")
     # Before the model: it takes minutes to load, bad data should not wait for it.
     data = {name: TASKS[name].load(args.data, name, args.stride) for name in names}

@@ -66,14 +66,11 @@ class _Findings:
 def analyse(args: AnalyseArgs) -> None:
     """Analyse, print and write; ``args.output`` appears only when whole.
 
-    Raises:
-        cli.UsageError: a flag has a value that cannot be.
-        OSError, ValueError: one line naming file, row or folder.
-        ImportError: matplotlib or scikit-learn is missing.
+    Raises cli.UsageError: a flag has a value that cannot be; OSError, ValueError: one line naming
+    file, row or folder; ImportError: matplotlib or scikit-learn is missing.
     """
     args.check()
-    # Before the models, which take minutes to load.
-    pictures = pairs = None
+    pictures = pairs = None  # read before the models, which take minutes to load
     if args.data is not None:
         for library in ("matplotlib", "sklearn"):
             if find_spec(library) is None:

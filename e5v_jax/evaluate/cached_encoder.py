@@ -3,8 +3,7 @@
     DIR/<hash of model and prompt>/about.json      what the hash stands for
     DIR/<hash of model and prompt>/<hash>.npz      keys uint8 [n, 32], vectors float32 [n, D]
 
-A shard appears only when whole, so an evaluation that was killed goes on where it stopped, and
-several may share a folder.
+A shard appears only when whole: a killed evaluation can go on, and several may share a folder.
 """
 
 import hashlib
@@ -53,10 +52,8 @@ class VectorCache:
     def __init__(self, folder: Path, about: Mapping[str, str | None]) -> None:
         """Read what is there into ``vectors``, float32 [D] by :func:`input_key`.
 
-        ``about`` names model and prompt, and all else a vector depends on. A damaged shard is left
-        out and said so: its inputs are embedded again.
-
-        Raises OSError: the folder cannot be made or read.
+        ``about`` names model, prompt and all else a vector depends on. A damaged shard is left out
+        with a message: its inputs are embedded again. Raises OSError: no folder to make or read.
         """
         text = (json.dumps(dict(about), indent=1, sort_keys=True) + "\n").encode()
         self._folder = folder / hashlib.sha256(text).hexdigest()[:32]
@@ -72,10 +69,7 @@ class VectorCache:
                 print(f"{path}: damaged, left out ({error}); delete it", file=sys.stderr)
 
     def write(self, keys: list[bytes], vectors: np.ndarray) -> None:
-        """Keep vectors [n, D] on disk, as one shard.
-
-        Raises OSError: the disk is full or the like; nothing half-written stays.
-        """
+        """Keep vectors [n, D] as one shard, or nothing. Raises OSError: a full disk or the like."""
         joined = b"".join(keys)
         stacked = np.frombuffer(joined, np.uint8).reshape(len(keys), -1)
         whole = vectors.astype(np.float32)
@@ -114,7 +108,6 @@ class CachedEncoder:
         ``E5V.encode`` when its turn comes, so that only few images are in memory. ``where`` names
         the item at a position, for messages; by default the text or where the image lies. With
         ``normalize`` False nothing is rounded: a cosine may tie.
-
         Raises ValueError: a bad input, or a vector that is zero or not finite.
         """
         if where is None:

@@ -22,8 +22,7 @@ from e5v_jax.prompts import CIRR_GALLERY, CIRR_QUERY, FASHIONIQ_GALLERY, FASHION
 
 CIRR_AT = (1, 5, 10, 50)
 FASHIONIQ_AT = (10, 50)
-# Queries of the validation sets, which the paper's figures (FashionIQ) are over.
-FASHIONIQ_QUERIES = {"dress": 2017, "shirt": 2038, "toptee": 1961}
+FASHIONIQ_QUERIES = {"dress": 2017, "shirt": 2038, "toptee": 1961}  # of validation, as in the paper
 CIRR, CIRR_TEST, _FASHIONIQ = "cirr", "cirr-test", "fashioniq-"
 FASHIONIQ_TASKS = tuple(_FASHIONIQ + kind for kind in FASHIONIQ_QUERIES)
 SUBMISSION = "cirr-submission.json"

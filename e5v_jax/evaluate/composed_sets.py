@@ -1,4 +1,7 @@
-"""The data of composed retrieval, CIRR and FashionIQ, as their authors or the paper's have it."""
+"""The data of composed retrieval, CIRR and FashionIQ, as their authors or the paper's have it.
+
+The loaders raise FileNotFoundError and ValueError: these name file, row and what was expected.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,8 +25,7 @@ class ComposedSet:
     gallery: list[files.ImageRef]
     images: list[files.ImageRef]  # reference image of each query
     captions: list[tuple[str, ...]]  # one (CIRR) or two (FashionIQ) of each query
-    # int [Q], gallery row of the reference image; None where it stays in the gallery
-    references: np.ndarray | None
+    references: np.ndarray | None  # int [Q], gallery rows of images; None where they stay in
     targets: np.ndarray | None  # int [Q], gallery row of the answer; None in a test set
     pair_ids: list[str]  # CIRR's names of its queries; empty otherwise
 
@@ -40,10 +42,7 @@ _Query = tuple[str, tuple[str, ...], str | files.ImageRef, str | None, str]
 
 
 def load_cirr(data: Path, split: str) -> ComposedSet:
-    """Read CIRR's ``val`` or ``test`` split, as its authors or the paper's lay it out.
-
-    Raises FileNotFoundError, ValueError: names file and row, and what was expected.
-    """
+    """Read CIRR's ``val`` or ``test`` split, as its authors or the paper's lay it out."""
     folder, answered = data / "cirr", split == "val"
     number: type
     if folder.is_dir():
@@ -73,10 +72,7 @@ def load_cirr(data: Path, split: str) -> ComposedSet:
 
 
 def load_fashioniq(data: Path, kind: str) -> ComposedSet:
-    """Read FashionIQ's validation split of one type, as its authors or the paper's lay it out.
-
-    Raises FileNotFoundError, ValueError: names file and row, and what was expected.
-    """
+    """Read FashionIQ's validation split of one type, as its authors or the paper's lay it out."""
     folder = data / "fashioniq"
     candidate: type
     if folder.is_dir():

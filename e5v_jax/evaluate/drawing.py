@@ -1,9 +1,8 @@
 """A caption as a picture: what the paper calls image-to-image retrieval reads captions from pixels.
 
 As in the authors' retrieval.py: black on white, 800 x 400, 40 points, wrapped to 760 pixels,
-vertically centred, left-aligned 20 pixels in. Theirs is Arial, which may not be passed on; ours is
-the font that comes inside Pillow (Aileron), and lines are evenly spaced by its height, where theirs
-stand as far apart as the ink of each line is high.
+vertically centred, 20 pixels from the left. Theirs is Arial, which may not be passed on, with lines
+as far apart as their ink is high; ours is Pillow's own font (Aileron), its lines evenly spaced.
 """
 
 from functools import cache
@@ -15,10 +14,7 @@ _font = cache(ImageFont.load_default)  # reading it takes longer than drawing wi
 
 
 def draw_caption(text: str) -> Image.Image:
-    """Draw ``text``, RGB 800 x 400; a text of more than eight lines runs out of the picture.
-
-    Raises ImportError: this Pillow was built without FreeType.
-    """
+    """Draw ``text``, RGB 800 x 400; a ninth line is cut off. Raises ImportError: no FreeType."""
     image = Image.new("RGB", (_WIDTH, _HEIGHT), "white")
     font = _font(_POINTS)
     if not isinstance(font, ImageFont.FreeTypeFont):

@@ -52,10 +52,7 @@ def read_parquet(
     """Read the rows of a data set as the hub has it: ``split*.parquet``, anywhere below ``folder``.
 
     ``columns`` are read, ``images`` (structs with ``bytes``) become :class:`ParquetImage`.
-
-    Raises:
-        FileNotFoundError: no file.
-        ValueError: a file is damaged or lacks a column.
+    Raises FileNotFoundError: no file; ValueError: a file is damaged or lacks a column.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -75,8 +72,7 @@ def read_parquet(
             for group in range(parquet.num_row_groups):
                 rows = parquet.read_row_group(group, columns=list(columns)).to_pylist()
                 for number, row in enumerate(rows):
-                    refs = {name: ParquetImage(file, name, group, number) for name in images}
-                    yield {**row, **refs}
+                    yield row | {name: ParquetImage(file, name, group, number) for name in images}
         except (pa.ArrowException, OSError) as error:
             raise ValueError(f"{file}: not a whole Parquet file ({error})") from error
 
@@ -84,9 +80,7 @@ def read_parquet(
 def read_lines(path: Path, *, hint: str) -> list[str]:
     """Return the lines of a text file, without their ends.
 
-    Raises:
-        FileNotFoundError: it is missing; ``hint`` says what should be there.
-        ValueError: it is not UTF-8; names the row.
+    Raises FileNotFoundError: ``hint`` says what should be there; ValueError: a row is not UTF-8.
     """
     text = _read(path, hint)
     # Not splitlines(): it also splits at characters that may stand in a sentence, such as U+0085.
@@ -100,10 +94,7 @@ def read_json(path: Path, *, hint: str) -> Any:
 
 
 def parse_json(text: str, where: str) -> Any:
-    """Return what ``text`` says in JSON.
-
-    Raises ValueError: it is damaged; names ``where`` it stands.
-    """
+    """Return what ``text`` says in JSON. Raises ValueError: damaged; names ``where`` it stands."""
     try:
         return json.loads(text)
     except ValueError as error:
@@ -121,10 +112,7 @@ def _read(path: Path, hint: str) -> str:
 
 
 def get(row: Any, key: str, kind: type, where: str) -> Any:
-    """Return ``row[key]`` after checking it.
-
-    Raises ValueError: ``row`` is no object, lacks the key, or has another type there.
-    """
+    """Return ``row[key]``. Raises ValueError: no object, no such key, or another type there."""
     if not isinstance(row, dict):
         raise ValueError(f"{where}: found {str(row)[:60]!r}, expected an object with {key!r}")
     if key not in row:
@@ -135,10 +123,7 @@ def get(row: Any, key: str, kind: type, where: str) -> Any:
 
 
 def find_image(name: str, folders: Sequence[Path], where: str) -> Path:
-    """Find the image file ``name`` in the first folder that has it.
-
-    Raises FileNotFoundError: none has.
-    """
+    """Find file ``name`` in the first folder that has it. Raises FileNotFoundError: none has."""
     for folder in folders:
         if (folder / name).is_file():
             return folder / name
@@ -149,9 +134,7 @@ def find_image(name: str, folders: Sequence[Path], where: str) -> Path:
 def dataset_folder(data: Path, name: str, *, neither: str) -> Path:
     """Find the authors' data set ``name``: DATA/name, or fetched where ``data`` is :data:`HUB`.
 
-    Raises:
-        FileNotFoundError: DATA has no such folder; ``neither`` says what was looked for.
-        OSError: it could not be fetched.
+    Raises FileNotFoundError: ``neither`` says what was looked for; OSError: it cannot be fetched.
     """
     if data != HUB:
         if not (data / name).is_dir():

@@ -39,10 +39,7 @@ PROJECTIONS = (
 
 
 def draw_projection(projection: Projection, panels: Sequence[Panel], path: Path) -> None:
-    """Write one PNG: the panels side by side, texts and images placed together in each.
-
-    Raises ImportError: matplotlib or scikit-learn is not installed.
-    """
+    """Write the panels side by side as one PNG. Raises ImportError: no matplotlib or sklearn."""
     from matplotlib.figure import Figure
 
     placed = [projection.place(np.concatenate([p.texts, p.images])) for p in panels]  # [C + N, 2]
@@ -60,9 +57,8 @@ def draw_projection(projection: Projection, panels: Sequence[Panel], path: Path)
             ("texts", _TEXT, "o", points[: len(panel.texts)]),
             ("images", _IMAGE, "s", points[len(panel.texts) :]),
         ):
-            axis.scatter(
-                *part.T, s=size, c=colour, marker=marker, alpha=0.6, linewidths=0, label=kind
-            )
+            style = {"c": colour, "marker": marker, "alpha": 0.6, "linewidths": 0}
+            axis.scatter(*part.T, s=size, label=kind, **style)
         axis.set_title(panel.title, fontsize=10)
         axis.tick_params(labelsize=7)
         if projection.axis:  # the same scale everywhere, so that gaps can be compared by eye
@@ -72,8 +68,6 @@ def draw_projection(projection: Projection, panels: Sequence[Panel], path: Path)
         else:  # t-SNE: only who is near whom means anything
             axis.set(xticks=[], yticks=[])
     figure.suptitle(projection.title, fontsize=12)
-    handles, labels = grid.flat[0].get_legend_handles_labels()
-    figure.legend(
-        handles, labels, loc="outside lower center", ncols=2, frameon=False, markerscale=2
-    )
+    legend = grid.flat[0].get_legend_handles_labels()
+    figure.legend(*legend, loc="outside lower center", ncols=2, frameon=False, markerscale=2)
     figure.savefig(path, dpi=150)

@@ -1,10 +1,8 @@
 """Recall at k, with ties counted as what a random order of the tied items would give.
 
-Recall is the authors' (retrieval.py: ``torch.topk``, a hit where any positive is among the k best);
-without ties the figures are equal. Among equal scores topk's choice depends on its implementation,
-and taking them in file order would let a model that embeds everything alike score by the order of
-the data. So a tied query counts as the chance that a positive is drawn: a model that says nothing
-scores exactly chance.
+Without ties it is the authors' (retrieval.py: ``torch.topk``, a hit where any positive is among the
+k best). Among equal scores topk's choice is arbitrary, and file order would let a model that embeds
+everything alike score by the order of the data: here such a model scores exactly chance.
 """
 
 from collections.abc import Iterator, Sequence
@@ -36,7 +34,6 @@ def rank_positives(
 
     ``positives`` are the gallery rows that are right for each query, at least one; ``removed``,
     int [Q], is a row that is left out for it (CIRR's reference image).
-
     Raises ValueError: a query has no positive, or its only one is removed.
     """
     parts = []
@@ -91,10 +88,7 @@ def recalls(
 def top_k(
     queries: np.ndarray, gallery: np.ndarray, k: int, *, removed: np.ndarray | None = None
 ) -> np.ndarray:
-    """Return the best gallery rows of each query, int64 [Q, k]; ties in gallery order.
-
-    Arguments as in :func:`rank_positives`.
-    """
+    """Return the k best rows, int64 [Q, k], ties in gallery order; see :func:`rank_positives`."""
     chunks = (scores for _, scores in _scores(queries, gallery, removed))
     return np.concatenate([np.argsort(-s, axis=1, kind="stable")[:, :k] for s in chunks])
 

@@ -147,9 +147,7 @@ def write_report(report: Report, folder: Path) -> None:
 def read_scores(folder: Path) -> list[Score]:
     """Read the scores of a run's output folder, item by item.
 
-    Raises:
-        FileNotFoundError: there is no ``items.npz``.
-        ValueError: it is damaged.
+    Raises FileNotFoundError: there is no ``items.npz``; ValueError: it is damaged.
     """
     path = folder / "items.npz"
     if not path.is_file():
@@ -172,9 +170,8 @@ def read_scores(folder: Path) -> list[Score]:
 def compare_runs(first: Path, second: Path, *, output: Path | None = None) -> None:
     """Print, and write to ``output``, the paired differences of what both runs measured.
 
-    Raises:
-        FileNotFoundError, ValueError: a folder is no run, or the runs have nothing in common.
-        FileExistsError: ``output`` exists and is not empty.
+    Raises FileNotFoundError, ValueError: a folder is no run, or the runs have nothing in common;
+    FileExistsError: ``output`` exists and is not empty.
     """
     folders = (first, second)
     runs = [{(score.task, score.metric): score for score in read_scores(f)} for f in folders]

@@ -47,7 +47,6 @@ def load_captioned(folder: Path) -> CaptionedImages:
     """Read ``captions.jsonl``, ``{"image": "a.jpg", "captions": ["...", ...]}`` on each line.
 
     Image names are relative to ``folder/images`` or ``folder``.
-
     Raises FileNotFoundError, ValueError: names file and row, and what was expected.
     """
     return _collect(folder / "captions.jsonl", _read_jsonl(folder))
@@ -57,7 +56,6 @@ def load_task(data: Path, name: str, stride: int = 1) -> CaptionedImages:
     """Read the set of a task: ``data`` itself for ``retrieval``, else DATA/name or Parquet files.
 
     Every ``stride``-th image is taken; a task with drawn captions has the set of that without.
-
     Raises FileNotFoundError, ValueError: names file and row, and what was expected.
     """
     name = name.removeprefix(_I2I)
@@ -100,11 +98,10 @@ def score_vectors(
     """
     captions_of = np.split(np.arange(len(texts)), np.cumsum(np.bincount(image_of))[:-1])
     to_image = rank_positives(texts, images, [np.array([i]) for i in image_of])
-    to_text = rank_positives(images, texts, captions_of)
     return [
         # a unit is an image with its captions, as they are no independent draws
         *recalls(name, to_image, AT, data, prefix="image ", unit_of=image_of),
-        *recalls(name, to_text, AT, data, prefix="text "),
+        *recalls(name, rank_positives(images, texts, captions_of), AT, data, prefix="text "),
     ]
 
 

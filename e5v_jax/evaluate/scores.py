@@ -53,8 +53,7 @@ class Pairs:
     def resample(self, weights: np.ndarray) -> np.ndarray:
         """Return each resample's value as :class:`Hits` do; nan where one holds a single value."""
         middle = (weights.sum(axis=1, keepdims=True) + 1) / 2  # the mean rank, whatever the ties
-        x = _ranks(self.cosine, weights) - middle  # [B, N]
-        y = _ranks(self.gold, weights) - middle
+        x, y = (_ranks(values, weights) - middle for values in (self.cosine, self.gold))  # [B, N]
         covariance, xx, yy = ((weights * a * b).sum(axis=1) for a, b in ((x, y), (x, x), (y, y)))
         with np.errstate(invalid="ignore", divide="ignore"):
             return 100 * (covariance / np.sqrt(xx * yy))
@@ -67,8 +66,7 @@ class Score:
     task: str
     metric: str
     items: Hits | Pairs
-    # Hash of the questions asked: only scores over the same ones can be compared in pairs.
-    data: str
+    data: str  # hash of the questions asked: only scores over the same ones can be compared
 
     def resamples(self) -> np.ndarray:
         """Return [RESAMPLES] values; every score of the task draws the same units."""
@@ -99,10 +97,7 @@ def summarise(scores: Sequence[Score]) -> tuple[float, float, float]:
 
 
 def compare(first: Score, second: Score) -> Difference:
-    """Compare two runs by paired bootstrap: both on the same resampled units.
-
-    Raises ValueError: they are not of the same task, metric and data.
-    """
+    """Compare two runs by paired bootstrap. Raises ValueError: not of one task, metric and data."""
     for name in ("task", "metric", "data"):
         if getattr(first, name) != getattr(second, name):
             raise ValueError(
@@ -114,8 +109,7 @@ def compare(first: Score, second: Score) -> Difference:
     # One more than counted: no finite number of resamples makes a difference certain.
     tail = 1 + min(np.sum(difference <= 0), np.sum(difference >= 0))
     p = min(1.0, 2 * float(tail) / (len(difference) + 1))
-    value = second.items.value() - first.items.value()
-    return Difference(value, *_interval(difference), p)
+    return Difference(second.items.value() - first.items.value(), *_interval(difference), p)
 
 
 def spearman(x: np.ndarray, y: np.ndarray) -> float:
@@ -123,10 +117,9 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
 
     Raises ValueError: it is undefined, as one array is constant.
     """
-    for values in (x, y):
-        if np.all(values == values[0]):
-            constant = f"all {len(values)} values are {values[0]:g}"
-            raise ValueError(f"rank correlation is undefined: {constant}")
+    for v in (x, y):
+        if np.all(v == v[0]):
+            raise ValueError(f"rank correlation is undefined: all {len(v)} values are {v[0]:g}")
     once = np.ones((1, len(x)), np.int64)
     return float(np.corrcoef(*(_ranks(values, once)[0] for values in (x, y)))[0, 1])
 

@@ -15,8 +15,7 @@ class Gap(NamedTuple):
     centroid_distance: float  # of mean text and mean image: Liang et al.'s modality gap (2022)
     matched_cosine: float  # mean over captions with their image
     mismatched_cosine: float  # mean over captions with all other images
-    # Mean squared distance of caption and image (Wang & Isola 2020, alpha 2); lower is better.
-    alignment: float
+    alignment: float  # mean |caption - image|^2 (Wang & Isola 2020, alpha 2); lower is better
     # log of the mean of exp(-2 d^2) over pairs (Wang & Isola 2020, t 2); lower is more even.
     uniformity_texts: float
     uniformity_images: float
@@ -26,8 +25,7 @@ def measure_gap(texts: np.ndarray, images: np.ndarray, image_of: np.ndarray) -> 
     """Measure vectors of unit length: texts [C, D], images [N, D], ``image_of`` int [C]."""
     matched = dot(texts, images[image_of])  # [C]
     mean_text, mean_image = (kind.mean(axis=0, dtype=np.float64) for kind in (texts, images))
-    # the mean over all pairs is the product of the means
-    every = len(texts) * len(images) * float(mean_text @ mean_image)
+    every = len(texts) * len(images) * float(mean_text @ mean_image)  # the sum over all pairs
     return Gap(
         centroid_distance=float(np.linalg.norm(mean_text - mean_image)),
         matched_cosine=float(matched.mean()),
@@ -64,10 +62,7 @@ def project(vectors: np.ndarray, *, centred: bool) -> np.ndarray:
 
 
 def tsne(vectors: np.ndarray, *, seed: int = 0) -> np.ndarray:
-    """Return [N, 2], the t-SNE of cosine distances, from the centred PCA.
-
-    Raises ImportError: scikit-learn is not installed.
-    """
+    """Return [N, 2], the t-SNE of cosines from the centred PCA. Raises ImportError: no sklearn."""
     from sklearn.manifold import TSNE
 
     perplexity = min(30.0, (len(vectors) - 1) / 3)

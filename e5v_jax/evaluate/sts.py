@@ -66,11 +66,8 @@ class StsPairs(NamedTuple):
 def load_task(data_dir: str | Path, name: str, stride: int = 1) -> StsPairs:
     """Read every ``stride``-th pair of a task of :data:`TASKS`; those without a score do not count.
 
-    ``data_dir`` contains ``STS/`` and ``SICK/``.
-
-    Raises:
-        FileNotFoundError: a file of the task is missing.
-        ValueError: an unknown task, the hub, or a damaged file; names file and row.
+    ``data_dir`` contains ``STS/`` and ``SICK/``. Raises FileNotFoundError: a file of the task is
+    missing; ValueError: an unknown task, the hub, or a damaged file; names file and row.
     """
     if name not in TASKS:
         raise ValueError(f"unknown STS task {name!r}: expected one of {', '.join(TASKS)}")
@@ -128,15 +125,12 @@ def _split_lines(
         if found[: len(header)] != header:
             shown, columns = "\t".join(found)[:80], ", ".join(header)
             raise ValueError(f"{path}, row 1: found {shown!r}, expected the columns {columns}")
-    rows = [
-        (f"{path}, row {i}", fields) for i, fields in enumerate(lines, start=2 if header else 1)
-    ]
+    numbered = enumerate(lines, start=2 if header else 1)
+    rows = [(f"{path}, row {number}", fields) for number, fields in numbered]
     for place, fields in rows:
         if len(fields) < expected or (exact and len(fields) > expected):
-            least = "" if exact else "at least "
-            raise ValueError(
-                f"{place}: {len(fields)} tab-separated fields, expected {least}{expected}"
-            )
+            wanted = f"{expected}" if exact else f"at least {expected}"
+            raise ValueError(f"{place}: {len(fields)} tab-separated fields, expected {wanted}")
     return rows
 
 
@@ -159,7 +153,6 @@ def score_tasks(
     """Score loaded tasks, by their names; ``clean`` is applied to each sentence.
 
     ``encode`` is called once, with each distinct sentence of them all once.
-
     Raises ValueError: ``encode`` returned another shape than [N, D], a vector that is zero or not
     finite, or the same cosine for all pairs of a task.
     """
@@ -168,22 +161,20 @@ def score_tasks(
         name: [np.array([index.setdefault(clean(s), len(index)) for s in side]) for side in both]
         for name, (*both, _) in tasks.items()
     }
-    sentences = list(index)
-    vectors = np.asarray(encode(sentences))  # [N, D]
-    squares = squared_lengths(vectors, list(map(repr, sentences)), what="sentences")  # [N]
+    vectors = np.asarray(encode(list(index)))  # [N, D]
+    squares = squared_lengths(vectors, list(map(repr, index)), what="sentences")  # [N]
     scores = {}
     for name, (rows1, rows2) in sides.items():
-        # One root of the product, not two roots: a sentence paired with itself gets exactly 1, so
-        # that such pairs tie.
+        # One root of the product, not two: a sentence paired with itself gets exactly 1, to tie.
         norms = np.sqrt(squares[rows1] * squares[rows2])
         cosine = dot(vectors[rows1], vectors[rows2]) / norms  # [pairs]
         first, second, gold = tasks[name]
         items = Pairs(cosine, gold)
-        asked = fingerprint([*first, *second, *map(str, gold)])
         try:
             items.value()
         except ValueError as error:
             raise ValueError(f"{TASKS[name].label}: {error}") from error
+        asked = fingerprint([*first, *second, *map(str, gold)])
         scores[name] = Score(name, _METRIC, items, asked)
     return scores
 
@@ -191,8 +182,7 @@ def score_tasks(
 def report_rows(scores: Mapping[str, Score], *, comparable: bool = True) -> list[Row]:
     """Make the rows for the report, and the average once it is over the paper's seven tasks.
 
-    The paper's figure stands beside a score only where that is over the same number of pairs, and
-    only if ``comparable``: measured with the paper's protocol.
+    The paper's figure stands only by a score over as many pairs with its protocol (``comparable``).
     """
     whole = {name for name, score in scores.items() if len(score.items) == TASKS[name].pairs}
     rows = []
@@ -208,7 +198,6 @@ def report_rows(scores: Mapping[str, Score], *, comparable: bool = True) -> list
 def score(encoder: CachedEncoder, data: Mapping[str, StsPairs], protocol: Protocol) -> Report:
     """Score loaded tasks by a protocol of the command; raises what :func:`score_tasks` does."""
     paper = protocol == "paper"
-    prompt = STS if paper else PLAIN
-    encode = partial(encoder.embed, prompt=prompt, make=str, normalize=False)
+    encode = partial(encoder.embed, prompt=STS if paper else PLAIN, make=str, normalize=False)
     scores = score_tasks(encode, data, clean=clean_sentence if paper else str.strip)
     return Report({}, report_rows(scores, comparable=paper), list(scores.values()))

@@ -37,16 +37,12 @@ _ALL: list[Benchmark[Any]] = [
     Benchmark((composed.CIRR_TEST,), composed.load, composed.submit, submits=composed.SUBMISSION),
     Benchmark(composed.FASHIONIQ_TASKS, composed.load, composed.report_fashioniq, order=1),
 ]
-# Words that --tasks takes for several tasks at once.
-_GROUPS = {"sts": sts.PAPER_TASKS, "fashioniq": composed.FASHIONIQ_TASKS}
+_GROUPS = {"sts": sts.PAPER_TASKS, "fashioniq": composed.FASHIONIQ_TASKS}  # words for several
 TASKS = {task: benchmark for benchmark in _ALL for task in benchmark.tasks}
 
 
 def choose_tasks(text: str) -> list[str]:
-    """Return the task names that ``--tasks`` asks for, each once, in the order given.
-
-    Raises cli.UsageError: a name is unknown, or there is none.
-    """
+    """Return the tasks asked for, each once, in order. Raises cli.UsageError: none, or unknown."""
     names: list[str] = []
     for word in filter(None, map(str.strip, text.split(","))):
         if word not in _GROUPS and word not in TASKS:

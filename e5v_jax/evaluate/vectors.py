@@ -19,7 +19,6 @@ def squared_lengths(vectors: np.ndarray, names: Sequence[str], *, what: str) -> 
     """Return the squared length of the vector of each name, [N, D] -> float64 [N].
 
     ``what`` says what the names are of, for messages.
-
     Raises ValueError: the shape is another, or a vector is zero or not finite.
     """
     count = len(names)

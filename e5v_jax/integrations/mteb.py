@@ -3,11 +3,10 @@
     model = MtebEncoder(path="e5-v")  # a converted folder; also dtype=, adapter=, fsdp= ...
     mteb.evaluate(model, mteb.get_tasks(tasks=["Flickr30kT2IRetrieval"]))
 
-``mteb.get_model("e5v-jax/e5-v", path="e5-v")`` does the same after the import; for every model with
-images, mteb then wants its extra ``mteb[image]`` installed, though nothing here uses torchvision.
-
-The name is its own, so that results do not mix with those of mteb's PyTorch implementation of the
-checkpoint (``royokong/e5-v``), whose prompt for text with image differs from the authors'.
+``mteb.get_model("e5v-jax/e5-v", path="e5-v")`` does the same after the import; mteb then wants its
+extra ``mteb[image]``, though nothing here uses torchvision. The name is its own, so that results do
+not mix with those of mteb's PyTorch implementation of the checkpoint (``royokong/e5-v``), whose
+prompt for text with image differs from the authors'.
 """
 
 from itertools import chain, islice
@@ -49,9 +48,8 @@ class MtebEncoder(AbsEncoder):
         ``revision`` is that of a hub id, and what mteb files the results under. ``device`` is
         mteb's and means nothing here: JAX uses the devices it has.
 
-        Raises:
-            ValueError: not one of ``path`` and ``model`` is given; or it cannot be loaded.
-            FileNotFoundError: there is no such model.
+        Raises ValueError: not one of ``path`` and ``model`` is given, or it cannot be loaded;
+        FileNotFoundError: there is no such model.
         """
         if (path is None) == (model is None):
             raise ValueError(f"{model_name}: give path=, the folder of the checkpoint, or model=")
@@ -71,7 +69,6 @@ class MtebEncoder(AbsEncoder):
 
         What else mteb passes tells of the task; by then it has put a document's title in front of
         its text and an instruction behind a query.
-
         Raises ValueError: a batch has neither text nor image, or an input is bad.
         """
         rows = chain.from_iterable(map(split_batch, inputs))
@@ -85,7 +82,6 @@ def split_batch(batch: BatchedInput) -> list[dict[str, Any]]:
     """Turn the rows of an mteb batch into inputs of :meth:`E5V.encode`.
 
     An image whose text is blank is an image alone: fused data sets have such rows.
-
     Raises ValueError: it has neither text nor image.
     """
     found = cast(dict[str, list[Any]], batch)  # a union of typed dicts, one for each modality
