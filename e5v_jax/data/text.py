@@ -93,10 +93,7 @@ def expand_image_tokens(
 
 
 def bucket_length(length: int, buckets: Sequence[int]) -> int:
-    """Choose the smallest of ``buckets``, in any order, that holds ``length`` tokens.
-
-    Raises ValueError: none does. Nothing is ever cut to fit.
-    """
+    """Choose the smallest bucket that holds ``length`` tokens. Raises ValueError: none does."""
     smallest = min((bucket for bucket in buckets if bucket >= length), default=None)
     if smallest is None:
         raise ValueError(

@@ -15,14 +15,11 @@ OUTPUT_SUFFIXES = (".npy", ".parquet")
 def check_output(path: Path) -> None:
     """Refuse an output file that could not be written, before anything is computed.
 
-    Raises:
-        ValueError: a suffix other than .npy and .parquet.
-        OSError: it exists, or its folder does not or cannot be written to.
+    Raises ValueError: another suffix; OSError: it exists, or its folder does not or is read-only.
     """
     if path.suffix not in OUTPUT_SUFFIXES:
-        raise ValueError(
-            f"{path}: expected a name that ends in {' or '.join(OUTPUT_SUFFIXES)}, or a folder"
-        )
+        known = " or ".join(OUTPUT_SUFFIXES)
+        raise ValueError(f"{path}: expected a name that ends in {known}, or a folder")
     if path.exists():
         raise FileExistsError(f"{path}: already exists; choose another name or delete it")
     if not in_bucket(path) and not path.parent.is_dir():  # a bucket has no folders
@@ -32,10 +29,7 @@ def check_output(path: Path) -> None:
 
 
 def write_vectors(path: Path, ids: list[str], vectors: np.ndarray) -> None:
-    """Write vectors [N, D] in their dtype, in .parquet with ids; it appears only when whole.
-
-    Raises OSError: the disk is full or the like.
-    """
+    """Write vectors [N, D] in their dtype, whole; .parquet has ids. Raises OSError: a full disk."""
     if path.suffix == ".npy":
         write_whole(path, lambda file: np.save(file, vectors))
         return

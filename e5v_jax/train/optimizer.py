@@ -17,8 +17,7 @@ _logger = logging.getLogger(__name__)
 def make_schedule(cfg: OptimizerConfig, total_steps: int) -> optax.Schedule:
     """Make the learning rate by the number of steps done: 0 -> peak in ``warmup_steps``, then -> 0.
 
-    As transformers' ``get_linear_schedule_with_warmup``: the first step of a warmup has rate 0, and
-    a run shorter than its warmup never reaches the peak.
+    As transformers' linear schedule: a warmup's first step has rate 0, a short run never the peak.
     """
     warmup = optax.linear_schedule(0.0, cfg.learning_rate, max(cfg.warmup_steps, 1))
     decay = optax.linear_schedule(cfg.learning_rate, 0.0, max(total_steps - cfg.warmup_steps, 1))
@@ -28,8 +27,7 @@ def make_schedule(cfg: OptimizerConfig, total_steps: int) -> optax.Schedule:
 def make_optimizer(cfg: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
     """Make what clips, then does AdamW under :func:`make_schedule`.
 
-    With ``cfg.accumulate_steps`` k, the parameters change every k steps, by the mean of their k
-    gradients, and the schedule counts these changes.
+    Every ``cfg.accumulate_steps`` steps it applies their mean gradient; the schedule counts these.
     """
     rate = make_schedule(cfg, total_steps // cfg.accumulate_steps)
     adamw = optax.adamw(rate, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay)
@@ -44,8 +42,7 @@ def init_optimizer(
 ) -> optax.OptState:
     """Optimizer state placed like the parameters it belongs to; counters are replicated.
 
-    Explicit, so that the first step already sees the placement that the step itself returns. Of
-    ``jax.ShapeDtypeStruct`` parameters, its shapes and placement are returned.
+    So the first step sees the placement that steps return. ``jax.ShapeDtypeStruct`` gives the same.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
     state: optax.OptState = optax.tree_map_params(
@@ -58,15 +55,11 @@ def init_optimizer(
     if all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(trainable)):
         return state
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    state = jax.jit(optimizer.init, out_shardings=shardings)(trainable)
-    return state
+    return jax.jit(optimizer.init, out_shardings=shardings)(trainable)
 
 
 def as_saved(saved: Any, fresh: optax.OptState, trainable: nnx.State, mesh: Mesh) -> optax.OptState:
-    """Give ``fresh``, this run's optimizer state, accumulated gradients just if ``saved`` has them.
-
-    ``saved`` is the tree of a checkpoint's optimizer state as Orbax describes it.
-    """
+    """Give the ``fresh`` state accumulated gradients just if ``saved``, Orbax's tree, has them."""
     accumulates = isinstance(saved, dict) and "acc_grads" in saved
     if accumulates == isinstance(fresh, optax.MultiStepsState):
         return fresh
