@@ -93,7 +93,10 @@ def expand_image_tokens(
 
 
 def bucket_length(length: int, buckets: Sequence[int]) -> int:
-    """Choose the smallest bucket that holds ``length`` tokens. Raises ValueError: none does."""
+    """Choose the smallest of ``buckets``, in any order, that holds ``length`` tokens.
+
+    Raises ValueError: none does. Nothing is ever cut to fit.
+    """
     smallest = min((bucket for bucket in buckets if bucket >= length), default=None)
     if smallest is None:
         raise ValueError(

@@ -193,9 +193,11 @@ def _encode_shard(
 
 
 def finish_output(args: Args, output: Path, rows: int) -> dict[str, int]:
-    """Join what failed, complete the manifest, and count rows, embedded and failed ones, shards.
+    """Join what failed and complete the manifest, when all processes are through.
 
-    Raises RuntimeError: a shard is missing, when all processes are through.
+    It gives the numbers of rows, embedded and failed ones, and shards.
+
+    Raises RuntimeError: a shard is missing.
     """
     shards = [_shard(output, number, args) for number in range(-(-rows // args.shard_size))]
     for path in shards:

@@ -66,7 +66,8 @@ class E5V:
         Args:
             dtype: of weights and arithmetic; norms, softmax and rotary angles are fp32 always.
             mesh: devices to place the model on; None uses all of them for data parallelism.
-            adapter: a PEFT LoRA folder or a run's; None applies one that a converted folder has.
+            adapter: a PEFT LoRA folder or a run folder of ``python -m e5v_jax.train``; None applies
+                the adapter that the converted folder carries, if any.
             template: a name in ``e5v_jax.prompts.TEMPLATES``; None chooses.
             revision: branch, tag or commit of a hub id.
             quantize: "int8" or "nf4" stores the decoder's kernels so; arithmetic stays in dtype.
@@ -125,8 +126,10 @@ class E5V:
             batch_size: most items per device batch; None leaves it to max_num_batched_tokens.
             normalize_embeddings: L2-normalise, after truncation to ``truncate_dim`` dimensions.
             show_progress_bar: None shows it on a terminal when there are many inputs.
-            max_num_batched_tokens: most positions per device batch; None: 1024 on a CPU, or 16384.
-            pool: decodes images, None in threads; processes must "spawn", as JAX has threads.
+            max_num_batched_tokens: most positions per device batch; None is 1024 on a CPU, 16384
+                on a GPU or TPU. Less takes less memory.
+            pool: where images are decoded, ahead of the device; None is a few threads. A
+                ``ProcessPoolExecutor`` must start its processes by "spawn", as JAX has threads.
             on_error: hears of each bad input, whose vector is then zero.
             on_batch: hears how many inputs each finished batch had.
 

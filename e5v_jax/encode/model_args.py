@@ -31,7 +31,7 @@ class ModelArgs:
     tensor: int = 1  # Devices over which heads and MLP columns are split.
 
     def check(self) -> None:
-        """Refuse values that cannot be, before anything is read. Raises UsageError: the flag."""
+        """Refuse bad values before anything is read. Raises UsageError: names the flag."""
         self.require_positive("fsdp", "tensor")
         if self.template is not None:
             from e5v_jax.prompts import TEMPLATES  # loads transformers

@@ -60,7 +60,7 @@ class Args(ModelArgs):
         }
 
     def check(self) -> None:
-        """Refuse flags that do not fit each other, or bad values. Raises cli.UsageError: which."""
+        """Refuse bad values and combinations of flags. Raises cli.UsageError: names the flag."""
         super().check()
         self.require_positive("batch_size", "max_num_batched_tokens", "truncate_dim", "shard_size")
         if self.num_workers < 0:

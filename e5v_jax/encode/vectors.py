@@ -15,7 +15,7 @@ OUTPUT_SUFFIXES = (".npy", ".parquet")
 def check_output(path: Path) -> None:
     """Refuse an output file that could not be written, before anything is computed.
 
-    Raises ValueError: another suffix; OSError: it exists, or its folder does not or is read-only.
+    Raises ValueError: another suffix; OSError: it exists, or its folder is missing or read-only.
     """
     if path.suffix not in OUTPUT_SUFFIXES:
         known = " or ".join(OUTPUT_SUFFIXES)
@@ -29,7 +29,10 @@ def check_output(path: Path) -> None:
 
 
 def write_vectors(path: Path, ids: list[str], vectors: np.ndarray) -> None:
-    """Write vectors [N, D] in their dtype, whole; .parquet has ids. Raises OSError: a full disk."""
+    """Write vectors [N, D] in their dtype, in .parquet with ids; it appears only when whole.
+
+    Raises OSError: the disk is full or the like.
+    """
     if path.suffix == ".npy":
         write_whole(path, lambda file: np.save(file, vectors))
         return

@@ -53,7 +53,8 @@ class LossConfig:
     temperature: float = 0.05
     matryoshka_dims: tuple[int, ...] = ()  # Train the first d dimensions as embeddings too, each d.
     bidirectional: bool = False  # Also find each sent0 among all sent0, from its sent1.
-    mask_false_negatives: bool = False  # Leave out negatives that are the anchor's or positive's.
+    mask_false_negatives: bool = False
+    """Leave out negatives that are the same text as the anchor or its positive."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """STS-B dev at every checkpoint (the paper's protocol, prompt `sts`); the best is kept."""
+    """STS-B dev at every checkpoint (paper's protocol, prompt `sts`); the run leaves the best."""
 
     data: Path | None = None  # Folder with STS/ in SentEval's layout; None does not evaluate.
     stride: int = 1  # Score every n-th pair only.

@@ -42,7 +42,8 @@ def run_info(cfg: TrainConfig, base_hash: str, fingerprint: str) -> dict[str, An
 def check_same_run(run: Path, info: dict[str, Any], *, allowed: tuple[str, ...] = ()) -> None:
     """Refuse to resume with what makes the saved state mean something else; a new run passes.
 
-    Raises ValueError: a field differs and is not ``allowed`` to, or is none, or a bad run.json.
+    Raises ValueError: a field that differs, but for those that are ``allowed`` to; one of these
+    that is none; or a malformed run.json.
     """
     if not (run / "run.json").is_file():
         return

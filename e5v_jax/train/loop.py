@@ -27,8 +27,8 @@ def train(cfg: TrainConfig) -> None:
 
     A run that cannot begin leaves nothing behind. SIGTERM saves and returns.
 
-    Raises FileExistsError, FileNotFoundError, ValueError: one line naming the file, row, key or
-    field; the loss or the gradient is not finite.
+    Raises FileExistsError: ``cfg.output`` exists, ``cfg.resume`` is off; FileNotFoundError,
+    ValueError: one line naming the file, row, key or field; a loss or gradient is not finite.
     """
     check_counts(cfg)
     initialize(distributed=cfg.distributed)

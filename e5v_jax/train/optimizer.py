@@ -17,7 +17,8 @@ _logger = logging.getLogger(__name__)
 def make_schedule(cfg: OptimizerConfig, total_steps: int) -> optax.Schedule:
     """Make the learning rate by the number of steps done: 0 -> peak in ``warmup_steps``, then -> 0.
 
-    As transformers' linear schedule: a warmup's first step has rate 0, a short run never the peak.
+    As transformers' ``get_linear_schedule_with_warmup``: the first step of a warmup has rate 0, and
+    a run shorter than its warmup never reaches the peak.
     """
     warmup = optax.linear_schedule(0.0, cfg.learning_rate, max(cfg.warmup_steps, 1))
     decay = optax.linear_schedule(cfg.learning_rate, 0.0, max(total_steps - cfg.warmup_steps, 1))
@@ -42,7 +43,8 @@ def init_optimizer(
 ) -> optax.OptState:
     """Optimizer state placed like the parameters it belongs to; counters are replicated.
 
-    So the first step sees the placement that steps return. ``jax.ShapeDtypeStruct`` gives the same.
+    Explicit, so that the first step already sees the placement that the step itself returns. Of
+    ``jax.ShapeDtypeStruct`` parameters, its shapes and placement are returned.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
     state: optax.OptState = optax.tree_map_params(

@@ -50,7 +50,7 @@ class Training(StepParts):
 
 
 def train_build(cfg: TrainConfig, runtime: Runtime) -> Build:
-    """Make what trains in fp32. Raises ValueError: a quantised base without LoRA."""
+    """Build so that trained weights are fp32. Raises ValueError: a quantised base without LoRA."""
     if cfg.quantize is not None and cfg.lora is None:
         raise ValueError("quantize: a quantised base is frozen, so it needs lora to train anything")
     dtype = jnp.dtype(cfg.dtype)

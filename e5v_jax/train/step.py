@@ -51,8 +51,9 @@ def _embed_group(
 ) -> jax.Array:
     """Pool the N inputs of one group: fp32 [N, D], not normalised.
 
-    With a ``chunk_size``, a divisor of N, so many are in the model at a time, and run again by the
-    backward pass: the whole batch's gradient in the memory of one chunk (GradCache, 2101.06983).
+    With a ``chunk_size``, a divisor of N, no more inputs than that are in the model at a time: the
+    backward pass runs each chunk forward again. The gradient is that of the whole batch (GradCache,
+    Gao et al. 2021, arXiv 2101.06983), in the memory of one chunk.
     """
     size = group.last_index.shape[0]
     if chunk_size is None or size <= chunk_size:
