@@ -43,9 +43,8 @@ def image_size(source: str | Path | bytes | Image.Image) -> Size:
 
 def _open(source: str | Path | bytes | Image.Image, read: Callable[[Image.Image], T]) -> T:
     if not isinstance(source, str | Path | bytes | Image.Image):
-        raise TypeError(
-            f"an image must be a path, bytes or a PIL image, not {type(source).__name__}"
-        )
+        kind = type(source).__name__
+        raise TypeError(f"an image must be a path, bytes or a PIL image, not {kind}")
     name = _name(source)
     if isinstance(source, str | Path) and re.match(r"https?:/", str(source), re.IGNORECASE):
         raise ImageError(f"{name}: URLs are not fetched; download the image and give its path")
@@ -56,15 +55,13 @@ def _open(source: str | Path | bytes | Image.Image, read: Callable[[Image.Image]
             else Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
         ) as image:
             width, height = image.size
+            size = f"{width}x{height} pixels"
             if width < 1 or height < 1:
-                raise ImageError(f"{name}: {width}x{height} pixels, an image needs at least one")
+                raise ImageError(f"{name}: {size}, an image needs at least one")
             # Above its own limit Pillow only warns, so a lower one of the program counts here too.
             limit = min(MAX_IMAGE_PIXELS, Image.MAX_IMAGE_PIXELS or MAX_IMAGE_PIXELS)
             if width * height > limit:
-                raise ImageError(
-                    f"{name}: {width}x{height} pixels, more than the {limit} allowed; shrink it "
-                    "first"
-                )
+                raise ImageError(f"{name}: {size}, more than the {limit} allowed; shrink it first")
             return read(image)
     except ImageError:
         raise

@@ -17,22 +17,17 @@ class InputError(ValueError):
     def __init__(self, position: int, reason: str) -> None:
         """``position`` counts from 0; ``reason`` is one line without it."""
         super().__init__(f"input {position}: {reason}")
-        self.position = position
-        self.reason = reason
+        self.position, self.reason = position, reason
 
 
 def split_input(item: Input) -> tuple[str | None, ImageSource | str | None]:
-    """(text, image source) of one input.
-
-    Raises ValueError: neither, an unknown key or an unsupported type.
-    """
+    """Give (text, image source). Raises ValueError: neither, an unknown key or a bad type."""
     if isinstance(item, str):
         return item, None
     if isinstance(item, Image.Image | Path | bytes):
         return None, item
     if isinstance(item, Mapping):
-        unknown = set(item) - {"text", "image"}
-        if unknown:
+        if unknown := set(item) - {"text", "image"}:
             raise ValueError(f"unknown key {min(unknown)!r}: expected 'text', 'image' or both")
         text, image = item.get("text"), item.get("image")
         if text is None and image is None:
@@ -40,9 +35,8 @@ def split_input(item: Input) -> tuple[str | None, ImageSource | str | None]:
         if text is not None and not isinstance(text, str):
             raise ValueError(f"'text' is a {type(text).__name__}, expected a str")
         if image is not None and not isinstance(image, str | Image.Image | Path | bytes):
-            raise ValueError(
-                f"'image' is a {type(image).__name__}, expected a path, bytes or a PIL image"
-            )
+            kind = type(image).__name__
+            raise ValueError(f"'image' is a {kind}, expected a path, bytes or a PIL image")
         return text, image
     raise ValueError(
         f"unsupported input of type {type(item).__name__}: expected str, PIL image, Path, bytes or "

@@ -58,8 +58,7 @@ def load_tfds(
         FileNotFoundError: it is not prepared there; the message has the command that does it.
         ValueError: it is prepared in a format that only TensorFlow reads; an unknown split.
     """
-    root = data_dir or Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))
-    root = root.expanduser()
+    root = (data_dir or Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"))).expanduser()
     # here and not above: the import takes a second and only this source needs it
     import tensorflow_datasets as tfds
 

@@ -56,9 +56,7 @@ def load_pairs(path: Path | Sequence[Path]) -> TrainingPairs:
     are, spaces included. Rows are numbered in ``row_ids`` and errors as
     :func:`e5v_jax.data.rows.read_rows` does.
 
-    Raises:
-        FileNotFoundError: a file does not exist.
-        ValueError: one line naming file, row and column, and what is wrong there.
+    Raises FileNotFoundError, ValueError: one line naming file, row and column, and what is wrong.
     """
     paths = list(path) if isinstance(path, Sequence) else [path]
     if not paths:

@@ -28,9 +28,8 @@ _LABEL_WIDTH = 32
 def encode(args: Args) -> None:
     """Embed and write or print; an output file or shard appears only when whole.
 
-    Raises:
-        cli.UsageError: flags that do not go together, or a value that cannot be.
-        ValueError, OSError: one line naming the file and line, or the flag.
+    Raises cli.UsageError: flags that do not go together, a bad value; ValueError, OSError: one line
+    naming the file and line, or the flag.
     """
     args.check()
     # Pillow's two lines about an image that is then refused in one
@@ -96,13 +95,8 @@ def encode_to_folder(args: Args) -> None:
         decoding_pool(args.num_workers) as pool,
         BulkProgress(scan.rows // jax.process_count(), model.statistics) as progress,
     ):
-        embed = partial(
-            model.encode,
-            on_batch=progress.encoded,
-            pool=pool,
-            show_progress_bar=False,
-            **args.encode_options(),
-        )
+        embed = partial(model.encode, pool=pool, **args.encode_options())
+        embed = partial(embed, on_batch=progress.encoded, show_progress_bar=False)
         bulk.encode_shards(args, args.output, embed, progress)
     wait_for_all("all shards are written")
     if is_first():

@@ -30,8 +30,7 @@ def plan_batches(
 
     So if the largest batch does not fit in memory, it fails at once. A batch has at most
     ``max_rows`` items, and at most ``max_tokens`` positions, padding included, unless ``multiple``
-    rows have more: the number of rows is a multiple of these devices that share a batch. For
-    ``padded_length`` see :meth:`e5v_jax.families.base.Processor.padded_length`.
+    rows have more: the number of rows is a multiple of these devices that share a batch.
 
     Raises ValueError: an item is longer than the longest padded length.
     """
@@ -42,8 +41,7 @@ def plan_batches(
 
     ordered = sorted(items, key=lambda item: (-item.shape_key, -item.length))
     for key, group in groupby(ordered, key=lambda item: item.shape_key):
-        waiting = list(group)
-        start = 0
+        waiting, start = list(group), 0
         while start < len(waiting):
             length = padded_length(waiting[start].length, key)
             rows = round_up(min(max(1, max_tokens // length), limit))

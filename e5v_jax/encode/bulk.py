@@ -43,10 +43,7 @@ _NOT_COMPARED = {"versions", "result"}
 
 
 def describe(args: Args, scan: Scan) -> dict[str, Any]:
-    """Make the manifest of a run: all that its vectors and shards depend on.
-
-    Raises FileNotFoundError: the model is not there and cannot be fetched.
-    """
+    """Make the manifest: all that vectors depend on. Raises FileNotFoundError: no such model."""
     versions = {name: version(name) for name in ("jax", "numpy", "pillow", "transformers")}
     return {
         "format_version": FORMAT_VERSION,
@@ -65,8 +62,7 @@ def describe(args: Args, scan: Scan) -> dict[str, Any]:
 def check_output(output: Path, manifest: dict[str, Any]) -> None:
     """See that the folder is empty, not there, or of the same run, before a model is loaded.
 
-    Raises:
-        ValueError: the folder is another run's, or none of ours; one line naming what differs.
+    Raises ValueError: the folder is another run's, or none of ours; one line naming what differs.
     """
     path = output / "manifest.json"
     if not path.exists():
@@ -91,8 +87,7 @@ def check_output(output: Path, manifest: dict[str, Any]) -> None:
 def scan_once(source: Path, *, allow_errors: bool) -> Scan:
     """Scan the input in the first process; the others get its rows and fingerprint from it.
 
-    Raises:
-        OSError, ValueError: as :func:`e5v_jax.encode.files.scan_items`, or its line as ValueError.
+    Raises OSError, ValueError: as :func:`scan_items`, or its line as ValueError.
     """
     # Processes give up on each other after 30 s when they first connect. Once connected, they wait
     # for as long as the scan takes.
@@ -129,9 +124,7 @@ def start_output(output: Path, manifest: dict[str, Any], scan: Scan) -> None:
 def encode_shards(args: Args, output: Path, embed: Embed, progress: BulkProgress) -> None:
     """Embed this process's shards that are not in the folder ``output`` yet.
 
-    Raises:
-        ValueError: without ``on_error`` skip, the first bad row; shards before it are kept.
-        OSError: the disk is full or the like.
+    Raises ValueError: the first bad row, unless skipped; shards before it stay; OSError: disk full.
     """
     assert args.input is not None
 
@@ -202,7 +195,7 @@ def _encode_shard(
 def finish_output(args: Args, output: Path, rows: int) -> dict[str, int]:
     """Join what failed and complete the manifest, when all processes are through.
 
-    Returns the numbers of rows, embedded rows, failed rows and shards.
+    It gives the numbers of rows, embedded and failed ones, and shards.
 
     Raises RuntimeError: a shard is missing.
     """
@@ -210,8 +203,7 @@ def finish_output(args: Args, output: Path, rows: int) -> dict[str, int]:
     for path in shards:
         if not path.exists():
             raise RuntimeError(f"{path}: missing; start the command again to make it")
-    lists = [path.with_suffix(".failed.jsonl") for path in shards]
-    lists = [path for path in lists if path.exists()]
+    lists = [file for shard in shards if (file := shard.with_suffix(".failed.jsonl")).exists()]
     failed = sum(path.read_bytes().count(b"\n") for path in lists)
     if args.on_error == "skip":
         contents = (path.read_bytes() for path in lists)
@@ -219,16 +211,12 @@ def finish_output(args: Args, output: Path, rows: int) -> dict[str, int]:
     (output / _REPEATED).unlink(missing_ok=True)
     result = {"rows": rows, "embedded": rows - failed, "failed": failed, "shards": len(shards)}
     path = output / "manifest.json"
-    manifest = json.loads(path.read_text(encoding="utf-8"))
-    write_json(path, {**manifest, "result": result})
+    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "result": result})
     return result
 
 
 def read_embeddings(output: str | Path) -> tuple[list[str], np.ndarray]:
-    """Read all ids and vectors [N, D] of a finished or unfinished output folder, in input order.
-
-    Raises ValueError: no shard is there.
-    """
+    """Read the ids and vectors [N, D] there are, in input order. Raises ValueError: no shard."""
     ids: list[str] = []
     parts: list[np.ndarray] = []
     shards = (*as_path(output).glob("shard-*.npy"), *as_path(output).glob("shard-*.parquet"))

@@ -63,8 +63,7 @@ class Encoder:
 
     def __init__(self, graphdef: nnx.GraphDef[Any], processor: Processor, runtime: Runtime) -> None:
         """Make the jitted program of a model, whose parameters each call brings along."""
-        self.processor = processor
-        self.runtime = runtime
+        self.processor, self.runtime = processor, runtime
         self.statistics = Statistics()
         self._run = make_encode_step(graphdef, runtime)
 

@@ -29,8 +29,7 @@ class Item:
     where: str  # a person finds it there, for messages: "file:line" or the flag
     id: str
     value: dict[str, str | Path | bytes]  # "text" and/or "image", as E5V.encode takes it
-    error: str | None = None
-    """Why it cannot be embedded, if that is known without a model; then it has no value."""
+    error: str | None = None  # why it cannot be embedded, if known by now; then it has no value
 
 
 class Scan(NamedTuple):
@@ -38,8 +37,7 @@ class Scan(NamedTuple):
 
     rows: int
     fingerprint: str  # sha256 (hex) over ids, texts, image paths and the footers of Parquet files
-    repeated: IO[bytes]
-    """A line of json for each row whose id is taken: its number, from 0, and what is wrong."""
+    repeated: IO[bytes]  # json lines for rows whose id is taken: number, from 0, and what is wrong
 
 
 def make_item(
@@ -50,10 +48,7 @@ def make_item(
 
 
 def read_items(source: Path) -> tuple[list[Item], list[str]]:
-    """Read all inputs of ``source`` into memory; also the names of a folder's other entries.
-
-    Raises OSError, ValueError: as :func:`scan_items` without ``allow_errors``.
-    """
+    """Read all inputs, and the names of a folder's other entries. Raises as :func:`scan_items`."""
     scan_items(source, allow_errors=False)
     items = list(filter(None, iterate_items(source)))
     return items, list_folder(source)[1] if source.is_dir() else []
@@ -65,10 +60,8 @@ def scan_items(source: Path, *, allow_errors: bool) -> Scan:
     It takes a few MB however many inputs there are, and room on the disk for their ids. A row of
     Parquet that has neither text nor image is not found yet if its images would be bytes.
 
-    Raises:
-        FileNotFoundError, ValueError: as :func:`iterate_items`, for no input, and without
-            ``allow_errors`` for a bad row or a repeated id.
-        OSError: the disk is full or the like.
+    Raises OSError, ValueError: as :func:`iterate_items`, for no input, for a full disk, and without
+    ``allow_errors`` for a bad row or a repeated id.
     """
     digest, rows, bad = hashlib.sha256(), 0, None
     files = _files(source)
@@ -114,10 +107,8 @@ def iterate_items(
     ``without_bytes`` takes it that rows of Parquet have an image if images there are bytes, and
     does not read them.
 
-    Raises:
-        FileNotFoundError: no such file or folder.
-        ValueError: one line naming file and line, and what is wrong there with the file as a whole;
-            what is wrong with one row only is the ``error`` of its item.
+    Raises FileNotFoundError: no such file or folder; ValueError: one line naming file and line, and
+    what is wrong with the file as a whole; what is wrong with one row is the ``error`` of its item.
     """
     if source.is_dir():
         for name in list_folder(source)[0]:

@@ -16,9 +16,8 @@ _FIND = """
 def repeated_ids(rows: Iterable[tuple[str, str]]) -> Iterator[tuple[int, str, str]]:
     """Find every row but the first of each id, given the id of each row and where it is.
 
-    The ids are in a temporary file, which SQLite makes in the folder that the environment variable
-    ``SQLITE_TMPDIR`` or ``TMPDIR`` names, else in /var/tmp, and deletes. When all rows are read, it
-    yields the number of each such row, from 0, where it is, and what is wrong with it, in order.
+    SQLite has them in a temporary file in ``SQLITE_TMPDIR``, ``TMPDIR`` or /var/tmp. After the last
+    row come the number of each such row, from 0, where it is, and what is wrong with it, in order.
 
     Raises OSError: the disk is full or the like.
     """

@@ -22,8 +22,7 @@ class ModelArgs:
     """LoRA to apply: a run folder of e5v_jax.train, one of its checkpoints, or a PEFT folder."""
     template: str | None = None
     """Chat template: llama3, mistral, phi3, chatml or vicuna; by default told from the model."""
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    """Precision of weights and arithmetic."""
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # Of weights and arithmetic.
     quantize: Literal["int8", "nf4"] | None = None
     """Store the decoder's weights in 8 or 4 bits: less memory, slightly other vectors."""
     attn_implementation: Literal["auto", "xla", "cudnn", "splash"] = "auto"
@@ -32,10 +31,7 @@ class ModelArgs:
     tensor: int = 1  # Devices over which heads and MLP columns are split.
 
     def check(self) -> None:
-        """Refuse values that cannot be, before anything is read.
-
-        Raises UsageError: names the flag.
-        """
+        """Refuse bad values before anything is read. Raises UsageError: names the flag."""
         self.require_positive("fsdp", "tensor")
         if self.template is not None:
             from e5v_jax.prompts import TEMPLATES  # loads transformers
@@ -46,10 +42,7 @@ class ModelArgs:
                 )
 
     def require_positive(self, *names: str) -> None:
-        """Refuse a count below 1 in any of the fields ``names``; None passes.
-
-        Raises UsageError: names the flag.
-        """
+        """Refuse counts below 1 in these fields; None passes. Raises UsageError: names the flag."""
         for name in names:
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -58,9 +51,8 @@ class ModelArgs:
     def load(self, devices: "Sequence[jax.Device] | None" = None) -> "E5V":
         """Load the model onto ``devices``, by default all, with a persistent compilation cache.
 
-        Raises:
-            UsageError: ``fsdp`` and ``tensor`` do not divide the devices.
-            FileNotFoundError, ValueError: the model cannot be loaded; see E5V.from_pretrained.
+        Raises UsageError: ``fsdp`` and ``tensor`` do not divide the devices; FileNotFoundError,
+        ValueError: the model cannot be loaded; see E5V.from_pretrained.
         """
         from e5v_jax import E5V  # loads JAX, as the next lines do
         from e5v_jax.encode.compilation import use_compilation_cache
@@ -83,10 +75,7 @@ class ModelArgs:
         return {name: getattr(self, name) for name in names}
 
     def content_hash(self) -> str:
-        """Hash model and adapter as they lie on the disk, see :func:`model_key`.
-
-        Raises FileNotFoundError: the model is not there and cannot be fetched.
-        """
+        """Hash model and adapter as they are on disk. Raises FileNotFoundError: no such model."""
         from e5v_jax.checkpoints.hf_source import resolve
         from e5v_jax.checkpoints.model_key import model_key
 

@@ -36,14 +36,12 @@ class Args(ModelArgs):
     truncate_dim: int | None = None  # Keep only the first dimensions.
     normalize: bool = True  # Scale the vectors to length 1, after truncation.
     num_workers: int = 0  # Processes that decode images, ahead of the device; 0 is a few threads.
-    format: Literal["parquet", "npy"] = "parquet"
-    """Of the shards; with npy, ids are in a .json beside."""
+    format: Literal["parquet", "npy"] = "parquet"  # Of shards; npy has its ids in a .json beside.
     embedding_dtype: Literal["float32", "float16"] = "float32"  # Of the vectors in the shards.
     shard_size: int = 4096  # Input rows of a shard; a killed run loses at most this many.
     on_error: Literal["raise", "skip"] = "raise"
     """At a row that cannot be embedded: stop, or go on and list it in failed.jsonl."""
-    distributed: bool = False
-    """Share the work with other processes that the environment does not announce by itself."""
+    distributed: bool = False  # Share work with processes that the environment does not announce.
 
     @property
     def is_bulk(self) -> bool:
@@ -62,10 +60,7 @@ class Args(ModelArgs):
         }
 
     def check(self) -> None:
-        """Refuse flags that do not go together, and values that cannot be.
-
-        Raises cli.UsageError: names the flag.
-        """
+        """Refuse bad values and combinations of flags. Raises cli.UsageError: names the flag."""
         super().check()
         self.require_positive("batch_size", "max_num_batched_tokens", "truncate_dim", "shard_size")
         if self.num_workers < 0:

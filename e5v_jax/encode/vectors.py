@@ -15,14 +15,11 @@ OUTPUT_SUFFIXES = (".npy", ".parquet")
 def check_output(path: Path) -> None:
     """Refuse an output file that could not be written, before anything is computed.
 
-    Raises:
-        ValueError: a suffix other than .npy and .parquet.
-        OSError: it exists, or its folder does not or cannot be written to.
+    Raises ValueError: another suffix; OSError: it exists, or its folder is missing or read-only.
     """
     if path.suffix not in OUTPUT_SUFFIXES:
-        raise ValueError(
-            f"{path}: expected a name that ends in {' or '.join(OUTPUT_SUFFIXES)}, or a folder"
-        )
+        known = " or ".join(OUTPUT_SUFFIXES)
+        raise ValueError(f"{path}: expected a name that ends in {known}, or a folder")
     if path.exists():
         raise FileExistsError(f"{path}: already exists; choose another name or delete it")
     if not in_bucket(path) and not path.parent.is_dir():  # a bucket has no folders

@@ -38,9 +38,7 @@ class PairTokens:
 
 
 def tokenize_pairs(pairs: TrainingPairs, processor: Processor, cfg: DataConfig) -> PairTokens:
-    """Cut each sentence to ``cfg.max_tokens``, fill the prompt, tokenise (paper section 4.1).
-
-    Images get the prompts of images.
+    """Cut sentences to ``cfg.max_tokens``, fill the prompts, tokenise (paper section 4.1).
 
     Raises ValueError: a sentence that holds a special token, an image that is none, a model without
     vision; names file, row and column.
@@ -100,9 +98,8 @@ def group_lengths(
 ) -> tuple[int, ...]:
     """Find the padded length of each group: the longest any batch of the run needs there.
 
-    They are fixed for the run, so that the step compiles once. ``lengths`` is [columns, rows];
-    ``batches`` are row indices; group sizes are multiples of ``multiple``: the devices that share a
-    batch, or the chunk size. Without columns there are no groups.
+    They are fixed for the run, so that the step compiles once. ``lengths`` is [columns, rows],
+    ``batches`` are row indices; for ``multiple`` see :func:`e5v_jax.train.feed.group_multiple`.
     """
     if not len(lengths):
         return ()

@@ -90,10 +90,9 @@ def restore(
 ) -> Restored | None:
     """Read the newest checkpoint that every process can read, whatever mesh it was written on.
 
-    ``opt_state`` is the fresh state of this run's optimizer, which accumulates over
-    ``accumulate_steps``; a state saved with another number is converted (:func:`carry_over`).
-    Damaged checkpoints are moved out of the way, to RUN/damaged-STEP, once all processes agree on
-    an older one; without any checkpoint the result is None.
+    ``opt_state`` is this run's fresh state; one saved with other ``accumulate_steps`` is converted
+    (:func:`carry_over`). Damaged checkpoints are moved to RUN/damaged-STEP, once all processes
+    agree on an older one; without any checkpoint the result is None.
 
     Raises ValueError: there are checkpoints and none is whole; or the newest could not be read for
     another reason than damage, or does not fit this run: it stays where it is.
@@ -144,9 +143,7 @@ _WHOLE, _DAMAGED, _UNREADABLE = range(3)
 def _together(folder: Path, read: Callable[[], _T]) -> _T:
     """Return what this process reads of a checkpoint, if every process can read it.
 
-    Raises:
-        _DamagedError: it is damaged for this or another process.
-        ValueError: one of them fails for another reason.
+    Raises _DamagedError: it is damaged for this or another process; ValueError: it fails otherwise.
     """
     error: BaseException | None = None
     verdict, reason = _WHOLE, "another process cannot read it"
@@ -204,8 +201,7 @@ def _examine(
 def _load_alone(checkpointer: ocp.training.Checkpointer, step: int, like: dict[str, Any]) -> Any:
     """Read the arrays without waiting for other processes: one that fails leaves none waiting.
 
-    Orbax counts loads, and saves wait for each other by that number: all processes must call this
-    or none.
+    All must call this or none: Orbax counts loads, and saves wait for each other by that number.
     """
     context, process = ocp.Context(), jax.process_index()
     context.multiprocessing.primary_host = process

@@ -20,16 +20,14 @@ class DataConfig:
     path: tuple[BucketPath, ...] = ()
     """csv, jsonl or parquet files with columns sent0, sent1 and, if any, hard_neg; or image0,
     image1, hard_neg_image for images (docs/training.md)."""
-    tfds: Literal["snli", "multi_nli"] | None = None
-    """A tensorflow-datasets NLI corpus turned into triplets, instead of files."""
+    tfds: Literal["snli", "multi_nli"] | None = None  # Triplets of a tfds corpus, instead of files.
     tfds_dir: Path | None = None  # Where this corpus was prepared; None is its own default.
     max_tokens: int = 32  # Each sentence is cut to this many tokens before the template is applied.
     prompt: str = "text"
     """The instruction: a name in e5v_jax.prompts.PROMPTS, or one of your own with <sent> in it.
     `released` is what the authors' training script makes of it (prompts.fill_released)."""
     template: str | None = None  # Chat template name; None chooses by the tokenizer.
-    length_groups: int = 4
-    """A batch's sentences are sorted by length and run in this many groups, each padded alone."""
+    length_groups: int = 4  # Groups of similar length that a batch runs in, each padded alone.
 
 
 @dataclass(frozen=True)
@@ -53,8 +51,7 @@ class LossConfig:
     """InfoNCE (paper section 3.3) and what embedding trainers add to it."""
 
     temperature: float = 0.05
-    matryoshka_dims: tuple[int, ...] = ()
-    """Train the first d dimensions to be embeddings too, for each d."""
+    matryoshka_dims: tuple[int, ...] = ()  # Train the first d dimensions as embeddings too, each d.
     bidirectional: bool = False  # Also find each sent0 among all sent0, from its sent1.
     mask_false_negatives: bool = False
     """Leave out negatives that are the same text as the anchor or its positive."""
@@ -71,10 +68,7 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """STS-B dev at every checkpoint, by the paper's protocol (prompt `sts`).
-
-    The best checkpoint is kept, and is what the run leaves.
-    """
+    """STS-B dev at every checkpoint (paper's protocol, prompt `sts`); the run leaves the best."""
 
     data: Path | None = None  # Folder with STS/ in SentEval's layout; None does not evaluate.
     stride: int = 1  # Score every n-th pair only.
@@ -84,9 +78,8 @@ class EvaluationConfig:
 class TrainConfig:
     """One training run. The defaults are the paper's recipe (section 4.1 and the released code).
 
-    On the command line --config FILE takes other defaults from a Python file: what its get_config()
-    returns. The flags below override single fields. What the step would need on which chips:
-    python -m e5v_jax.dryrun train.
+    --config FILE takes other defaults from a Python file: what its get_config() returns; the flags
+    below override single fields. python -m e5v_jax.dryrun train tells what a step needs.
     """
 
     model: BucketPath  # Converted folder of the base model (python -m convert.from_hf).
@@ -104,8 +97,7 @@ class TrainConfig:
     )
     """Low-rank adaptation of every decoder linear map; None, which only a configuration file can
     say, trains all decoder weights."""
-    batch_size: int = 768
-    """Triplets per optimizer step, over all devices; all are negatives of each other."""
+    batch_size: int = 768  # Triplets per optimizer step, over all devices, negatives of each other.
     num_epochs: int = 2
     max_steps: int | None = None  # Stop here, not after num_epochs; the schedule ends here too.
     chunk_size: int | None = None
@@ -113,8 +105,7 @@ class TrainConfig:
     memory, for one more forward pass. Must divide the sentences of a step."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype of the decoder; losses, norms and optimizer are fp32 always."""
-    quantize: Quantization | None = None
-    """Store the frozen base as nf4 or int8 (QLoRA); needs LoRA."""
+    quantize: Quantization | None = None  # Store a frozen base as nf4 or int8 (QLoRA); needs LoRA.
     remat: Remat = "full"
     """What the backward pass keeps per layer: none (all), dots (matmul outputs), full (inputs)."""
     checkpoint_every: int = 100  # Steps between checkpoints; the last step is always saved.
@@ -124,8 +115,7 @@ class TrainConfig:
     resume: bool = False  # Continue the run in `output` from its newest checkpoint.
     allow_change: tuple[str, ...] = ()
     """With --resume: fields that may differ from the run's own, such as data_fingerprint."""
-    distributed: bool = False
-    """This is one process of several, also if the environment does not say so."""
+    distributed: bool = False  # One process of several, also if the environment does not say so.
     wandb_project: str | None = None  # Also log to this project of wandb (pip install wandb).
 
 

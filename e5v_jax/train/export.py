@@ -21,8 +21,7 @@ from e5v_jax.storage import copy_file, remove_folder
 def export(run: Path, lora: LoRAConfig | None, weights: nnx.State, base: ConvertedFolder) -> None:
     """Write RUN/adapter as a PEFT folder, or without ``lora`` RUN/model; replace earlier ones.
 
-    A model is a converted folder with fully trained decoder weights, rounded to the base's dtype;
-    vision tower, projector and tokenizer are the base's.
+    The model's decoder weights are rounded to the base's dtype; the rest of it is the base's.
     """
     trained = {dotted(path): x[...] for path, x in nnx.to_flat_state(weights)}
     if jax.process_count() > 1:  # to the host of every process; else they go layer by layer
@@ -35,8 +34,7 @@ def export(run: Path, lora: LoRAConfig | None, weights: nnx.State, base: Convert
         if lora is None:
             _write_model(folder, trained, base)
         else:
-            factors = {name: np.asarray(array) for name, array in trained.items()}
-            adapter = Adapter(lora, factors)
+            adapter = Adapter(lora, {name: np.asarray(array) for name, array in trained.items()})
             write_adapter(folder, adapter, base.table, base_model=base.info.source)
     print(f"{dst}: written")
 
@@ -53,8 +51,7 @@ def _write_model(
         weight = weight if slot.layer is None else weight[slot.layer]
         return np.asarray(weight.astype(np.dtype(base.info.dtype)))
 
-    layers = base.table.groups(base.shapes())
-    arrays = ({name: array(name) for name in layer} for layer in layers)
+    arrays = ({name: array(name) for name in layer} for layer in base.table.groups(base.shapes()))
     digest, shapes = write_params(folder, arrays)
     for file in base.folder.iterdir():
         if file.is_file() and file.name != "config.json":

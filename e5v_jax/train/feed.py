@@ -44,10 +44,7 @@ def load_data(cfg: DataConfig) -> TrainingPairs:
 
 
 def group_multiple(cfg: TrainConfig, runtime: Runtime) -> int:
-    """What the number of inputs of each group is a multiple of: the devices, or the chunk size.
-
-    Raises ValueError: the chunks do not divide over the devices.
-    """
+    """Find what group sizes are multiples of. Raises ValueError: chunks do not fit the devices."""
     devices = runtime.batch_devices
     multiple = cfg.chunk_size or devices
     if multiple % devices:
@@ -63,8 +60,7 @@ def open_feed(
 ) -> Feed:
     """Tokenise every sentence once; the seed fixes the order of the batches.
 
-    Every process goes through the same global batches, whose texts are small; :func:`place` gives
-    each device its part. Images are decoded where they are needed only.
+    Every process makes the same global batches of (small) texts; images are decoded where needed.
 
     Raises ValueError: one line naming file, row and column, or the field of ``cfg``.
     """
@@ -75,7 +71,6 @@ def open_feed(
             f"batch_size: {cfg.batch_size} images of a step cannot be split into parts of "
             f"{multiple} (the devices that share a batch, or chunk_size)"
         )
-
     batches = partial(
         make_batches, pairs, batch_size=cfg.batch_size, seed=cfg.seed, num_epochs=cfg.num_epochs
     )

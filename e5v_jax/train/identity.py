@@ -20,9 +20,7 @@ from e5v_jax.train.config import TrainConfig
 def check_run_folder(cfg: TrainConfig) -> None:
     """Refuse an output that would be written over. Nothing is created yet.
 
-    Raises:
-        FileExistsError: it holds something and ``cfg.resume`` is off.
-        ValueError: resuming a folder that is no run.
+    Raises FileExistsError: it holds something, ``cfg.resume`` is off; ValueError: it is no run.
     """
     if cfg.output.exists() and any(cfg.output.iterdir()):
         if not cfg.resume:
@@ -92,10 +90,7 @@ def _identity(run: Path, info: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_run_info(run: Path, info: dict[str, Any]) -> None:
-    """Create the run folder with its ``run.json``, or renew that of a resumed run but for its id.
-
-    A run keeps the ``id`` that it got when it began, wherever its folder is moved.
-    """
+    """Create the run folder with its ``run.json``, or renew all but the id in a resumed run's."""
     if is_first():
         resumed = (run / "run.json").is_file()
         # before there were ids, wandb knew a run by its name

@@ -27,10 +27,8 @@ def train(cfg: TrainConfig) -> None:
 
     A run that cannot begin leaves nothing behind. SIGTERM saves and returns.
 
-    Raises:
-        FileExistsError: ``cfg.output`` exists and ``cfg.resume`` is off.
-        FileNotFoundError, ValueError: one line naming the file, row, key or field; the loss or the
-            gradient is not finite.
+    Raises FileExistsError: ``cfg.output`` exists, ``cfg.resume`` is off; FileNotFoundError,
+    ValueError: one line naming the file, row, key or field; a loss or gradient is not finite.
     """
     check_counts(cfg)
     initialize(distributed=cfg.distributed)
@@ -66,14 +64,9 @@ def _take_steps(
 ) -> bool:
     """Go from the newest checkpoint to the last step; False when preempted before it."""
     feed, start = training.feed, 0
-    accumulate_steps = cfg.optimizer.accumulate_steps
-    restored = restore(
-        checkpointer,
-        training.trainable,
-        training.opt_state,
-        training.runtime.mesh,
-        accumulate_steps=accumulate_steps,
-    )
+    every = cfg.optimizer.accumulate_steps
+    fresh = training.trainable, training.opt_state, training.runtime.mesh
+    restored = restore(checkpointer, *fresh, accumulate_steps=every)
     if restored is not None:
         start, training.trainable, training.opt_state, position = restored
         feed.batches.set_state(position)
@@ -109,16 +102,8 @@ def _take_steps(
                 log.add_score(step, score)
             if saved or preempted:
                 log.upload()
-            save(
-                checkpointer,
-                step,
-                training.trainable,
-                training.opt_state,
-                feed.batches.get_state(),
-                accumulate_steps=accumulate_steps,
-                last=last or preempted,
-                score=score,
-            )
+            state = step, training.trainable, training.opt_state, feed.batches.get_state()
+            save(checkpointer, *state, accumulate_steps=every, last=last or preempted, score=score)
             if preempted and not last:
                 checkpointer.wait()
                 if is_first():

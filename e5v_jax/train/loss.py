@@ -70,8 +70,7 @@ def contrastive_loss(
         excluded = same & ~own  # [B, 2B], but for its own positive
     losses = []
     for dim in (*matryoshka_dims, vectors.shape[1]):
-        unit = l2_normalize(vectors[:, :dim])
-        anchor, positive, *rest = jnp.split(unit, columns)  # each [B, dim]
+        anchor, positive, *rest = jnp.split(l2_normalize(vectors[:, :dim]), columns)  # [B, dim]
         hard = rest[0] if rest else None
         forward = info_nce(anchor, positive, hard, temperature=temperature, excluded=excluded)
         loss = forward.loss

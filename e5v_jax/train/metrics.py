@@ -20,18 +20,14 @@ from e5v_jax.storage import in_bucket, upload
 class MetricsLog:
     """It writes ``metrics.jsonl`` and TensorBoard events, and shows progress on a terminal.
 
-    On resume, lines and events after ``start_step`` are dropped, so every step appears once. With
-    several processes only the first one writes. In a bucket nothing can be appended to: both are
-    written here and uploaded, every 30 s, at checkpoints and at the end.
+    On resume, what comes after ``start_step`` is dropped. Only the first process writes. As buckets
+    cannot be appended to, files are uploaded there every 30 s, at checkpoints and at the end.
     """
 
     def __init__(
         self, run: Path, start_step: int, total_steps: int, *, wandb_project: str | None = None
     ) -> None:
-        """Open the run's logs.
-
-        Raises ImportError: a wandb project is given and wandb is not installed.
-        """
+        """Open the logs. Raises ImportError: a wandb project is given, wandb is not installed."""
         self._writes = is_first()
         self._live = self._writes and sys.stderr.isatty()
         done = (MofNCompleteColumn(), BarColumn())
@@ -78,8 +74,7 @@ class MetricsLog:
     ) -> None:
         """Count a finished step of so many triplets and tokens, padding not counted; show its loss.
 
-        If ``due``, append ``values`` and the speed since the last line; without a terminal, print
-        them too.
+        If ``due``, append ``values`` and the speed since the last line, printed without a terminal.
         """
         self._steps += 1
         self._tokens += tokens

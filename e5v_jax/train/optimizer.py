@@ -28,8 +28,7 @@ def make_schedule(cfg: OptimizerConfig, total_steps: int) -> optax.Schedule:
 def make_optimizer(cfg: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
     """Make what clips, then does AdamW under :func:`make_schedule`.
 
-    With ``cfg.accumulate_steps`` k, the parameters change every k steps, by the mean of their k
-    gradients, and the schedule counts these changes.
+    Every ``cfg.accumulate_steps`` steps it applies their mean gradient; the schedule counts these.
     """
     rate = make_schedule(cfg, total_steps // cfg.accumulate_steps)
     adamw = optax.adamw(rate, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay)
@@ -58,15 +57,11 @@ def init_optimizer(
     if all(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(trainable)):
         return state
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    state = jax.jit(optimizer.init, out_shardings=shardings)(trainable)
-    return state
+    return jax.jit(optimizer.init, out_shardings=shardings)(trainable)
 
 
 def as_saved(saved: Any, fresh: optax.OptState, trainable: nnx.State, mesh: Mesh) -> optax.OptState:
-    """Give ``fresh``, this run's optimizer state, accumulated gradients just if ``saved`` has them.
-
-    ``saved`` is the tree of a checkpoint's optimizer state as Orbax describes it.
-    """
+    """Give the ``fresh`` state accumulated gradients just if ``saved``, Orbax's tree, has them."""
     accumulates = isinstance(saved, dict) and "acc_grads" in saved
     if accumulates == isinstance(fresh, optax.MultiStepsState):
         return fresh

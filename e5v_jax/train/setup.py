@@ -50,10 +50,7 @@ class Training(StepParts):
 
 
 def train_build(cfg: TrainConfig, runtime: Runtime) -> Build:
-    """How a model in training is made: trained weights are fp32.
-
-    Raises ValueError: a quantised base without LoRA.
-    """
+    """Build so that trained weights are fp32. Raises ValueError: a quantised base without LoRA."""
     if cfg.quantize is not None and cfg.lora is None:
         raise ValueError("quantize: a quantised base is frozen, so it needs lora to train anything")
     dtype = jnp.dtype(cfg.dtype)
@@ -96,11 +93,7 @@ def set_up(cfg: TrainConfig, base: ConvertedFolder, triplets: TrainingPairs) -> 
         )
     processor = base.family.processor(base.config, load_tokenizer(cfg.model), cfg.data.template)
     feed = open_feed(cfg, triplets, processor, runtime)
-    model = load_model(
-        base,
-        build,
-        load_vision=feed.has_images,  # for texts, the tower is neither read nor placed
-        seed=cfg.seed,
-    )
+    vision = feed.has_images  # for texts, the tower is neither read nor placed
+    model = load_model(base, build, load_vision=vision, seed=cfg.seed)
     parts = make_step(cfg, model, columns=feed.columns, total_steps=feed.total_steps)
     return Training(**vars(parts), processor=processor, runtime=runtime, feed=feed)

@@ -17,14 +17,10 @@ from e5v_jax.train.loss import contrastive_loss
 
 
 class PairBatch(NamedTuple):
-    """The inputs of B triplets (or pairs), sorted by length into groups.
-
-    ``order[k]`` is where input k (all sent0, then all sent1, then all hard_neg) stands in the
-    concatenation of the groups.
-    """
+    """The inputs of B triplets (or pairs), sorted by length into groups."""
 
     groups: tuple[Batch, ...]
-    order: Array  # int32 [3B] or [2B]
+    order: Array  # int32 [3B] or [2B], where each sent0, then sent1, hard_neg is in joined groups
     text_ids: Array  # int32 [3B] or [2B], equal where two inputs are the same
 
 
@@ -123,10 +119,7 @@ def make_train_step(
     dropout: bool,
     state: tuple[nnx.State, optax.OptState],
 ) -> TrainStep:
-    """Jit the step; trainable and optimizer state are donated and placed like ``state``, the first.
-
-    ``step(trainable, opt_state, frozen, batch, key) -> (trainable, opt_state, metrics)``.
-    """
+    """Jit the step; parameters and optimizer state are donated, placed like the first ``state``."""
     placement = jax.tree.map(lambda x: x.sharding, state)
     loss_of = partial(pair_loss, columns=columns, loss=loss, chunk_size=chunk_size, remat=remat)
 

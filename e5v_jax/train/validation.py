@@ -20,8 +20,7 @@ class Validation:
     def __init__(self, data: Path, encoder: Encoder, *, stride: int) -> None:
         """Read the pairs (every ``stride``-th) now, so that a missing file stops no running run.
 
-        Raises FileNotFoundError, ValueError: a missing or damaged file, or a pair that the
-        model cannot embed.
+        Raises FileNotFoundError, ValueError: a missing or damaged file, a pair the model refuses.
         """
         self._pairs, self._encoder = load_task(data, TASK, stride=stride), encoder
         self._prompts = choose_prompt("sts", None)
@@ -31,15 +30,7 @@ class Validation:
 
     def score(self, trainable: nnx.State, frozen: nnx.State) -> float:
         """Compute Spearman x 100 by the paper's protocol."""
-        state = nnx.merge_state(trainable, frozen)
-
+        embed = partial(encode_stream, self._encoder, nnx.merge_state(trainable, frozen))
         with ThreadPoolExecutor(1) as pool:  # there are no images to decode
-            encode = partial(
-                encode_stream,
-                self._encoder,
-                state,
-                prompts=self._prompts,
-                limits=BatchLimits(),
-                pool=pool,
-            )
+            encode = partial(embed, prompts=self._prompts, limits=BatchLimits(), pool=pool)
             return score_tasks(encode, {TASK: self._pairs})[TASK].items.value()
