@@ -31,6 +31,12 @@ class _Command(Generic[Args]):
     """On an error, show where in the code it came from."""
 
 
+def program() -> str:
+    """What the user called, for usage lines: ``python -m e5v_jax.train`` or ``e5v-train``."""
+    spec = sys.modules["__main__"].__spec__
+    return f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name
+
+
 def run(
     main: Callable[[Args], None],
     args_type: type[Args],
@@ -45,10 +51,9 @@ def run(
     given; ``argv``, the words of the command line, are by default those of this process. Raises
     SystemExit: always; see :func:`exit_on_error` for the codes.
     """
-    spec = sys.modules["__main__"].__spec__
     command: _Command[Args] = tyro.cli(
         _Command[args_type],  # type: ignore[valid-type]  # a type known only at run time
-        prog=f"python -m {spec.name.removesuffix('.__main__')}" if spec else Path(sys.argv[0]).name,
+        prog=program(),
         description=args_type.__doc__,
         default=tyro.MISSING_NONPROP if default is None else _Command(default),
         args=argv,

@@ -12,7 +12,7 @@ from e5v_jax.dryrun.report import Report
 from e5v_jax.dryrun.run import EncodeDryRun, TrainDryRun, report_encode, report_train
 from e5v_jax.train.config import TrainConfig
 
-USAGE = """usage: python -m e5v_jax.dryrun train|encode --topology v5e:4x8 [flags]
+USAGE = """usage: {} train|encode --topology v5e:4x8 [flags]
 What a training step, or a batch of the encoder, needs on chips that are not here.
 train --help and encode --help list the flags."""
 
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if command == "encode":
         cli.run(lambda args: show(report_encode(args), args), EncodeDryRun, argv=flags)
     is_help = command in ("-h", "--help")
-    print(USAGE, file=sys.stdout if is_help else sys.stderr)
+    print(USAGE.format(cli.program()), file=sys.stdout if is_help else sys.stderr)
     sys.exit(0 if is_help else 2)
 
 
