@@ -14,7 +14,7 @@ from e5v_jax.train.config import TrainConfig
 
 USAGE = """usage: {} train|encode --topology v5e:4x8 [flags]
 What a training step, or a batch of the encoder, needs on chips that are not here.
-train --help and encode --help list the flags."""
+The flags: python -m e5v_jax.dryrun train|encode --help."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
