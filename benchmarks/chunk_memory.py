@@ -29,7 +29,7 @@ class Args:
     chunk_sizes: tuple[int | None, ...] = (None, 96, 48, 24)
     """Sentences in the model at a time; None is the whole batch."""
     batch_size: int = 64
-    """TrainingPairs a step."""
+    """Triplets a step."""
     steps: int = 2
     """Timed steps, after one that is not."""
     length_groups: int = 1

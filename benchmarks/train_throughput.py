@@ -44,7 +44,7 @@ class Args:
     data: tuple[Path, ...]
     """csv files with columns sent0, sent1, hard_neg."""
     batch_size: int = 64
-    """TrainingPairs a step."""
+    """Triplets a step."""
     turns: int = 2
     """Of each side."""
     steps: int = 3
