@@ -42,7 +42,7 @@ class Args:
     quantize: Literal["nf4", "int8"] | None = None
     """Storage of the base."""
     batch_size: int = 768
-    """TrainingPairs of a step."""
+    """Triplets of a step."""
     chunk_size: int | None = 96
     """Sentences in the model at a time."""
     length: int = 64

@@ -1,4 +1,4 @@
-"""TrainingPairs a second in training: our step and torch + peft, in turns, on the same batches.
+"""Triplets a second in training: our step and torch + peft, in turns, on the same batches.
 
     python benchmarks/train_throughput.py --model BASE --data triplets_snli.csv --batch-size 24 \
         --length-groups 8
