@@ -52,7 +52,7 @@ _SPLASH_MATMULS = {"fwd": 2, "dq": 3, "dkv": 4}  # the backward kernels compute 
 
 
 def _kernel_flops(eqn: Any) -> float:
-    """Of a kernel of splash attention, which skips what the causal mask hides: half."""
+    """Count a kernel of splash attention, which skips what the causal mask hides: half."""
     name = eqn.params["name"]
     matmuls = next((n for kind, n in _SPLASH_MATMULS.items() if f"_{kind}" in name), None)
     if "splash" not in name or matmuls is None:

@@ -61,8 +61,9 @@ class EvaluateConfig(ScoringArgs):
     compare: tuple[Path, Path] | None = None
     """Instead of all else: the outputs of two runs, to compare them item by item."""
     protocol: Protocol = "paper"
-    """Of STS. paper: prompt `sts`, sentences cleaned as the authors do. plain: the instruction
-    without spaces around it, sentences as they stand in the files: not the paper's figure."""
+    """How STS is scored. paper: prompt `sts`, sentences cleaned as the authors do. plain: the
+    instruction without spaces around it, sentences as they stand in the files: not the paper's
+    figure."""
     output: Path | None = None
     """Folder to write results.json, results.md and items.npz to; must be empty or not exist."""
 
