@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -185,6 +185,7 @@ class ParameterTable:
         return NamedSharding(mesh, P(*axes))
 
 
+@cache
 def name_pattern(template: str) -> re.Pattern[str]:
     """What matches a name with ``{i}`` in it; the group ``i`` is the number of the layer."""
     return re.compile(re.escape(template).replace(r"\{i\}", r"(?P<i>0|[1-9]\d*)"))
