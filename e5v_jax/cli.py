@@ -1,13 +1,11 @@
-"""What all commands share: typed flags, one line per error, exit codes."""
+"""What all commands share: typed flags and the file of a configuration."""
 
 import logging
 import os
 import re
 import runpy
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Generic, NoReturn, TypeVar
@@ -15,13 +13,10 @@ from typing import Annotated, Generic, NoReturn, TypeVar
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+from e5v_jax.exits import UsageError, exit_on_error
 from e5v_jax.storage import as_path
 
 Args = TypeVar("Args")
-
-
-class UsageError(ValueError):
-    """The command line itself is wrong, in a way that only the command can tell: exit code 2."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +44,7 @@ def run(
     ``args_type`` is a dataclass: its docstring is the help text, the docstring of each field the
     help of its flag. ``--traceback`` is added. ``default`` has the values of the flags that are not
     given; ``argv``, the words of the command line, are by default those of this process. Raises
-    SystemExit: always; see :func:`exit_on_error` for the codes.
+    SystemExit: always; see e5v_jax/exits.py for the codes.
     """
     command: _Command[Args] = tyro.cli(
         _Command[args_type],  # type: ignore[valid-type]  # a type known only at run time
@@ -112,33 +107,6 @@ def refuse_remote_paths(args: object) -> None:
         args = tuple(getattr(args, field.name) for field in fields(args))
     for value in args if isinstance(args, tuple) else ():
         refuse_remote_paths(value)
-
-
-@contextmanager
-def exit_on_error(*, show_traceback: bool) -> Iterator[None]:
-    """Turn an error into a line on stderr and SystemExit: 1, 2 (UsageError), 130 (interrupt)."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)  # 128 + SIGINT, as shells have it
-    except Exception as error:
-        if show_traceback:
-            traceback.print_exc()
-        else:
-            print(f"error: {_one_line(error)}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # errors whose message is written for the user; any other class is named in front of its message
-    if isinstance(error, ValueError | OSError | ImportError) and lines:
-        return " ".join(lines)
-    # Only the first line: an error of XLA may go on for pages.
-    return ": ".join([type(error).__name__, *lines[:1]]) + " (--traceback shows where)"
 
 
 def _from_words(words: list[str]) -> Path:

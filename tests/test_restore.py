@@ -17,12 +17,14 @@ from jax.errors import JaxRuntimeError
 from orbax.checkpoint import v1 as ocp
 from training_runs import config, make_folder, read_metrics
 
+from e5v_jax.checksums import write_checksums
 from e5v_jax.nn.layers import LoRAParam
 from e5v_jax.sharding import make_mesh
-from e5v_jax.train.checkpoint import Restored, open_checkpointer, restore, save
+from e5v_jax.train.checkpoint import open_checkpoints
 from e5v_jax.train.config import OptimizerConfig, TrainConfig
 from e5v_jax.train.loop import train
 from e5v_jax.train.optimizer import init_optimizer, make_optimizer, make_schedule
+from e5v_jax.train.restore import Restored, restore
 
 STEPS, SEEN = 20, {"next_index": 1}
 
@@ -56,10 +58,9 @@ class Run:
 
     def save(self, *steps: int) -> Path:
         """Checkpoints of what there is now; returns the newest."""
-        with open_checkpointer(self.cfg) as checkpointer:
+        with open_checkpoints(self.cfg) as checkpoints:
             for step in steps or (self.step,):
-                save(
-                    checkpointer,
+                checkpoints.save(
                     step,
                     self.trainable,
                     self.opt_state,
@@ -67,13 +68,13 @@ class Run:
                     accumulate_steps=self.k,
                     last=True,
                 )
-                checkpointer.wait()
+                checkpoints.wait()
         return self.cfg.output / "checkpoints" / str(step)
 
     def restore(self) -> Restored | None:
-        with open_checkpointer(self.cfg) as checkpointer:
+        with open_checkpoints(self.cfg) as checkpoints:
             return restore(
-                checkpointer,
+                checkpoints,
                 self.trainable,
                 self.opt_state,
                 self.mesh,
@@ -237,6 +238,7 @@ def test_the_same_accumulation_goes_on_to_the_bit(
         text = file.read_text()
         assert ', "accumulate_steps": 3' in text
         file.write_text(text.replace(', "accumulate_steps": 3', ""))
+        write_checksums(newest)
     found = run.restore()
     assert found is not None and not caplog.records
     for mine, other in zip(
