@@ -19,11 +19,22 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with naming(path), temporary.open("wb") as file:
             write(file)
         temporary.rename(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an error of a write, such as a full disk's, the name of the file, which it lacks."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def check_new(dst: Path) -> None:
@@ -44,6 +55,7 @@ def new_folder(dst: Path) -> Iterator[Path]:
     if in_bucket(dst):
         with tempfile.TemporaryDirectory() as local:
             yield Path(local)
+            check_new(dst)  # another program may have been faster
             upload(Path(local), dst)
         return
     dst.parent.mkdir(parents=True, exist_ok=True)
@@ -51,7 +63,8 @@ def new_folder(dst: Path) -> Iterator[Path]:
     remove_folder(temporary)
     temporary.mkdir()
     try:
-        yield temporary
+        with naming(dst):
+            yield temporary
         temporary.rename(dst)  # replaces an empty folder
     finally:
         remove_folder(temporary)

@@ -55,6 +55,8 @@ def run(
     )
     with exit_on_error(show_traceback=command.traceback):
         refuse_remote_paths(command.args)
+        if not command.traceback:
+            _quiet_libraries()
         main(command.args)
     sys.exit(0)
 
@@ -92,6 +94,18 @@ def show_log() -> None:
     """Print what the package logs, from INFO on, to stderr."""
     logging.basicConfig(format="%(message)s", force=True)  # a library may have had its way before
     logging.getLogger("e5v_jax").setLevel(logging.INFO)
+
+
+def _quiet_libraries() -> None:
+    """Keep what Orbax and asyncio log of errors in their threads, which the main thread hears of.
+
+    Of a full disk, that is a thousand lines before the one that says so.
+    """
+    from absl import logging as absl_logging  # Orbax's; here, for its import takes a while
+
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    for name in ("asyncio", "concurrent.futures"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def refuse_remote_paths(args: object) -> None:

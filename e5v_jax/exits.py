@@ -3,6 +3,7 @@
 It imports the standard library only, so that a command can guard its slow imports with it.
 """
 
+import errno
 import os
 import select
 import signal
@@ -15,6 +16,7 @@ from types import FrameType
 from typing import NoReturn
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 GRACE = 10.0  # seconds that tidying up may take after Ctrl-C
 
 
@@ -83,6 +85,10 @@ def _obeying_interrupts() -> Iterator[None]:
 
     def handle(number: int, frame: FrameType | None) -> None:
         noted.set()
+        while frame is not None:
+            if frame.f_code.co_filename.startswith("<frozen importlib"):
+                _interrupted_now()  # C code that is being imported may print pages, or crash
+            frame = frame.f_back
         raise KeyboardInterrupt
 
     reading, writing = os.pipe()
@@ -95,8 +101,7 @@ def _obeying_interrupts() -> Iterator[None]:
         if number:
             ready, _, _ = select.select([reading], [], [], GRACE)
             if not ready or os.read(reading, 1):
-                print("interrupted", file=sys.stderr)
-                _leave(INTERRUPTED)
+                _interrupted_now()
         os.close(reading)
 
     before = signal.signal(signal.SIGINT, handle)
@@ -108,8 +113,14 @@ def _obeying_interrupts() -> Iterator[None]:
         signal.set_wakeup_fd(before_fd)
         signal.signal(signal.SIGINT, before)
         os.close(writing)
-        if noted.is_set():  # also where it was swallowed, or another error came of it
+        told = getattr(sys.exc_info()[1], "code", None) == INTERRUPTED
+        if noted.is_set() and not told:  # it was swallowed, or another error came of it
             raise KeyboardInterrupt
+
+
+def _interrupted_now() -> NoReturn:
+    print("interrupted", file=sys.stderr)
+    _leave(INTERRUPTED)
 
 
 def _leave(code: int) -> NoReturn:
@@ -120,8 +131,10 @@ def _leave(code: int) -> NoReturn:
 
 
 def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        todo = ": free some space there, then start it again" if error.errno in _FULL else ""
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return f"{where}{error.strerror}{todo}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     # errors whose message is written for the user; any other class is named in front of its message
     if isinstance(error, ValueError | OSError | ImportError) and lines:

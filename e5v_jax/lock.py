@@ -16,6 +16,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,44 +34,22 @@ class LockedError(OSError):
     """Another program works on the same output."""
 
 
+@dataclass(frozen=True)
 class Lock:
     """A lock that is held."""
 
-    def __init__(self, file: Path, content: dict[str, Any]) -> None:
-        """Renew ``file``, which has ``content``, until :meth:`release`."""
-        self._file, self._content = file, content
-        self._released, self._lost = threading.Event(), False
-        self._thread = threading.Thread(target=self._renew, daemon=True)
-        self._thread.start()
+    file: Path
+    id: str
 
     def check(self) -> None:
         """Raise LockedError where another program has taken the lock meanwhile.
 
         It may after a machine that slept, or that could not reach the file for ``SILENCE`` seconds.
         """
-        if self._lost:
-            holder = describe(_read(self._file))
-            raise LockedError(f"{self._file}: taken over by {holder}: two programs had one output")
-
-    def release(self) -> None:
-        """Delete the file, if it is still this lock's."""
-        self._released.set()
-        self._thread.join()
-        if self._is_ours():
-            self._file.unlink(missing_ok=True)
-
-    def _is_ours(self) -> bool:
-        found = _read(self._file)
-        return found is not None and found.get("id") == self._content["id"]
-
-    def _renew(self) -> None:
-        while not self._released.wait(BEAT):
-            with suppress(OSError):  # out of reach or full for now: the next time may do
-                if not self._is_ours():
-                    self._lost = True
-                    return
-                self._content["beat"] = time.time()
-                write_whole(self._file, lambda file: file.write(_encode(self._content)))
+        found = _read(self.file)
+        if found is not None and found.get("id") != self.id:
+            holder = describe(found)
+            raise LockedError(f"{self.file}: taken over by {holder}: two programs had one output")
 
 
 @contextmanager
@@ -85,21 +64,25 @@ def hold(folder: Path) -> Iterator[Lock]:
     content = _identify()
     if not in_bucket(file):
         file.parent.mkdir(parents=True, exist_ok=True)
-    while not create_new(file, _encode(content)) or not _stays(file, content):
-        found = _read(file)
-        if _is_alive(file, found):
-            raise LockedError(
-                f"{folder}: in use by {describe(found)}; wait for it or choose another output "
-                f"(if there is no such program, delete {file})"
-            )
-        if _read(file) == found:
-            file.unlink(missing_ok=True)
-            _logger.warning("%s: left behind by %s, taken over", file, describe(found))
-    lock = Lock(file, content)
     try:
-        yield lock
+        while not create_new(file, _encode(content)) or not _stays(file, content):
+            found = _read(file)
+            if _is_alive(file, found):
+                raise LockedError(
+                    f"{folder}: in use by {describe(found)}; wait for it or choose another output "
+                    f"(if there is no such program, delete {file})"
+                )
+            if _read(file) == found:
+                file.unlink(missing_ok=True)
+                _logger.debug("%s: left behind by %s, taken over", file, describe(found))
+        renewing = _Renewing(file, content)
+        try:
+            yield Lock(file, content["id"])
+        finally:
+            renewing.stop()
     finally:
-        lock.release()
+        if _is_held_by(file, content["id"]):
+            file.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -118,8 +101,39 @@ def _stays(file: Path, content: dict[str, Any]) -> bool:
     Who finds a dead holder's lock at the same moment may delete this one in its place.
     """
     time.sleep(_MOMENT)
+    return _is_held_by(file, content["id"])
+
+
+def _is_held_by(file: Path, id: str) -> bool:
     found = _read(file)
-    return found is not None and found.get("id") == content["id"]
+    return found is not None and found.get("id") == id
+
+
+class _Renewing:
+    """A thread that writes a lock anew every ``BEAT`` seconds, as long as it is this one's."""
+
+    def __init__(self, file: Path, content: dict[str, Any]) -> None:
+        self._file, self._content = file, content
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Return when the thread has ended, so that it writes no more."""
+        self._stopped.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stopped.wait(BEAT):
+            with suppress(OSError):  # out of reach or full for now: the next time may do
+                if not _is_held_by(self._file, self._content["id"]):
+                    return
+                content = _encode({**self._content, "beat": time.time()})
+                _replace(self._file, content)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    write_whole(path, lambda file: file.write(content))
 
 
 def describe(content: dict[str, Any] | None) -> str:
@@ -138,7 +152,7 @@ def _identify() -> dict[str, Any]:
         "machine": _machine(),
         "process": os.getpid(),
         "started": _start_of(os.getpid()),
-        "command": " ".join(sys.argv)[:200],
+        "command": " ".join(sys.orig_argv[1:])[:80],
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),
         "beat": time.time(),
     }
@@ -178,7 +192,7 @@ def _is_alive(file: Path, found: dict[str, Any] | None) -> bool:
     _logger.warning("%s: held by %s; waiting for a sign of life", file, describe(found))
     end = time.monotonic() + SILENCE
     while time.monotonic() < end:
-        time.sleep(1.0)
+        time.sleep(SILENCE / 90)
         if _read(file) != found:
             return file.exists()  # renewed or changed hands; else it has just been released
     return False

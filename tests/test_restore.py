@@ -56,7 +56,7 @@ class Run:
             self.trainable = optax.apply_updates(self.trainable, updates)
         return self
 
-    def save(self, *steps: int) -> Path:
+    def save(self, *steps: int, score: float | None = None) -> Path:
         """Checkpoints of what there is now; returns the newest."""
         with open_checkpoints(self.cfg) as checkpoints:
             for step in steps or (self.step,):
@@ -67,6 +67,7 @@ class Run:
                     SEEN,
                     accumulate_steps=self.k,
                     last=True,
+                    score=score,
                 )
                 checkpoints.wait()
         return self.cfg.output / "checkpoints" / str(step)
@@ -111,6 +112,72 @@ def test_damage_is_set_aside(tmp_path: Path, files: str, damage: Callable[[Path]
     found = run.restore()
     assert found is not None and found.step == 3 and found.iterator_state == SEEN
     assert (run.cfg.output / "damaged-6").is_dir() and not newest.exists()
+
+
+def flip(file: Path, seed: int) -> None:
+    """Flip one bit."""
+    content, random = bytearray(file.read_bytes()), np.random.default_rng(seed)
+    content[random.integers(len(content))] ^= 1 << int(random.integers(8))
+    file.write_bytes(content)
+
+
+def test_a_flipped_bit_is_noticed_in_every_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """TensorStore itself restores most flips in arrays as if nothing was wrong."""
+    run = Run(tmp_path)
+    newest, seed = run.save(3, 6), 0
+    files = [file for file in sorted(newest.rglob("*")) if file.is_file() and file.stat().st_size]
+    assert {"checksums.json", "_CHECKPOINT_METADATA", "_METADATA"} <= {file.name for file in files}
+    for file in files:
+        for _ in range(3):
+            seed += 1
+            whole = file.read_bytes()
+            flip(file, seed)
+            caplog.clear()
+            found = run.restore()
+            assert found is not None and found.step == 3, file
+            if file.name != "checksums.json":  # then it is its key or sum that does not fit
+                assert f"{file}: differs from what was written" in caplog.text
+            (run.cfg.output / "damaged-6").rename(newest)
+            file.write_bytes(whole)
+    found = run.restore()
+    assert found is not None and found.step == 6
+
+
+def test_a_flipped_bit_of_the_best_or_of_an_adapter(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.save(3, 6)
+    run.save(9, score=50.0)
+    newest = run.save(12, score=60.0)
+    flip(next((newest / "state" / "d").iterdir()), 0)
+    with open_checkpoints(run.cfg) as checkpoints:
+        best = checkpoints.load_best(run.trainable)
+    assert best is not None and best[:2] == (9, 50.0)
+
+
+def test_checkpoints_of_earlier_versions_have_no_sums(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(tmp_path)
+    (run.save(3) / "checksums.json").unlink()
+    found = run.restore()
+    assert found is not None and found.step == 3
+    assert "no checksums.json, so a flipped byte would not be noticed" in caplog.text
+
+
+def test_parameters_that_are_not_finite_are_damage(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As an earlier version may have saved them."""
+    run = Run(tmp_path)
+    run.save(3)
+    good = run.trainable
+    run.trainable = jax.tree.map(lambda x: x.at[3, 5].set(jnp.nan), good)
+    run.save(6)
+    found = run.restore()
+    assert found is not None and found.step == 3
+    assert "its parameters are not finite" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -140,9 +140,17 @@ def open_checkpoints(cfg: TrainConfig) -> Iterator[Checkpoints]:
         try:
             yield checkpoints
             checkpoints.wait()
-        finally:
             with _told(checkpoints.folder):
                 checkpoints.orbax.close()
+        except BaseException:
+            with suppress(Exception):  # the first error says more
+                checkpoints.orbax.close()
+            for unfinished in checkpoints.folder.glob("*.orbax-checkpoint-tmp"):
+                remove_folder(unfinished)  # on a full disk, it would keep it full
+            raise
+
+
+_FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 
 
 @contextmanager
@@ -151,11 +159,11 @@ def _told(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        full = ("No space left", "Disk quota exceeded", "File too large", "RESOURCE_EXHAUSTED")
-        if not isinstance(error, OSError) and not any(word in reason for word in full):
+        found = " ".join(str(error).split()) or type(error).__name__
+        reason = next((words for words in _FULL if words in found), None)
+        if reason is None and not isinstance(error, OSError):
             raise
         raise OSError(
-            f"{folder}: cannot write a checkpoint: {reason[:300]}; the ones before it are whole: "
-            "free some space, then --resume"
+            f"{folder}: cannot write a checkpoint: {reason or found[:300]}; those before it are "
+            "whole: mend that, then --resume"
         ) from error

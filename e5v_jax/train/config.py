@@ -173,6 +173,19 @@ def check_values(cfg: TrainConfig) -> None:
             raise ValueError(f"loss.matryoshka_dims: {dim}, expected at least 1 each")
 
 
+def check_sizes(cfg: TrainConfig, hidden_size: int) -> None:
+    """Check what must not be larger than the model is wide. Raises ValueError: names the field."""
+    rank = 0 if cfg.lora is None else cfg.lora.rank
+    for name, values in {
+        "lora.rank": (rank,),
+        "loss.matryoshka_dims": cfg.loss.matryoshka_dims,
+    }.items():
+        if max(values, default=0) > hidden_size:
+            raise ValueError(
+                f"{name}: {max(values)}, expected at most {hidden_size}, the model's hidden_size"
+            )
+
+
 def _value(cfg: TrainConfig, name: str) -> Any:
     """The value of a field by its dotted name; None within a part that is None."""
     value: Any = cfg

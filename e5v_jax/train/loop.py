@@ -5,6 +5,7 @@ from math import isfinite
 import jax
 import optax
 
+from e5v_jax.atomic import naming
 from e5v_jax.checkpoints.converted import ConvertedFolder
 from e5v_jax.data.pairs import TrainingPairs
 from e5v_jax.distributed import initialize, is_first, wait_for_all
@@ -12,7 +13,7 @@ from e5v_jax.encode.encoder import Encoder
 from e5v_jax.lock import Lock, hold_in_first
 from e5v_jax.storage import remove_folder
 from e5v_jax.train.checkpoint import Checkpoints, open_checkpoints
-from e5v_jax.train.config import TrainConfig, check_values
+from e5v_jax.train.config import TrainConfig, check_sizes, check_values
 from e5v_jax.train.export import export
 from e5v_jax.train.feed import load_data
 from e5v_jax.train.identity import (
@@ -41,13 +42,14 @@ def train(cfg: TrainConfig) -> None:
     check_values(cfg)
     initialize(distributed=cfg.distributed)
     check_run_folder(cfg)
-    with hold_in_first(cfg.output) as lock:
+    with hold_in_first(cfg.output) as lock, naming(cfg.output):
         check_run_folder(cfg)  # another may have begun or ended it meanwhile
         _train(cfg, lock)
 
 
 def _train(cfg: TrainConfig, lock: Lock | None) -> None:
     base = ConvertedFolder(cfg.model)
+    check_sizes(cfg, base.config.text.hidden_size)
     triplets = load_data(cfg.data)
     info = run_info(cfg, base.info.content_hash, triplets.fingerprint)
     check_same_run(cfg.output, info, allowed=cfg.allow_change)
