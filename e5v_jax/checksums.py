@@ -25,8 +25,10 @@ def write_checksums(folder: Path) -> None:
     write_whole(folder / CHECKSUMS, lambda file: file.write(content))
 
 
-def verify_checksums(folder: Path, *, part: int = 0, parts: int = 1) -> bool:
-    """Compare every file with its sum, or every ``parts``-th from the ``part``-th on.
+def verify_checksums(
+    folder: Path, *, only: str | None = None, part: int = 0, parts: int = 1
+) -> bool:
+    """Compare every file with its sum, ``only`` one, or every ``parts``-th from the ``part``-th on.
 
     False if the folder has no sums, as one of an earlier version. Files beside those that have one
     are passed over. Raises DamagedFileError: a file differs, is missing or has no readable sum;
@@ -36,17 +38,16 @@ def verify_checksums(folder: Path, *, part: int = 0, parts: int = 1) -> bool:
         sums = json.loads((folder / CHECKSUMS).read_bytes())
     except FileNotFoundError:
         return False
-    except ValueError as error:
+    except (ValueError, IsADirectoryError, RecursionError) as error:
         raise DamagedFileError(f"{folder / CHECKSUMS}: not JSON ({error})") from error
     if not isinstance(sums, dict):
         raise DamagedFileError(f"{folder / CHECKSUMS}: expected an object of names and sums")
-    for name in sorted(sums)[part::parts]:
-        verify_file(folder / name, sums[name])
+    for name in sorted(sums)[part::parts] if only is None else [only]:
+        _verify(folder / name, sums.get(name))
     return True
 
 
-def verify_file(file: Path, expected: object) -> None:
-    """Compare a file with its sum. Raises as :func:`verify_checksums`."""
+def _verify(file: Path, expected: object) -> None:
     try:
         found = sha256(file)
     except (FileNotFoundError, IsADirectoryError) as error:

@@ -264,6 +264,7 @@ def test_resuming_a_finished_run_changes_nothing(finished: Path, folder: Path) -
     ("flags", "message"),
     [
         (["--batch-size", "7"], "batch_size was 8 and is now 7"),
+        (["--dtype", "bfloat16"], "dtype was float32 and is now bfloat16"),
         (["--seed", "1"], "seed was 42 and is now 1"),
         (["--max-steps", "4"], "max_steps was None and is now 4"),
         (["--loss.temperature", "0.1"], "loss.temperature was 0.05 and is now 0.1"),

@@ -26,6 +26,7 @@ from e5v_jax.train.config import TrainConfig
 
 _logger = logging.getLogger(__name__)
 SCORE = "stsb_dev"
+_METADATA = "_CHECKPOINT_METADATA"  # Orbax's: scores, position in the data
 
 
 @dataclass
@@ -82,9 +83,7 @@ class Checkpoints:
     def set_aside(self, steps: list[int], name: str) -> None:
         """Move checkpoints to RUN/NAME-STEP, in place of an earlier one; in all processes."""
         for step in steps if is_first() else ():
-            target = self.folder.parent / f"{name}-{step}"
-            remove_folder(target)
-            (self.folder / str(step)).rename(target)
+            _set_aside(self.folder / str(step), name)
         wait_for_all(f"{name} checkpoints moved")
         self.orbax.reload()
 
@@ -127,6 +126,9 @@ def open_checkpoints(cfg: TrainConfig) -> Iterator[Checkpoints]:
     best = kept.BestN(n=1, get_metric_fn=itemgetter(SCORE), keep_checkpoints_without_metrics=False)
     scored = [] if cfg.evaluation.data is None else [best]
     every = ocp.training.save_decision_policies.FixedIntervalPolicy(cfg.checkpoint_every)
+    if is_first():
+        _set_aside_unreadable(as_path(cfg.output / CHECKPOINTS))
+    wait_for_all("checkpoints have metadata")
     with ThreadPoolExecutor(1) as hashing:
         checkpoints = Checkpoints(
             ocp.training.Checkpointer(
@@ -148,6 +150,23 @@ def open_checkpoints(cfg: TrainConfig) -> Iterator[Checkpoints]:
             for unfinished in checkpoints.folder.glob("*.orbax-checkpoint-tmp"):
                 remove_folder(unfinished)  # on a full disk, it would keep it full
             raise
+
+
+def _set_aside(checkpoint: Path, name: str) -> None:
+    target = checkpoint.parent.parent / f"{name}-{checkpoint.name}"
+    remove_folder(target)
+    checkpoint.rename(target)
+
+
+def _set_aside_unreadable(folder: Path) -> None:
+    """Move away checkpoints with damaged metadata: Orbax opens none if it cannot read them all."""
+    for checkpoint in folder.glob("[0-9]*") if folder.is_dir() else ():
+        try:
+            with suppress(OSError):  # out of reach is no damage: who restores it says so
+                verify_checksums(checkpoint, only=_METADATA)
+        except DamagedFileError as error:
+            _logger.warning("checkpoint of step %s is damaged (%s)", checkpoint.name, error)
+            _set_aside(checkpoint, "damaged")
 
 
 _FULL = ("No space left on device", "Disk quota exceeded", "File too large")
