@@ -17,11 +17,13 @@ from PIL import Image
 
 from e5v_jax import E5V, cli
 from e5v_jax.checkpoints import from_hf
+from e5v_jax.data.images import FORMATS
 from e5v_jax.data.inputs import InputError
 from e5v_jax.encode.__main__ import encode, label
 from e5v_jax.encode.files import IMAGE_SUFFIXES, make_item, read_items
 from e5v_jax.encode.options import Args
 
+NO_IMAGE = f"not an image in a format that is read: {', '.join(FORMATS)}"
 Command = Callable[..., tuple[int, str, str]]
 
 
@@ -346,7 +348,7 @@ BAD_FILES = [
         "a.jsonl:2: id '2' is taken: see a.jsonl:1",
     ),
     ("a.jsonl", b'{"image": "x.png"}\n', "a.jsonl:1: image x.png: no such file"),
-    ("a.csv", b"image\nx\x00.png\n", "a.csv:2: image x\x00.png: no such file"),
+    ("a.csv", b"image\nx\x00.png\n", "a.csv:2: image 'x\\x00.png': no such file"),
     (
         "a.csv",
         b"text,image\na,https://example.com/a.png\n",
@@ -401,8 +403,11 @@ def bad_images(tmp_path: Path) -> None:
     ("row", "message"),
     [
         ({"image": "cut.png"}, "cut.png: cannot be read as an image: "),
-        ({"image": "text.png"}, "text.png: not an image in a format that Pillow reads\n"),
-        ({"image": "."}, ".: cannot be read as an image: Is a directory\n"),
+        (
+            {"image": "text.png"},
+            f"text.png: {NO_IMAGE}\n",
+        ),
+        ({"image": "."}, "image .: no file, but a folder, a pipe or the like\n"),
         ({"image": "bomb.png"}, "bomb.png: 10000x10000 pixels, more than the 89478485 allowed"),
         ({"text": "my <image> of"}, "the text contains '<image>' (at character 3), "),
         ({"text": "a<|eot_id|>"}, "the text contains '<|eot_id|>' (at character 1), "),
@@ -439,7 +444,7 @@ def test_bad_row_is_named(
         ),
         (
             ["--text", "a", "b", "--image", "good.png", "--image", "text.png"],
-            "--image 2: text.png: not an image in a format that Pillow reads",
+            f"--image 2: text.png: {NO_IMAGE}",
         ),
         (
             ["--text", "a", "--prompt", "<image> in a word"],
