@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from e5v_jax.evaluate.composed import (
 )
 from e5v_jax.evaluate.composed_sets import ComposedSet, load_cirr, load_fashioniq, take
 from e5v_jax.evaluate.config import EvaluateConfig
+from e5v_jax.evaluate.files import any_text
 from e5v_jax.evaluate.scores import Hits, Score
 
 GALLERY = 60
@@ -408,6 +410,10 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_fashioniq(tmp_path)
 
     class Fake(HashModel):
+        @staticmethod
+        def load_processor(*_: Any, **__: Any) -> Any:
+            return SimpleNamespace(check_text=any_text)
+
         @classmethod
         def from_pretrained(cls, *_: Any, **__: Any) -> "Fake":
             return cls()

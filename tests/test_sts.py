@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import e5v_jax
 from e5v_jax import cli
 from e5v_jax.evaluate.__main__ import evaluate
 from e5v_jax.evaluate.config import EvaluateConfig
+from e5v_jax.evaluate.files import any_text
 from e5v_jax.evaluate.scores import Pairs, Score
 from e5v_jax.evaluate.sts import (
     PAPER_TASKS,
@@ -356,6 +358,10 @@ class FakeE5V:
     template = "chatml"
     loaded: dict[str, Any]
     encoded: dict[str, Any]
+
+    @staticmethod
+    def load_processor(*_: Any, **__: Any) -> Any:
+        return SimpleNamespace(check_text=any_text)
 
     @classmethod
     def from_pretrained(cls, path: str, **options: Any) -> "FakeE5V":

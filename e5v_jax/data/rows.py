@@ -100,12 +100,13 @@ def _json_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return values
 
 
-_JSON = json.JSONDecoder(object_pairs_hook=_json_object)
+JSON = json.JSONDecoder(object_pairs_hook=_json_object)
+"""It decodes as json does, but raises KeyError where an object has a key twice."""
 
 
 def _json_row(line: str) -> dict[str, object] | ValueError:
     try:
-        row = _JSON.decode(line.strip())
+        row = JSON.decode(line.strip())
     except json.JSONDecodeError as error:
         return ValueError(f"broken json: {error.msg}, character {error.colno}")
     except KeyError as error:

@@ -41,7 +41,7 @@ _Gallery = list[tuple[str, files.ImageRef]]
 _Query = tuple[str, tuple[str, ...], str | files.ImageRef, str | None, str]
 
 
-def load_cirr(data: Path, split: str) -> ComposedSet:
+def load_cirr(data: Path, split: str, check: files.CheckText = files.any_text) -> ComposedSet:
     """Read CIRR's ``val`` or ``test`` split, as its authors or the paper's lay it out."""
     folder, answered = data / "cirr", split == "val"
     number: type
@@ -68,10 +68,10 @@ def load_cirr(data: Path, split: str) -> ComposedSet:
         target = files.get(row, answer, str, where) if answered else None
         pair_id = str(files.get(row, "pairid", number, where))
         queries.append((where, (caption,), reference, target, pair_id))
-    return _make_set(gallery, queries)
+    return _make_set(gallery, queries, check)
 
 
-def load_fashioniq(data: Path, kind: str) -> ComposedSet:
+def load_fashioniq(data: Path, kind: str, check: files.CheckText = files.any_text) -> ComposedSet:
     """Read FashionIQ's validation split of one type, as its authors or the paper's lay it out."""
     folder = data / "fashioniq"
     candidate: type
@@ -97,7 +97,7 @@ def load_fashioniq(data: Path, kind: str) -> ComposedSet:
         if len(captions) != 2 or not all(isinstance(text, str) for text in captions):
             raise ValueError(f"{where}: captions {captions!r}, expected two texts")
         queries.append((where, tuple(captions), image, files.get(row, answer, str, where), ""))
-    return _make_set(gallery, queries)
+    return _make_set(gallery, queries, check)
 
 
 def _json_rows(path: Path) -> Iterator[tuple[str, Any]]:
@@ -128,25 +128,26 @@ def take(data: ComposedSet, stride: int) -> ComposedSet:
     return replace(data, **{k: v[::stride] for k, v in values if v is not None})
 
 
-def _make_set(gallery: _Gallery, queries: Sequence[_Query]) -> ComposedSet:
+def _make_set(gallery: _Gallery, queries: Sequence[_Query], check: files.CheckText) -> ComposedSet:
     if not queries:
         raise ValueError(f"no queries for a gallery of {len(gallery)} images")
     row_of = {name: row for row, (name, _) in enumerate(gallery)}
     if len(row_of) != len(gallery):
         raise ValueError("an image is in the gallery twice")
-    for where, _, source, target, _ in queries:
+    for where, captions, source, target, _ in queries:
+        files.check_texts(captions, check, where)
         for name in (source, target):
             if isinstance(name, str) and name not in row_of:
                 raise ValueError(f"{where}: image {name!r} is not in the gallery of {len(row_of)}")
         if source == target:
             raise ValueError(f"{where}: the target is the reference image itself")
-    _, captions, sources, targets, pair_ids = zip(*queries, strict=True)
+    _, texts, sources, targets, pair_ids = zip(*queries, strict=True)
     references = [row_of[source] for source in sources if isinstance(source, str)]
     return ComposedSet(
         gallery_ids=list(row_of),
         gallery=[image for _, image in gallery],
         images=[gallery[row_of[s]][1] if isinstance(s, str) else s for s in sources],
-        captions=list(captions),
+        captions=list(texts),
         references=np.array(references) if references else None,
         targets=None if None in targets else np.array([row_of[name] for name in targets]),
         pair_ids=[name for name in pair_ids if name],

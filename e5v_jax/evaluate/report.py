@@ -132,8 +132,9 @@ def print_report(report: Report) -> None:
 
 def write_report(report: Report, folder: Path) -> None:
     """Write results.json, results.md, items.npz and submissions to ``folder``, which exists."""
-    (folder / "results.json").write_text(to_json(report), encoding="utf-8")
-    (folder / "results.md").write_text(to_markdown(report), encoding="utf-8")
+    for name, text in (("results.json", to_json(report)), ("results.md", to_markdown(report))):
+        # paths may have lone surrogates: what replaces them is JSON's escape, too
+        (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
     arrays: dict[str, np.ndarray] = {}
     for score in report.scores:
         key = f"{score.task}/{score.metric}"
@@ -161,6 +162,9 @@ def read_scores(folder: Path) -> list[Score]:
                     task, _, metric = key.partition("/")
                     kind = Hits if f"{key}/hits" in file else Pairs
                     items = kind(*(file[f"{key}/{part.name}"] for part in fields(kind)))
+                    shapes = [array.shape for array in vars(items).values()]
+                    if shapes != [(len(items),)] * len(shapes) or not np.isfinite(items.value()):
+                        raise ValueError(f"{key}: arrays of shapes {shapes}, or no finite score")
                     scores.append(Score(task, metric, items, str(file[name])))
     except Exception as error:  # zipfile, zlib and NumPy raise many types for a damaged file
         raise ValueError(f"{path}: damaged ({error}): run the evaluation again") from error
