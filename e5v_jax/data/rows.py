@@ -120,7 +120,10 @@ def _json_row(line: str) -> dict[str, object] | ValueError:
 
 def shortened(value: object) -> str:
     """Show a value as json of at most 40 characters, for messages."""
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        text = "brackets in brackets, too deep"
     return text if len(text) <= 40 else text[:37] + "..."
 
 
@@ -166,6 +169,8 @@ def _read_parquet(
                     for is_chosen, row, number in zip(chosen, rows, numbers, strict=False):
                         yield number, row if is_chosen else None
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of Arrow
+            raise
         raise ValueError(f"{file}: broken parquet: {str(error).splitlines()[0]}") from None
 
 

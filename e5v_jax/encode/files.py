@@ -187,10 +187,8 @@ def _item(where: str, id: str, values: dict[str, Any] | ValueError, folder: Path
         if not found.strip():
             raise ValueError("the id is empty")
         if not found.isascii() and _HALF.search(found):  # it could not be written
-            what = "the file's name is not UTF-8: rename it"
-            raise ValueError(
-                what if found is id else "the id has half a character (lone surrogate)"
-            )
+            own = "the id has half a character (a lone surrogate)"
+            raise ValueError(f"the file's name is not UTF-8: rename {id!a}" if found is id else own)
         id = found
         if not value:
             raise ValueError("neither text nor image is given")

@@ -101,9 +101,13 @@ def read_lines(path: Path, *, hint: str) -> list[str]:
     return [line.removesuffix("\r") for line in lines]
 
 
-def read_json(path: Path, *, hint: str) -> Any:
-    """Return the content of a JSON file; raises what read_lines and parse_json do."""
-    return parse_json(_read(path, hint).removeprefix("\ufeff"), str(path))
+def read_json(path: Path, kind: type, *, hint: str) -> Any:
+    """Return the content of a JSON file, a ``kind``; raises what read_lines and parse_json do."""
+    content = parse_json(_read(path, hint).removeprefix("\ufeff"), str(path))
+    if not isinstance(content, kind):
+        found = f"found a {type(content).__name__}, expected a {kind.__name__}"
+        raise ValueError(f"{path}: {found}; {hint}")
+    return content
 
 
 def parse_json(text: str, where: str) -> Any:

@@ -155,7 +155,7 @@ def read_scores(folder: Path) -> list[Score]:
         raise FileNotFoundError(f"{path}: not found; expected the --output folder of an evaluation")
     scores = []
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(path, allow_pickle=False) as file, np.errstate(all="ignore"):
             for name in file:
                 key, _, last = name.rpartition("/")
                 if last == "data":
