@@ -454,6 +454,25 @@ def test_an_error_of_the_disk_is_no_broken_parquet(
     assert error.value.errno == 5
 
 
+def test_parquet_that_lies_about_its_rows(tmp_path: Path) -> None:
+    """It is refused where it says other numbers, or read as it was where nobody asks."""
+    file = tmp_path / "a.parquet"
+    texts = [f"text {i}" for i in range(300)]
+    pq.write_table(pa.table({"text": texts}), file, row_group_size=100)
+    data, hundred = file.read_bytes(), b"\x16\xc8\x01"  # thrift's 100
+    places = [i for i in range(len(data)) if data[i:].startswith(hundred)]
+    refused = 0
+    for place in places:
+        for lie in (b"\x16\xc7\x01", b"\x16\xc8\x7f"):  # -100 and 8164
+            file.write_bytes(data[:place] + lie + data[place + 3 :])
+            try:
+                assert [item.value["text"] for item in read_items(file)[0]] == texts
+            except ValueError as error:
+                refused += 1
+                assert str(error).startswith(f"{file}") and str(error).isprintable()
+    assert refused >= 6
+
+
 def test_brackets_are_as_written_where_they_exist(photos: Path) -> None:
     """In a folder, in the folder of a pattern; and elsewhere they are the pattern's."""
     literal = photos.rename(photos.with_name("photos[1]"))

@@ -155,19 +155,24 @@ def _read_parquet(
                 if leaf.path.partition(".")[0] in columns:
                     binary = "BYTE_ARRAY" in leaf.physical_type and leaf.logical_type.type == "NONE"
                     (left_out if without_bytes and binary else paths).append(leaf.path)
-            numbers = count(1)
-            for group in range(table.num_row_groups):
-                flags = bytes(islice(wanted, table.metadata.row_group(group).num_rows))
+            whole, numbers = table.metadata, count(1)
+            sizes = [whole.row_group(group).num_rows for group in range(whole.num_row_groups)]
+            if min(sizes, default=0) < 0 or sum(sizes) != whole.num_rows:
+                raise ValueError(f"{file}: broken parquet: its row groups do not add up")
+            for group, size in enumerate(sizes):
+                flags = bytes(islice(wanted, size))
                 if not any(flags):
                     yield from zip(islice(numbers, len(flags)), repeat(None))
                     continue
-                flag = iter(flags)
+                flag, left = iter(flags), size
                 # few rows at a time, as they may hold images
                 for batch in table.iter_batches(256, row_groups=[group], columns=paths):
-                    chosen = bytes(islice(flag, len(batch)))
+                    chosen, left = bytes(islice(flag, len(batch))), left - len(batch)
                     rows = _batch_rows(batch, left_out) if any(chosen) else [None] * len(batch)
                     for is_chosen, row, number in zip(chosen, rows, numbers, strict=False):
                         yield number, row if is_chosen else None
+                if left:  # Arrow believes a column that says so
+                    raise ValueError(f"{file}: broken parquet: {size - left} rows, not {size}")
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of Arrow
             raise
