@@ -1,5 +1,6 @@
 """What all commands share: typed flags, one line per error, exit codes."""
 
+import io
 import logging
 import os
 import re
@@ -58,6 +59,10 @@ def run(
         default=tyro.MISSING_NONPROP if default is None else _Command(default),
         args=argv,
     )
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # a path that is not UTF-8, after the work
     with exit_on_error(show_traceback=command.traceback):
         refuse_remote_paths(command.args)
         main(command.args)

@@ -507,6 +507,14 @@ def test_a_name_that_is_not_utf8(
     assert row["id"] == "caf\\udce9.png" and "not UTF-8" in row["reason"]
 
 
+@pytest.mark.usefixtures("load_calls")
+def test_an_output_that_is_not_utf8(command: Command, tmp_path: Path) -> None:
+    output = tmp_path / os.fsdecode(b"caf\xe9.npy")
+    code, out, err = command("--model", "any", "--text", "a dog", "--output", output)
+    assert (code, err) == (0, "") and "caf\\udce9.npy: 1 vector of" in out
+    assert vectors_of(output).shape == (1, 64)
+
+
 def test_files_that_vanish(photos: Path, model: E5V) -> None:
     """Between the look at a folder and the reading of its images."""
     items, _ = read_items(photos)

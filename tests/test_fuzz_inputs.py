@@ -1,4 +1,7 @@
-"""Malformed and odd inputs from seeds, see fuzz_inputs.py; -s prints what came of them."""
+"""Malformed and odd inputs from seeds, see fuzz_inputs.py; -s prints what came of them.
+
+The libraries of TIFF print lines of their own to stderr about damage, past Python.
+"""
 
 import shutil
 import warnings
@@ -9,10 +12,23 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-from fuzz_inputs import KINDS
+from fuzz_images import fuzz_evaluation, fuzz_image
+from fuzz_inputs import Rng, fuzz_folder, fuzz_pairs, fuzz_prompt, fuzz_rows, fuzz_text
 
 if TYPE_CHECKING:
     from hf_models import Case
+
+
+KINDS: "dict[str, tuple[Callable[[Rng, Path, Case], str], int, int]]" = {
+    # what makes and judges a case, how many in `make test`, how many in all
+    "texts": (fuzz_text, 4, 40),
+    "prompts": (fuzz_prompt, 20, 60),
+    "rows": (fuzz_rows, 40, 200),
+    "pairs": (fuzz_pairs, 20, 80),
+    "folders": (fuzz_folder, 15, 50),
+    "images": (fuzz_image, 60, 300),
+    "evaluation": (fuzz_evaluation, 40, 200),
+}
 
 
 def run(kind: str, cases: range, folder: Path, case: "Case") -> None:

@@ -119,13 +119,15 @@ def test_what_is_no_bomb_is_read() -> None:
     assert load_image(many).size == (20, 20)
 
 
-@pytest.mark.parametrize("fmt", ["ICO", "ICNS", "EPS", "PCX", "TGA", "DDS", "SGI", "PDF"])
+@pytest.mark.parametrize(
+    "fmt", ["ICO", "ICNS", "EPS", "JPEG2000", "PCX", "TGA", "DDS", "SGI", "PDF"]
+)
 def test_other_formats_are_refused_by_name(fmt: str, tmp_path: Path) -> None:
     path = tmp_path / "photo.jpg"
     path.write_bytes(encode(noise(64, 64), fmt))
     with pytest.raises(ImageError) as caught:
         load_image(path)
-    known = "JPEG, PNG, WEBP, GIF, TIFF, BMP, PPM, AVIF, JPEG2000"
+    known = "JPEG, PNG, WEBP, GIF, TIFF, BMP, PPM, AVIF"
     assert str(caught.value) == f"{path}: not an image in a format that is read: {known}"
 
 
@@ -134,7 +136,7 @@ def test_a_folder_is_searched_for_every_format() -> None:
     assert {Image.EXTENSION[suffix] for suffix in IMAGE_SUFFIXES} == {*FORMATS, "MPO"}
 
 
-@pytest.mark.slow  # 20 s and 1 GB
+@pytest.mark.slow  # 20 s and 2 GB
 @pytest.mark.parametrize("fmt", FORMATS)
 def test_the_largest_image(fmt: str, peak: Peak) -> None:
     side = int(MAX_IMAGE_PIXELS**0.5)
@@ -145,3 +147,4 @@ def test_the_largest_image(fmt: str, peak: Peak) -> None:
     start = time.perf_counter()
     assert load_image(data.getvalue()).size == (side, side)
     print(f"{fmt}: {time.perf_counter() - start:.1f} s, {peak():.0f} MB")
+    assert peak() < 2000
