@@ -435,7 +435,7 @@ def test_no_permission(command: Command, tmp_path: Path) -> None:
     for path in (tmp_path / "a.jsonl", tmp_path / "a.parquet", tmp_path / "folder"):
         path.mkdir() if path.suffix == "" else path.write_text("{}")
         path.chmod(0)
-        code, out, err = command("--model", "any", "--input", path, "--output", "out.npy")
+        code, out, err = command("--model", "any", "--input", path, "--output", tmp_path / "o.npy")
         assert (code, out, err) == (1, "", f"error: {path}: Permission denied\n")
 
 
