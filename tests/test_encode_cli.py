@@ -20,6 +20,7 @@ from e5v_jax import E5V, cli
 from e5v_jax.checkpoints import from_hf
 from e5v_jax.data.images import FORMATS
 from e5v_jax.data.inputs import InputError
+from e5v_jax.data.rows import shortened
 from e5v_jax.encode.__main__ import encode, label
 from e5v_jax.encode.files import IMAGE_SUFFIXES, make_item, read_items
 from e5v_jax.encode.options import Args
@@ -452,6 +453,15 @@ def test_an_error_of_the_disk_is_no_broken_parquet(
     with pytest.raises(OSError, match="Input/output error") as error:
         read_items(file)
     assert error.value.errno == 5
+
+
+def test_a_value_too_deep_to_show() -> None:
+    value: list[Any] = []
+    for _ in range(100_000):
+        value = [value]
+    assert shortened(value) == "brackets in brackets, too deep"
+    while value:  # else Python's own clean-up is as deep
+        (value,) = value
 
 
 def test_parquet_that_lies_about_its_rows(tmp_path: Path) -> None:
