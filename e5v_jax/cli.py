@@ -1,5 +1,6 @@
 """What all commands share: typed flags and the file of a configuration."""
 
+import io
 import logging
 import os
 import re
@@ -53,6 +54,10 @@ def run(
         default=tyro.MISSING_NONPROP if default is None else _Command(default),
         args=argv,
     )
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # a path that is not UTF-8, after the work
     with exit_on_error(show_traceback=command.traceback):
         refuse_remote_paths(command.args)
         if not command.traceback:
