@@ -28,7 +28,7 @@ from e5v_jax.encode.files import IMAGE_SUFFIXES, Item, iterate_items, read_items
 from e5v_jax.prompts import TEXT, TextError, choose_prompt
 
 Rng = np.random.Generator
-PLAIN_CLASSES = (ValueError, TextError, InputError, ImageError, cli.UsageError)
+PLAIN_CLASSES = (ValueError, TextError, InputError, ImageError, exits.UsageError)
 
 
 def one_line(error: Exception) -> str:
