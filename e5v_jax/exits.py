@@ -32,6 +32,8 @@ def exit_on_error(*, show_traceback: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # who read the output has gone, as `| head` does, and knows enough
+        sys.exit(1)
     except Exception as error:
         if show_traceback:
             traceback.print_exc()
