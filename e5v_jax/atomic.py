@@ -1,5 +1,6 @@
 """Files and folders that have their name only once they are whole, here or in a bucket."""
 
+import errno
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -9,9 +10,19 @@ from typing import BinaryIO
 
 from e5v_jax.storage import absolute, in_bucket, remove_folder, upload
 
+_REMEDIES = {
+    errno.ENOSPC: "free space",
+    errno.EDQUOT: "free space",
+    errno.EFBIG: "raise the limit (ulimit -f)",
+}
+
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let ``write`` fill a file that has the name ``path`` only once it is whole."""
+    """Let ``write`` fill a file that has the name ``path`` only once it is whole.
+
+    Raises OSError: it cannot be written, a full disk for example, naming ``path`` and a remedy;
+    what ``write`` raises on other files is left as it is.
+    """
     if in_bucket(path):
         with tempfile.TemporaryDirectory() as local:
             write_whole(Path(local, path.name), write)
@@ -22,6 +33,14 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         with temporary.open("wb") as file:
             write(file)
         temporary.rename(path)
+    except OSError as error:
+        if error.filename not in (None, str(temporary)):
+            raise
+        advice = ""
+        if remedy := _REMEDIES.get(error.errno or 0):
+            advice = f"; files that are whole stay: {remedy} and start the same command again"
+        reason = f"{path}: {error.strerror or error}{advice}"
+        raise OSError(reason) from error
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -11,7 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
-from hf_models import Case, Recipe, build_text, picture
+from faults import file_size_limit
+from hf_models import DOWN, EMBED, NORM, Case, Recipe, build_text, changed, picture
 
 from e5v_jax import E5V
 from e5v_jax.checkpoints.tokenizer import load_tokenizer
@@ -117,6 +118,71 @@ def test_bad_inputs_are_told_and_left_out(e5v: E5V, alone: np.ndarray) -> None:
     assert not found[[1, 3, 4, 5]].any()
     with pytest.raises(InputError, match="input 1: the text is empty"):
         e5v.encode(inputs[:4])
+
+
+# --- vectors that say nothing --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def own(llava: Callable[[str], Case]) -> E5V:
+    return llava("llama-gqa").load()
+
+
+@pytest.mark.parametrize(
+    ("name", "new", "flaw"),
+    [
+        (DOWN, lambda x: x.at[1, 3, 5].set(np.nan), "not finite"),
+        (NORM, lambda x: x.at[7].set(np.inf), "not finite"),
+        (NORM, lambda x: x * np.float32(1e30), "not finite"),  # each value is, their length not
+        (NORM, lambda x: x * 0, "of no length"),
+        (NORM, lambda x: x * np.float32(1e-30), "of no length"),
+    ],
+)
+def test_no_vector_that_says_nothing(
+    own: E5V, name: str, new: Callable[[Any], Any], flaw: str
+) -> None:
+    with changed(own, name, new):
+        for normalize in (True, False):
+            with pytest.raises(InputError, match=rf"input \d: its vector is {flaw}: is the model"):
+                own.encode(ITEMS[:3], normalize_embeddings=normalize)
+        errors: list[InputError] = []
+        assert not own.encode(ITEMS[:3], on_error=errors.append).any()
+    assert sorted(error.position for error in errors) == [0, 1, 2]
+
+
+def test_a_part_of_no_length(own: E5V) -> None:
+    with changed(own, NORM, lambda x: x.at[:3].set(0)):
+        assert own.encode(ITEMS[0], truncate_dim=4)[3] in (1, -1)
+        with pytest.raises(InputError, match="input 0: its vector is of no length"):
+            own.encode(ITEMS[0], truncate_dim=3)
+
+
+def test_overflow_in_float16(own: E5V, llava: Callable[[str], Case]) -> None:
+    """What float32 computes, float16 does not: it is told, not returned."""
+    with changed(own, DOWN, lambda x: x * 30_000):
+        assert np.isfinite(own.encode(ITEMS[:3])).all()
+    half = llava("llama-gqa").load("float16")
+    assert np.isfinite(half.encode(ITEMS[:3])).all()
+    with (
+        changed(half, DOWN, lambda x: x * 30_000),
+        pytest.raises(InputError, match=r"vector is not finite: .* choose bfloat16 or float32"),
+    ):
+        half.encode(ITEMS[:3])
+
+
+def test_only_the_bad_ones(own: E5V, alone: np.ndarray) -> None:
+    """One token is broken: inputs without it are as they were, equal ones are told each."""
+    errors: list[InputError] = []
+    done: list[int] = []
+    inputs = [ITEMS[0], "Z", ITEMS[9], "Z", ITEMS[1]]
+    token = own.tokenizer.convert_tokens_to_ids("Z")
+    with changed(own, EMBED, lambda x: x.at[token].set(np.nan)):
+        found = own.encode(inputs, on_error=errors.append, on_batch=done.append)
+        with pytest.raises(InputError, match="input 1: its vector is not finite"):
+            own.encode(inputs)
+    assert sorted(error.position for error in errors) == [1, 3] and sum(done) == 3
+    assert largest(found[[0, 2, 4]], alone[[0, 9, 1]]) <= TOLERANCE
+    assert not found[[1, 3]].any()
 
 
 # --- batches -------------------------------------------------------------------------------------
@@ -265,6 +331,25 @@ def test_compilation_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert updates["jax_compilation_cache_dir"] == str(folder)
     monkeypatch.setenv(compilation.VARIABLE, str(tmp_path / "own"))
     assert compilation.use_compilation_cache() == tmp_path / "own"
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_no_place_for_the_compilation_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line before the first program, not a warning of JAX's with each."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(compilation.VARIABLE, str(tmp_path / "file"))
+    assert compilation.use_compilation_cache() is None
+    assert jax.config.values["jax_compilation_cache_dir"] is None
+    monkeypatch.setenv(compilation.VARIABLE, str(tmp_path / "full"))
+    monkeypatch.setattr(compilation, "_ROOM", 20_000)
+    with file_size_limit(10_000):
+        assert compilation.use_compilation_cache() is None
+    assert [message.partition(": ")[2][:25] for message in caplog.messages] == [
+        "no compilation cache ther"
+    ] * 2
+    assert "(File exists)" in caplog.text and "(File too large)" in caplog.text
 
 
 @pytest.mark.parametrize("limit", ["batch_size", "max_num_batched_tokens"])

@@ -248,7 +248,10 @@ def test_failed_write_leaves_nothing(
     monkeypatch.setattr(*((np, "save") if suffix == ".npy" else (pq, "write_table")), fail)
     output = tmp_path / f"out{suffix}"
     code, out, err = command("--model", "any", "--text", "a dog", "--output", output)
-    assert (code, out) == (1, "") and "No space left on device" in err
+    assert (code, out) == (1, "") and err == (
+        f"error: {output}: No space left on device; files that are whole stay: free space and "
+        "start the same command again\n"
+    )
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,10 +1,9 @@
 """``python -m e5v_jax.encode --model DIR --text "a dog" "a cat" --image dog.jpg``."""
 
-import multiprocessing
 import sys
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import chain
@@ -88,16 +87,14 @@ def encode_to_folder(args: Args) -> None:
     manifest = bulk.describe(args, scan)
     bulk.check_output(args.output, manifest)
     model = args.load(jax.local_devices())
-    if is_first():
-        bulk.start_output(args.output, manifest, scan)
-    wait_for_all("the output folder is there")
     with (
+        bulk.open_output(args.output, scan),
         decoding_pool(args.num_workers) as pool,
         BulkProgress(scan.rows // jax.process_count(), model.statistics) as progress,
     ):
         embed = partial(model.encode, pool=pool, **args.encode_options())
         embed = partial(embed, on_batch=progress.encoded, show_progress_bar=False)
-        bulk.encode_shards(args, args.output, embed, progress)
+        bulk.encode_shards(args, args.output, manifest, embed, progress)
     wait_for_all("all shards are written")
     if is_first():
         result = bulk.finish_output(args, args.output, scan.rows)
@@ -113,8 +110,9 @@ def decoding_pool(num_workers: int) -> AbstractContextManager[Executor | None]:
     """Start processes that decode images; None leaves it to threads."""
     if num_workers == 0:
         return nullcontext()
-    # JAX has threads, which a fork would lose
-    return ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn"))
+    from e5v_jax.encode.decoding import DecodingPool
+
+    return DecodingPool(num_workers)
 
 
 def collect_items(args: Args) -> list[Item]:

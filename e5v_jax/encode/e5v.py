@@ -133,7 +133,8 @@ class E5V:
             on_error: hears of each bad input, whose vector is then zero.
             on_batch: hears how many inputs each finished batch had.
 
-        Raises ValueError: a bad input, "input 3: ...", without on_error; a bad prompt.
+        Raises ValueError: a bad input, "input 3: ...", without on_error, and so is one whose vector
+        is not finite or zero, as of a broken model; a bad prompt.
         """
         single = isinstance(inputs, str | bytes) or not isinstance(inputs, Sequence)
         items: Sequence[Input] = [inputs] if single else inputs  # type: ignore[list-item, assignment]
@@ -166,8 +167,8 @@ class E5V:
                 pool=decoding,
                 on_error=on_error,
                 on_batch=advance,
+                truncate_dim=truncate_dim,
             )
-        vectors = vectors[:, :truncate_dim]
         if normalize_embeddings:
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         return vectors[0] if single else vectors
