@@ -3,15 +3,21 @@
 import dataclasses
 import logging
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from faults import file_size_limit
+from faults import KillWorker, file_size_limit
 from hf_models import DOWN, EMBED, NORM, Case, Recipe, build_text, changed, picture
 
 from e5v_jax import E5V
@@ -19,8 +25,9 @@ from e5v_jax.checkpoints.tokenizer import load_tokenizer
 from e5v_jax.data.images import image_size
 from e5v_jax.data.inputs import InputError
 from e5v_jax.data.text import IMAGE_BUCKETS, TEXT_BUCKETS, bucket_length
-from e5v_jax.encode import compilation, stream
+from e5v_jax.encode import compilation, decoding, stream
 from e5v_jax.encode.batching import plan_batches
+from e5v_jax.encode.decoding import DecodingPool
 from e5v_jax.families.base import Measured
 from e5v_jax.families.llava_next.presets import ARCHITECTURES
 from e5v_jax.families.llava_next.processor import LlavaNextProcessor
@@ -65,6 +72,78 @@ def test_worker_processes(e5v: E5V, alone: np.ndarray) -> None:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as pool:
         assert largest(e5v.encode(ITEMS, pool=pool), alone) <= TOLERANCE
+
+
+def test_killed_workers(
+    e5v: E5V, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are started again and go on; an image that kills one each time is named."""
+    names = [tmp_path / f"{i}.png" for i in range(3)]
+    for i, name in enumerate(names):
+        picture(40, 60, seed=i).save(name)
+    expected = e5v.encode(names)
+    killer = KillWorker(e5v.processor.load, names[1])
+    monkeypatch.setattr(type(e5v.processor), "load", property(lambda _: killer))
+    monkeypatch.setattr(stream, "_ATTEMPTS", 2)
+    errors: list[InputError] = []
+    with DecodingPool(1) as pool:
+        found = e5v.encode(names, pool=pool, on_error=errors.append)
+    assert "started again (2 of at most 10 times)" in caplog.text
+    message = f"{names[1]}: 2 processes that were to decode it were killed: is memory short?"
+    assert [(error.position, error.reason) for error in errors] == [(1, message)]
+    assert largest(found[[0, 2]], expected[[0, 2]]) <= TOLERANCE
+
+
+def test_workers_killed_too_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "_RESTARTS", 2)
+    with (
+        DecodingPool(1) as pool,
+        pytest.raises(OSError, match=r"were killed 3 times: is memory short\? Give fewer --num-w"),
+    ):
+        for _ in range(4):
+            with pytest.raises(BrokenExecutor):
+                pool.submit(os._exit, 1).result()
+
+
+def test_workers_that_do_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "_end_with_parent", partial(os._exit, 1))
+    with DecodingPool(1) as pool:
+        with pytest.raises(BrokenExecutor):
+            pool.submit(os.getpid).result()
+        with pytest.raises(OSError, match="die at their start: give --num-workers 0 for threads"):
+            pool.submit(os.getpid)
+
+
+def test_workers_end_with_their_parent_and_do_not_hear_ctrl_c() -> None:
+    """As a shell sends it: to all processes of a group. Only the first of them answers."""
+    code = """
+import os, time
+from e5v_jax.encode.decoding import DecodingPool
+with DecodingPool(2) as pool:
+    pool.submit(time.sleep, 0.3)
+    print(pool.submit(os.getpid).result(), flush=True)
+    time.sleep(60)
+"""
+    for sent in (signal.SIGINT, signal.SIGKILL):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        (os.killpg if sent == signal.SIGINT else os.kill)(process.pid, sent)
+        _, err = process.communicate(timeout=20)
+        assert err.count("Traceback") == (sent == signal.SIGINT), err
+        deadline = time.monotonic() + 10
+        while Path(f"/proc/{worker}/cmdline").exists() and time.monotonic() < deadline:
+            if not Path(f"/proc/{worker}/cmdline").read_bytes():  # a zombie
+                break
+            time.sleep(0.02)
+        else:
+            assert not Path(f"/proc/{worker}").exists()
 
 
 def test_last_layer_for_the_pooled_token_only(llava: Callable[[str], Case]) -> None:

@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import BrokenExecutor, Executor, Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
@@ -91,7 +93,7 @@ def encode_stream(
         for row in find_unusable(found[:, :dimensions]):
             embedded, vector = kept.pop(row)
             flaw = "of no length" if np.abs(vector).max() < 1 else "not finite"
-            fail(InputError(embedded.position, f"its vector is {flaw}: {_REMEDY}"))
+            fail(_error(embedded, f"its vector is {flaw}: {_REMEDY}"))
         for embedded, vector in kept.values():
             vectors[groups[embedded.position]] = vector
         on_batch(sum(len(groups[embedded.position]) for embedded, _ in kept.values()))
@@ -121,12 +123,13 @@ def _load_ahead(
         return future
 
     def finish(item: Measured, loaded: Any) -> Any:
-        for _ in range(_ATTEMPTS):
-            try:
-                return loaded.result() if isinstance(loaded, Future) else loaded
-            except BrokenExecutor:
+        for attempt in range(_ATTEMPTS):
+            if attempt:
                 loaded = submit(item)
-        raise ValueError(f"{_ATTEMPTS} processes that were to decode it were killed: too large?")
+            with suppress(BrokenExecutor):
+                return loaded.result() if isinstance(loaded, Future) else loaded
+        reason = f"{_ATTEMPTS} processes that were to decode it were killed: is memory short?"
+        raise _error(item, reason)
 
     started = ((batch, [submit(item) for item in batch.items]) for batch in batches)
     try:
@@ -136,10 +139,19 @@ def _load_ahead(
                 try:
                     prepared.append(finish(item, loaded))
                     items.append(item)
-                except ValueError as error:
+                except InputError as error:
+                    fail(error)
+                except ValueError as error:  # of the image, and names it
                     fail(InputError(item.position, str(error)))
             if items:
                 yield replace(batch, items=items), prepared
     finally:
         for future in decoding:
             future.cancel()
+
+
+def _error(item: Measured, reason: str) -> InputError:
+    """Make the error of an input, with the name of its image if that is a file."""
+    if isinstance(item.image, str | Path):
+        reason = f"{item.image}: {reason}"
+    return InputError(item.position, reason)
