@@ -522,6 +522,10 @@ def test_a_folder_of_something_else_is_refused(command: Command, texts: Path) ->
         (["--input", "texts.txt", "--shard-size", "0"], "--shard-size: 0, expected at least 1"),
         (["--input", "texts.txt", "--output", "a.npy", "--on-error", "skip"], "--on-error needs"),
         (["--input", "texts.txt", "--tensor", "3"], "mesh data=-1 fsdp=1 tensor=3 does not fit"),
+        (
+            ["--input", "none.txt", "--attn-implementation", "cudnn"],
+            "attn_implementation 'cudnn' is for a GPU, this runs on a CPU: choose auto or xla",
+        ),
     ],
 )
 def test_wrong_usage(command: Command, texts: Path, words: list[str], message: str) -> None:

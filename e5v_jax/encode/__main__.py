@@ -83,6 +83,7 @@ def encode_to_folder(args: Args) -> None:
     from e5v_jax.encode import bulk
     from e5v_jax.encode.progress import BulkProgress
 
+    args.runtime(jax.local_devices())  # refuses what these devices cannot do
     scan = bulk.scan_once(args.input, allow_errors=args.on_error == "skip")
     manifest = bulk.describe(args, scan)
     bulk.check_output(args.output, manifest)

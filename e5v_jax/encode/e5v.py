@@ -83,6 +83,7 @@ class E5V:
             if value not in choices:
                 expected = ", ".join(filter(None, choices))
                 raise ValueError(f"{name} {value!r}: expected one of {expected}")
+        runtime = Runtime.on(mesh or make_mesh(data=-1, fsdp=1), attn_implementation)
         folder = resolve(str(path), revision)
         source: WeightSource
         if folder.is_dir() and is_converted(folder):
@@ -94,7 +95,6 @@ class E5V:
             source = open_source(folder)
         lora = None if adapter is None else load_adapter(as_path(adapter), source)
         precision = Precision(jnp.dtype(dtype), jnp.dtype(dtype), quantize)
-        runtime = Runtime.on(mesh or make_mesh(data=-1, fsdp=1), attn_implementation)
         build = Build(precision, runtime, None if lora is None else lora.lora)
         model = load_model(source, build, lora_values=None if lora is None else lora.values)
         processor = source.family.processor(source.config, load_tokenizer(folder), template)

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     import jax
 
     from e5v_jax import E5V
+    from e5v_jax.runtime import Runtime
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,19 +52,30 @@ class ModelArgs:
     def load(self, devices: "Sequence[jax.Device] | None" = None) -> "E5V":
         """Load the model onto ``devices``, by default all, with a persistent compilation cache.
 
-        Raises UsageError: ``fsdp`` and ``tensor`` do not divide the devices; FileNotFoundError,
-        ValueError: the model cannot be loaded; see E5V.from_pretrained.
+        Raises UsageError: as :meth:`runtime`; FileNotFoundError, ValueError: the model cannot be
+        loaded; see E5V.from_pretrained.
         """
-        from e5v_jax import E5V  # loads JAX, as the next lines do
+        mesh = self.runtime(devices).mesh
+        from e5v_jax import E5V  # loads JAX, as the next line does
         from e5v_jax.encode.compilation import use_compilation_cache
-        from e5v_jax.sharding import make_mesh
 
         use_compilation_cache()
+        return E5V.from_pretrained(self.model, mesh=mesh, **self._options())
+
+    def runtime(self, devices: "Sequence[jax.Device] | None" = None) -> "Runtime":
+        """Make the mesh of ``devices``, by default all.
+
+        Raises UsageError: ``fsdp`` and ``tensor`` do not divide the devices, or they have no such
+        attention.
+        """
+        from e5v_jax.runtime import Runtime  # loads JAX, as the next line does
+        from e5v_jax.sharding import make_mesh
+
         try:
             mesh = make_mesh(-1, self.fsdp, self.tensor, devices=devices)
+            return Runtime.on(mesh, self.attn_implementation)
         except ValueError as error:
             raise UsageError(str(error)) from error
-        return E5V.from_pretrained(self.model, mesh=mesh, **self._options())
 
     def describe(self) -> dict[str, str | None]:
         """Name all that a vector depends on here; how many devices share the work is not of it."""
