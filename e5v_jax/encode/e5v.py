@@ -27,7 +27,7 @@ from e5v_jax.nn.quantized import Quantization
 from e5v_jax.prompts import choose_prompt
 from e5v_jax.runtime import Implementation, Runtime
 from e5v_jax.sharding import make_mesh
-from e5v_jax.storage import as_path
+from e5v_jax.storage import as_path, check_reachable
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 _DECODING_THREADS = 4  # Pillow decodes and resizes without Python's lock
@@ -84,6 +84,7 @@ class E5V:
                 expected = ", ".join(filter(None, choices))
                 raise ValueError(f"{name} {value!r}: expected one of {expected}")
         runtime = Runtime.on(mesh or make_mesh(data=-1, fsdp=1), attn_implementation)
+        check_reachable(str(adapter))
         folder = resolve(str(path), revision)
         source: WeightSource
         if folder.is_dir() and is_converted(folder):

@@ -42,7 +42,11 @@ def check_output(path: Path) -> None:
 
 def check_folder(folder: Path) -> None:
     """Refuse a folder that could not be made or written to. Raises OSError: it, or one above."""
-    if in_bucket(folder):  # which has no folders
+    if in_bucket(folder):
+        try:
+            any(folder.glob("*"))
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{folder}: there is no such bucket to write to") from None
         return
     there = next(path for path in (folder, *folder.absolute().parents) if os.path.lexists(path))
     if not there.is_dir():
