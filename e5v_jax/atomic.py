@@ -1,6 +1,5 @@
 """Files and folders that have their name only once they are whole, here or in a bucket."""
 
-import errno
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -10,19 +9,9 @@ from typing import BinaryIO
 
 from e5v_jax.storage import absolute, in_bucket, remove_folder, upload
 
-_REMEDIES = {
-    errno.ENOSPC: "free space",
-    errno.EDQUOT: "free space",
-    errno.EFBIG: "raise the limit (ulimit -f)",
-}
-
 
 def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Let ``write`` fill a file that has the name ``path`` only once it is whole.
-
-    Raises OSError: it cannot be written, a full disk for example, naming ``path`` and a remedy;
-    what ``write`` raises on other files is left as it is.
-    """
+    """Let ``write`` fill a file that has the name ``path`` only once it is whole."""
     if in_bucket(path):
         with tempfile.TemporaryDirectory() as local:
             write_whole(Path(local, path.name), write)
@@ -30,19 +19,22 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with naming(path), temporary.open("wb") as file:
             write(file)
         temporary.rename(path)
-    except OSError as error:
-        if error.filename not in (None, str(temporary)):
-            raise
-        advice = ""
-        if remedy := _REMEDIES.get(error.errno or 0):
-            advice = f"; files that are whole stay: {remedy} and start the same command again"
-        reason = f"{path}: {error.strerror or error}{advice}"
-        raise OSError(reason) from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give an error of a write, such as a full disk's, the name of the file, which it lacks."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def check_new(dst: Path) -> None:
@@ -63,6 +55,7 @@ def new_folder(dst: Path) -> Iterator[Path]:
     if in_bucket(dst):
         with tempfile.TemporaryDirectory() as local:
             yield Path(local)
+            check_new(dst)  # another program may have been faster
             upload(Path(local), dst)
         return
     dst.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +63,8 @@ def new_folder(dst: Path) -> Iterator[Path]:
     remove_folder(temporary)
     temporary.mkdir()
     try:
-        yield temporary
+        with naming(dst):
+            yield temporary
         temporary.rename(dst)  # replaces an empty folder
     finally:
         remove_folder(temporary)

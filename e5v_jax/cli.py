@@ -1,13 +1,12 @@
-"""What all commands share: typed flags, one line per error, exit codes."""
+"""What all commands share: typed flags and the file of a configuration."""
 
+import io
 import logging
 import os
 import re
 import runpy
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Generic, NoReturn, TypeVar
@@ -15,13 +14,10 @@ from typing import Annotated, Generic, NoReturn, TypeVar
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+from e5v_jax.exits import UsageError, exit_on_error
 from e5v_jax.storage import as_path
 
 Args = TypeVar("Args")
-
-
-class UsageError(ValueError):
-    """The command line itself is wrong, in a way that only the command can tell: exit code 2."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +45,7 @@ def run(
     ``args_type`` is a dataclass: its docstring is the help text, the docstring of each field the
     help of its flag. ``--traceback`` is added. ``default`` has the values of the flags that are not
     given; ``argv``, the words of the command line, are by default those of this process. Raises
-    SystemExit: always; see :func:`exit_on_error` for the codes.
+    SystemExit: always; see e5v_jax/exits.py for the codes.
     """
     command: _Command[Args] = tyro.cli(
         _Command[args_type],  # type: ignore[valid-type]  # a type known only at run time
@@ -58,8 +54,14 @@ def run(
         default=tyro.MISSING_NONPROP if default is None else _Command(default),
         args=argv,
     )
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(
+            errors="backslashreplace"
+        )  # a path that is not UTF-8, after the work
     with exit_on_error(show_traceback=command.traceback):
         refuse_remote_paths(command.args)
+        if not command.traceback:
+            _quiet_libraries()
         main(command.args)
     sys.exit(0)
 
@@ -99,6 +101,18 @@ def show_log() -> None:
     logging.getLogger("e5v_jax").setLevel(logging.INFO)
 
 
+def _quiet_libraries() -> None:
+    """Keep what Orbax and asyncio log of errors in their threads, which the main thread hears of.
+
+    Of a full disk, that is a thousand lines before the one that says so.
+    """
+    from absl import logging as absl_logging  # Orbax's; here, for its import takes a while
+
+    absl_logging.set_verbosity(absl_logging.FATAL)
+    for name in ("asyncio", "concurrent.futures"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
 def refuse_remote_paths(args: object) -> None:
     """Raise UsageError on a URL (``gs://``) where a path is meant, at any depth of a dataclass."""
     # as a Path it would be a relative one, and be written here
@@ -112,33 +126,6 @@ def refuse_remote_paths(args: object) -> None:
         args = tuple(getattr(args, field.name) for field in fields(args))
     for value in args if isinstance(args, tuple) else ():
         refuse_remote_paths(value)
-
-
-@contextmanager
-def exit_on_error(*, show_traceback: bool) -> Iterator[None]:
-    """Turn an error into a line on stderr and SystemExit: 1, 2 (UsageError), 130 (interrupt)."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)  # 128 + SIGINT, as shells have it
-    except Exception as error:
-        if show_traceback:
-            traceback.print_exc()
-        else:
-            print(f"error: {_one_line(error)}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 1)
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename is not None and error.strerror:
-        return f"{error.filename}: {error.strerror}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    # errors whose message is written for the user; any other class is named in front of its message
-    if isinstance(error, ValueError | OSError | ImportError) and lines:
-        return " ".join(lines)
-    # Only the first line: an error of XLA may go on for pages.
-    return ": ".join([type(error).__name__, *lines[:1]]) + " (--traceback shows where)"
 
 
 def _from_words(words: list[str]) -> Path:

@@ -1,10 +1,14 @@
 """Several processes as one: joining them, and what only the first of them does."""
 
 import os
+from collections.abc import Callable
+from typing import TypeVar
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
+T = TypeVar("T")
 _CLUSTER_VARIABLES = (  # of environments in which jax.distributed finds the other processes itself
     "JAX_COORDINATOR_ADDRESS",
     "MEGASCALE_COORDINATOR_ADDRESS",
@@ -51,3 +55,27 @@ def wait_for_all(what: str) -> None:
     """Return when every process has come to the same point."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
+
+
+def from_first(work: Callable[[], T]) -> T | None:
+    """Do ``work`` in the first process alone and return its result there; None in the others.
+
+    Raises what it raises, in the others as a ValueError: none must wait for ever.
+    """
+    if jax.process_count() == 1:
+        return work()
+    # Processes give up on each other after 30 s when they first connect. Once connected, they wait
+    # for as long as the work takes.
+    wait_for_all("all processes are there")
+    result, failure = None, None
+    if is_first():
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+    told = b"" if failure is None else (str(failure) or "failed").encode("utf-8", "replace")
+    message = np.frombuffer(told[:4096].ljust(4096, b"\0"), np.uint8)
+    told = bytes(multihost_utils.broadcast_one_to_all(message)).rstrip(b"\0")
+    if told:
+        raise failure or ValueError(told.decode("utf-8", "replace"))
+    return result

@@ -73,6 +73,13 @@ class PromptChoice:
     released: bool = False
     """Fill it as the authors' training script does (:func:`fill_released`); for texts only."""
 
+    def __post_init__(self) -> None:
+        """Raise ValueError on an instruction with a lone surrogate: no tokenizer can read it."""
+        if self.instruction is not None and (half := re.search(_SURROGATE, self.instruction)):
+            raise ValueError(
+                f"prompt {self.instruction!a}: not Unicode at character {half.start()}"
+            )
+
     def fill(self, text: str | None, *, has_image: bool, template: str, image: str) -> str:
         """The string to tokenise for one input; ``image`` is what stands for an image in it.
 

@@ -117,6 +117,24 @@ def copy_file(src: Path, dst: Path) -> None:
         shutil.copyfile(src, dst)
 
 
+def create_new(file: Path, content: bytes) -> bool:
+    """Write a file just if there is none; of several programs that try at once, one succeeds."""
+    try:
+        if in_bucket(file):
+            _filesystem().pipe_file(str(file), content, mode="create")
+        else:
+            with file.open("xb") as new:
+                try:
+                    new.write(content)
+                    new.flush()
+                except BaseException:
+                    file.unlink()
+                    raise
+    except FileExistsError:
+        return False
+    return True
+
+
 def upload(folder: Path, dst: Path) -> None:
     """Copy a local folder's files to a bucket, _LAST last. Raises FileNotFoundError: no bucket."""
     files = walk_files(folder)

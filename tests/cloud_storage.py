@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 import pytest
 from gcp_storage_emulator import server
+from gcp_storage_emulator.exceptions import NotFound
 from gcp_storage_emulator.handlers import objects
 
 
@@ -22,16 +24,26 @@ class Emulator:
 def emulate(bucket: str) -> Iterator[Emulator]:
     """Serve an empty bucket; this process and those it starts find it by the environment."""
     running: Any = server.create_server("localhost", 0, in_memory=True, default_bucket=bucket)
-    told, create, send, read = (
+    told, create, send, read, upload = (
         Emulator(),
         running._storage.create_file,
         objects.download,
         server._read_data,
+        objects._multipart_upload,
     )
 
     def create_file(bucket: str, name: str, *contents: Any) -> None:
         told.on_write(name)
         create(bucket, name, *contents)
+
+    def multipart_upload(request: Any, response: Any, storage: Any) -> None:
+        bucket, name = request.params["bucket_name"], request.data["meta"]["name"]
+        if request.query.get("ifGenerationMatch") == ["0"]:  # which the emulator does not know
+            with suppress(NotFound):
+                storage.get_file_obj(bucket, name)
+                response.status = HTTPStatus.PRECONDITION_FAILED
+                return
+        upload(request, response, storage)
 
     def download(request: Any, response: Any, storage: Any) -> None:
         send(request, response, storage)
@@ -55,6 +67,7 @@ def emulate(bucket: str) -> Iterator[Emulator]:
     running._storage.create_file = create_file
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(objects, "download", download)
+        patch.setattr(objects, "_multipart_upload", multipart_upload)
         patch.setattr(server, "_read_data", read_data)
         running.start()
         url = f"http://localhost:{running._api._httpd.server_port}"

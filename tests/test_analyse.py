@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import jax
@@ -24,6 +25,7 @@ from e5v_jax.evaluate.analyse import (
     analyse,
     blank,
 )
+from e5v_jax.evaluate.files import any_text
 from e5v_jax.evaluate.plots import PROJECTIONS, Panel, draw_projection
 from e5v_jax.evaluate.space import measure_gap, project, tsne, uniformity
 from e5v_jax.prompts import IMAGE, STS, TEXT
@@ -222,6 +224,10 @@ def test_sts_ablation(tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPa
     class Fake:
         template = "chatml"
         prompts: ClassVar[list[str]] = []
+
+        @staticmethod
+        def load_processor(*_: Any, **__: Any) -> Any:
+            return SimpleNamespace(check_text=any_text)
 
         @classmethod
         def from_pretrained(cls, *_: Any, **__: Any) -> "Fake":

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from e5v_jax.evaluate.composed import (
 )
 from e5v_jax.evaluate.composed_sets import ComposedSet, load_cirr, load_fashioniq, take
 from e5v_jax.evaluate.config import EvaluateConfig
+from e5v_jax.evaluate.files import any_text
 from e5v_jax.evaluate.scores import Hits, Score
 
 GALLERY = 60
@@ -368,6 +370,14 @@ CIRR_CAPTIONS = "cirr/captions/cap.rc2.val.json"
         ),
         (CIRR_CAPTIONS, lambda c: c[3].update(pairid="7"), r"query 3: 'pairid' is '7', expected a"),
         (CIRR_CAPTIONS, lambda c: c.clear(), "no queries for a gallery of 60 images"),
+        (CIRR_CAPTIONS, lambda c: c[3].update(pairid=104), "two queries have the pairid 104"),
+        (
+            CIRR_CAPTIONS,
+            "5",
+            r"cap\.rc2\.val\.json: found a int, expected a list; expected the lay",
+        ),
+        (CIRR_CAPTIONS, "[" * 9999, r"cap\.rc2\.val\.json: not valid JSON \(maximum recursion"),
+        ("cirr/image_splits/split.rc2.val.json", "[]", r"found a list, expected a dict; expected"),
         (CIRR_CAPTIONS, None, r"cap\.rc2\.val\.json: not found; expected the layout of docs/eval"),
         ("cirr/dev/dev-4-img0.png", None, r"image '\./dev/dev-4-img0\.png' not found in .*cirr"),
         ("cirr/image_splits/split.rc2.val.json", "{", r"split\.rc2\.val\.json: not valid JSON"),
@@ -408,6 +418,10 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_fashioniq(tmp_path)
 
     class Fake(HashModel):
+        @staticmethod
+        def load_processor(*_: Any, **__: Any) -> Any:
+            return SimpleNamespace(check_text=any_text)
+
         @classmethod
         def from_pretrained(cls, *_: Any, **__: Any) -> "Fake":
             return cls()

@@ -1,6 +1,7 @@
 """The encode command: its inputs, its outputs, and what it says about bad ones."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,11 +18,14 @@ from PIL import Image
 
 from e5v_jax import E5V, cli
 from e5v_jax.checkpoints import from_hf
+from e5v_jax.data.images import FORMATS
 from e5v_jax.data.inputs import InputError
+from e5v_jax.data.rows import shortened
 from e5v_jax.encode.__main__ import encode, label
 from e5v_jax.encode.files import IMAGE_SUFFIXES, make_item, read_items
 from e5v_jax.encode.options import Args
 
+NO_IMAGE = f"not an image in a format that is read: {', '.join(FORMATS)}"
 Command = Callable[..., tuple[int, str, str]]
 
 
@@ -349,7 +353,7 @@ BAD_FILES = [
         "a.jsonl:2: id '2' is taken: see a.jsonl:1",
     ),
     ("a.jsonl", b'{"image": "x.png"}\n', "a.jsonl:1: image x.png: no such file"),
-    ("a.csv", b"image\nx\x00.png\n", "a.csv:2: image x\x00.png: no such file"),
+    ("a.csv", b"image\nx\x00.png\n", "a.csv:2: image 'x\\x00.png': no such file"),
     (
         "a.csv",
         b"text,image\na,https://example.com/a.png\n",
@@ -383,6 +387,159 @@ def test_bad_file_is_told_before_the_model_loads(
     assert not list(tmp_path.glob("*out*"))
 
 
+MORE_BAD_FILES = [
+    ("a.jsonl", b"[" * 99999, "a.jsonl:1: broken json: maximum recursion depth"),
+    ("a.jsonl", b'{"text": NaN}', "a.jsonl:1: text is of type float, not a string"),
+    ("a.jsonl", b'{"id": 1' + 5000 * b"0" + b"}", "a.jsonl:1: broken json: Exceeds the limit"),
+    (
+        "a.jsonl",
+        b'{"text": "\\ud800"}',
+        "a.jsonl:1: the text contains the lone surrogate '\\ud800': ",
+    ),
+    ("a.jsonl", b'{"image": "a\\nb"}', "a.jsonl:1: image 'a\\nb': no such file"),
+    ("a.jsonl", b'{"image": "pipe"}', "a.jsonl:1: image pipe: no file, but a folder, a pipe or "),
+    ("a.jsonl", b'{"image": "loop"}', "a.jsonl:1: image loop: no such file"),
+    ("a.csv", b"text\n" + 200_000 * b"a", "a.csv:2: broken csv: field larger than field limit"),
+    ("pipe.jsonl", "pipe", "pipe.jsonl: no file, but a folder, a pipe or the like"),
+    ("pipe.png", "pipe", "pipe.png: unknown suffix '.png', expected .txt"),
+    ("loop.csv", "loop", "loop.csv: no such file or folder"),
+    ("a.jsonl", "folder", "a.jsonl: no image file (.apng, .avif, "),
+    ("no/*.jsonl", None, "no/*.jsonl: matches no file"),
+    (300 * "a", None, f"{300 * 'a'}: File name too long"),
+]
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(("name", "content", "message"), MORE_BAD_FILES)
+def test_odd_file_is_told_before_the_model_loads(
+    command: Command,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    content: bytes | str | None,
+    message: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe")
+    os.symlink("loop", "loop")
+    if isinstance(content, bytes):
+        Path(name).write_bytes(content)
+    elif content is not None:
+        {"pipe": os.mkfifo, "loop": lambda to: os.symlink(to, to), "folder": os.mkdir}[content](
+            name
+        )
+    code, out, err = command("--model", "any", "--input", name, "--output", "out.npy")
+    assert (code, out) == (1, "")
+    assert err.startswith(f"error: {message}") and err.count("\n") == 1
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_no_permission(command: Command, tmp_path: Path) -> None:
+    for path in (tmp_path / "a.jsonl", tmp_path / "a.parquet", tmp_path / "folder"):
+        path.mkdir() if path.suffix == "" else path.write_text("{}")
+        path.chmod(0)
+        code, out, err = command("--model", "any", "--input", path, "--output", tmp_path / "o.npy")
+        assert (code, out, err) == (1, "", f"error: {path}: Permission denied\n")
+
+
+def test_an_error_of_the_disk_is_no_broken_parquet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a"]}), file)
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(5, "Input/output error", str(file))
+
+    monkeypatch.setattr(pq, "ParquetFile", fail)
+    with pytest.raises(OSError, match="Input/output error") as error:
+        read_items(file)
+    assert error.value.errno == 5
+
+
+def test_a_value_too_deep_to_show() -> None:
+    value: list[Any] = []
+    for _ in range(100_000):
+        value = [value]
+    assert shortened(value) == "brackets in brackets, too deep"
+    while value:  # else Python's own clean-up is as deep
+        (value,) = value
+
+
+def test_parquet_that_lies_about_its_rows(tmp_path: Path) -> None:
+    """It is refused where it says other numbers, or read as it was where nobody asks."""
+    file = tmp_path / "a.parquet"
+    texts = [f"text {i}" for i in range(300)]
+    pq.write_table(pa.table({"text": texts}), file, row_group_size=100)
+    data, hundred = file.read_bytes(), b"\x16\xc8\x01"  # thrift's 100
+    places = [i for i in range(len(data)) if data[i:].startswith(hundred)]
+    refused = 0
+    for place in places:
+        for lie in (b"\x16\xc7\x01", b"\x16\xc8\x7f"):  # -100 and 8164
+            file.write_bytes(data[:place] + lie + data[place + 3 :])
+            try:
+                assert [item.value["text"] for item in read_items(file)[0]] == texts
+            except ValueError as error:
+                refused += 1
+                assert str(error).startswith(f"{file}") and str(error).isprintable()
+    assert refused >= 6
+
+
+def test_brackets_are_as_written_where_they_exist(photos: Path) -> None:
+    """In a folder, in the folder of a pattern; and elsewhere they are the pattern's."""
+    literal = photos.rename(photos.with_name("photos[1]"))
+    (literal / "inner.png").rmdir()
+    other = literal.with_name("photos1")
+    other.mkdir()
+    picture(9, 9).save(other / "c.png")
+
+    def ids(source: Path) -> list[str]:
+        return [Path(item.id).name for item in read_items(source)[0]]
+
+    assert ids(literal) == ["A.JPG", "b.png"]
+    assert ids(literal / "*.png") == ["b.png"]
+    assert ids(literal.with_name("photos[0-9]") / "*.png") == ["c.png"]
+    assert ids(literal.with_name("p*") / "[bc].png") == ["c.png", "b.png"]
+
+
+@pytest.mark.usefixtures("load_calls")
+def test_a_name_that_is_not_utf8(
+    command: Command, model_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    name = os.fsdecode(b"caf\xe9.png")
+    (photos / "b.png").rename(photos / name)
+    words = ("--model", model_folder, "--input", photos, "--output", tmp_path / "out")
+    code, out, err = command(*words)
+    assert (code, out) == (1, "")
+    message = f"{photos}: the file's name is not UTF-8: rename 'caf\\udce9.png'"
+    assert err.splitlines()[-1] == f"error: {message}"
+    code, out, _ = command(*words, "--on-error", "skip")
+    assert code == 0 and "1 of 2 rows embedded" in out
+    (row,) = map(json.loads, (tmp_path / "out" / "failed.jsonl").read_text().splitlines())
+    assert row["id"] == "caf\\udce9.png" and "not UTF-8" in row["reason"]
+
+
+@pytest.mark.usefixtures("load_calls")
+def test_an_output_that_is_not_utf8(command: Command, tmp_path: Path) -> None:
+    output = tmp_path / os.fsdecode(b"caf\xe9.npy")
+    code, out, err = command("--model", "any", "--text", "a dog", "--output", output)
+    assert (code, err) == (0, "") and "caf\\udce9.npy: 1 vector of" in out
+    assert vectors_of(output).shape == (1, 64)
+
+
+def test_files_that_vanish(photos: Path, model: E5V) -> None:
+    """Between the look at a folder and the reading of its images."""
+    items, _ = read_items(photos)
+    (photos / "b.png").unlink()
+    errors: list[InputError] = []
+    vectors = model.encode([item.value for item in items], on_error=errors.append)
+    assert [(error.position, error.reason) for error in errors] == [
+        (1, f"{photos / 'b.png'}: no such file")
+    ]
+    assert np.linalg.norm(vectors, axis=1).round(3).tolist() == [1, 0]
+
+
 def test_folder_without_images(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a dog")
     with pytest.raises(ValueError, match=f"no image file .*{IMAGE_SUFFIXES[0]}"):
@@ -404,8 +561,11 @@ def bad_images(tmp_path: Path) -> None:
     ("row", "message"),
     [
         ({"image": "cut.png"}, "cut.png: cannot be read as an image: "),
-        ({"image": "text.png"}, "text.png: not an image in a format that Pillow reads\n"),
-        ({"image": "."}, ".: cannot be read as an image: Is a directory\n"),
+        (
+            {"image": "text.png"},
+            f"text.png: {NO_IMAGE}\n",
+        ),
+        ({"image": "."}, "image .: no file, but a folder, a pipe or the like\n"),
         ({"image": "bomb.png"}, "bomb.png: 10000x10000 pixels, more than the 89478485 allowed"),
         ({"text": "my <image> of"}, "the text contains '<image>' (at character 3), "),
         ({"text": "a<|eot_id|>"}, "the text contains '<|eot_id|>' (at character 1), "),
@@ -442,7 +602,7 @@ def test_bad_row_is_named(
         ),
         (
             ["--text", "a", "b", "--image", "good.png", "--image", "text.png"],
-            "--image 2: text.png: not an image in a format that Pillow reads",
+            f"--image 2: text.png: {NO_IMAGE}",
         ),
         (
             ["--text", "a", "--prompt", "<image> in a word"],
@@ -508,6 +668,10 @@ def test_unknown_model(command: Command, tmp_path: Path) -> None:
         ),
         (["--text", "a", "b", "--prompt-name", "x"], "prompt_name 'x': expected one of ['cirr_g"),
         (["--text", "a", "b", "--prompt", "x"], "prompt 'x' has no slot: "),
+        (
+            ["--text", "a", "b", "--prompt", "\udce9<sent>"],
+            "prompt '\\udce9<sent>': not Unicode at",
+        ),
         (["--text", "a", "b", "--prompt-name", "fashioniq_query"], "prompt '<image> change the"),
         (["--text", "a", "b", "--template", "x"], "--template: unknown 'x', expected one of lla"),
     ],

@@ -1,8 +1,11 @@
 """What pods do to runs: preempted, killed at any moment, checkpoints damaged, another mesh."""
 
 import random
+import resource
 import signal
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -99,9 +102,11 @@ def test_nothing_whole_is_refused(folder: Path, cache: Path) -> None:
             file.unlink()
     done = command([*argv, "--resume"], cache=cache)
     assert done.returncode == 1
-    # not always the last line: Orbax's threads may complain after it of a closed event loop
-    (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))
-    assert error.endswith("none of the checkpoints of steps [3] can be read")
+    warning, error = done.stderr.splitlines()
+    assert "checkpoint of step 3 is damaged" in warning and "state/" in warning
+    assert error.startswith("error: ") and error.endswith(
+        "none of the checkpoints of steps [3] can be read"
+    )
     assert (run / "checkpoints" / "3").is_dir()
 
 
@@ -128,10 +133,49 @@ def test_resume_on_another_mesh(tmp_path: Path, cache: Path) -> None:
     np.testing.assert_allclose(ours, theirs, rtol=1e-5)
 
 
+def without_steps(stderr: str) -> list[str]:
+    """The lines that are not the progress."""
+    return [line for line in stderr.splitlines() if not line.startswith("step ")]
+
+
+def test_ctrl_c_while_a_checkpoint_is_saved(folder: Path, finished: Path, cache: Path) -> None:
+    run = folder / "interrupted"
+    done = command(
+        words(folder, run),
+        cache=cache,
+        signal_at=("os.mkdir", "/3.orbax-checkpoint-tmp"),
+        signal_number=signal.SIGINT,
+    )
+    assert (done.returncode, without_steps(done.stderr)) == (130, ["interrupted"])
+    assert not list((run / "checkpoints").glob("*tmp")) and not (run / "adapter").exists()
+    done = command([*words(folder, run), "--resume"], cache=cache)
+    assert done.returncode == 0, done.stderr
+    assert_same_end(run, finished, STEPS)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits of another process are Linux's")
+def test_a_full_disk_is_one_line(folder: Path, finished: Path, cache: Path) -> None:
+    """A limit of the size of files stands for it; no file of a checkpoint's arrays fits in."""
+    run = folder / "full"
+    process = start(words(folder, run), cache=cache)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (16_000, 16_000))
+    _, stderr = process.communicate()
+    (error,) = without_steps(stderr)
+    assert process.returncode == 1
+    assert error == (
+        f"error: {run}/checkpoints: cannot write a checkpoint: File too large; those before it are "
+        "whole: mend that, then --resume"
+    )
+    assert not list((run / "checkpoints").iterdir())
+    done = command([*words(folder, run), "--resume"], cache=cache)
+    assert done.returncode == 0, done.stderr
+    assert_same_end(run, finished, STEPS)
+
+
 @pytest.mark.slow
-def test_twenty_kills_at_random(folder: Path, cache: Path) -> None:
-    """SIGKILL twenty times at random moments of one run; then it ends as if nothing had been."""
-    write_csv(folder / "long.csv", rows=1200)  # 300 steps
+def test_a_hundred_kills_at_random(folder: Path, cache: Path) -> None:
+    """SIGKILL two runs fifty times each at random moments; they end as if nothing had been."""
+    write_csv(folder / "long.csv", rows=2400)  # 600 steps
 
     def argv(run: Path) -> list[str]:
         data = ["--data.path", str(folder / "long.csv"), "--checkpoint-every", "5"]
@@ -142,27 +186,35 @@ def test_twenty_kills_at_random(folder: Path, cache: Path) -> None:
     assert done.returncode == 0, done.stderr
     steps = int(read_metrics(expected)[-1]["step"])
 
-    run, rng = folder / "killed", random.Random(0)
-    seen = []
-    for kill in range(20):
-        before = last_step(run)
-        process = start([*argv(run), *(["--resume"] if run.exists() else [])], cache=cache)
-        if kill % 4:  # among the steps; else at any moment, most likely before the first
-            while last_step(run) <= before and process.poll() is None:
-                time.sleep(0.01)
-            time.sleep(rng.uniform(0, 0.4))
-        else:
-            time.sleep(rng.uniform(0, 8))
-        process.kill()
-        _, error = process.communicate()
-        assert process.returncode == -signal.SIGKILL, error
-        seen.append(last_step(run))
-    assert seen[-1] > 20, seen
-    done = command([*argv(run), "--resume"], cache=cache)
-    assert done.returncode == 0, done.stderr
-    assert_same_end(run, expected, steps)
-    ours, theirs = ([(x["step"], x["loss"]) for x in read_metrics(r)] for r in (run, expected))
-    assert ours == theirs
+    def kill_often(seed: int) -> list[int]:
+        run, rng = folder / f"killed-{seed}", random.Random(seed)
+        seen = []
+        for kill in range(50):
+            before = last_step(run)
+            process = start([*argv(run), *(["--resume"] if run.exists() else [])], cache=cache)
+            if kill % 4:  # among the steps; else at any moment, most likely before the first
+                while last_step(run) <= before and process.poll() is None:
+                    time.sleep(0.01)
+                time.sleep(rng.uniform(0, 0.6))
+            else:
+                time.sleep(rng.uniform(0, 10))
+            process.kill()
+            _, error = process.communicate()
+            assert process.returncode == -signal.SIGKILL, error
+            seen.append(last_step(run))
+        done = command([*argv(run), "--resume"], cache=cache)
+        assert done.returncode == 0, done.stderr
+        return seen
+
+    with ThreadPoolExecutor(2) as both:
+        for seed, seen in enumerate(both.map(kill_often, range(2))):
+            assert 20 < seen[-1] < steps, seen
+            run = folder / f"killed-{seed}"
+            assert_same_end(run, expected, steps)
+            ours, theirs = (
+                [(x["step"], x["loss"]) for x in read_metrics(r)] for r in (run, expected)
+            )
+            assert ours == theirs
 
 
 def last_step(run: Path) -> int:

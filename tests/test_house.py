@@ -29,10 +29,13 @@ from e5v_jax.sharding import make_mesh
 
 PACKAGE = Path(__file__).parents[1] / "e5v_jax"
 FLOORS = (  # from low to high; a file imports from its own floor and those below
+    "exits",
     "storage",
     "atomic",
+    "checksums",
     "cli",
     "distributed",
+    "lock",
     "prompts",
     "sharding",
     "runtime",

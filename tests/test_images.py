@@ -182,7 +182,7 @@ def transparent(mode: str) -> Image.Image:
 @pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 @pytest.mark.parametrize("mode", ["LA", "RGBA", "PA", "P"])
 def test_transparency_is_dropped_not_blended(mode: str) -> None:
-    """As transformers 4 and the published embeddings have it; transformers 5.23 blends on white."""
+    """As transformers 4 and the published embeddings have it; transformers 5 blends with white."""
     image = transparent(mode)
     assert image.mode == mode
     ours = load_image(image)
@@ -317,11 +317,11 @@ def test_names_stay_one_short_line() -> None:
 
 
 def test_messages_stay_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: Any) -> None:
+    def fail(*_: Any, **__: Any) -> None:
         raise RuntimeError("broken\n  twice")
 
     monkeypatch.setattr(Image, "open", fail)
-    assert refused("a.png") == "a.png: cannot be read as an image: broken twice"
+    assert refused(b"a") == "image bytes (1 bytes): cannot be read as an image: broken twice"
 
 
 def test_other_types_are_a_type_error() -> None:
@@ -375,16 +375,6 @@ def test_the_limit_is_inclusive(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "MAX_IMAGE_PIXELS", 30)
     assert load_image(encode(noise(5, 6), "PNG")).size == (6, 5)
     assert "1x31 pixels" in refused(encode(noise(31, 1), "PNG"))
-
-
-@pytest.mark.filterwarnings("ignore:Image was not the expected size")
-def test_an_icon_larger_than_it_claims(monkeypatch: pytest.MonkeyPatch) -> None:
-    png = encode(noise(64, 64), "PNG")
-    entry = struct.pack("<BBBBHHII", 16, 16, 0, 0, 1, 32, len(png), 22)  # claims 16x16
-    icon = struct.pack("<HHH", 0, 1, 1) + entry + png
-    assert load_image(icon).size == (64, 64)
-    monkeypatch.setattr(images, "MAX_IMAGE_PIXELS", 1000)
-    assert "64x64 pixels, more than the 1000 allowed" in refused(icon)
 
 
 def test_no_pixels() -> None:

@@ -11,8 +11,10 @@ from e5v_jax.prompts import (
     PLAIN,
     PROMPTS,
     TEMPLATES,
+    PromptChoice,
     TextError,
     check_text,
+    choose_prompt,
     detect_template,
     fill,
     fill_released,
@@ -298,6 +300,14 @@ def test_ordinary_text_passes(text: str) -> None:
 def test_empty_text_is_refused(text: str) -> None:
     with pytest.raises(TextError, match="empty"):
         check_text(text, forbidden_pattern(tokenizer_with(), TEMPLATES["chatml"]))
+
+
+def test_a_prompt_with_half_a_character_is_refused_before_any_text() -> None:
+    for make in (PromptChoice, lambda prompt: choose_prompt(None, prompt)):
+        with pytest.raises(
+            ValueError, match=r"^prompt '<sent>\\udce9': not Unicode at character 6$"
+        ):
+            make("<sent>\udce9")
 
 
 def test_lone_surrogates_are_refused() -> None:

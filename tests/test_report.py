@@ -1,7 +1,9 @@
 """Intervals, paired comparison, the report's formats and the comparison of two runs."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -250,3 +252,49 @@ def test_compare_refuses_what_is_no_run(tmp_path: Path) -> None:
     (run / "items.npz").write_bytes(content[: len(content) // 2])
     with pytest.raises(ValueError, match=r"items\.npz: damaged"):
         compare_runs(run, other)
+
+
+def damage(file: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    with np.load(file) as found:
+        arrays: dict[str, Any] = dict(found)
+    edit(arrays)
+    np.savez(file, **arrays)
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (
+            lambda a: a.update({"cirr/R@1/hits": np.ones((3, 3))}),
+            r"cirr/R@1: arrays of shapes \[\(",
+        ),
+        (lambda a: a.update({"cirr/R@1/hits": np.float64(1)}), r"damaged \("),
+        (lambda a: a.update({"cirr/R@1/hits": np.ones(8)}), r"of shapes \[\(8,\), \(9,\)\]"),
+        (lambda a: a.update({"cirr/R@1/hits": np.ones(0)}), r"of shapes \[\(0,\), \(9,\)\]"),
+        (lambda a: a.update({"cirr/R@1/hits": np.full(9, np.nan)}), "or no finite score"),
+        (lambda a: a.update({"cirr/R@1/queries": np.zeros(9)}), "or no finite score"),
+        (lambda a: a.update({"cirr/R@1/hits": np.array(["a"] * 9)}), r"damaged \("),
+        (lambda a: a.update({"cirr/R@1/hits": np.array([{}] * 9)}), r"damaged \(Object arrays can"),
+        (lambda a: a.pop("cirr/R@1/queries"), r"damaged \("),
+        (lambda a: a.update({"stsb/Spearman/data": np.array("x")}), r"damaged \("),
+        (
+            lambda a: a.update({f"cirr/R@1/{name}": np.ones(8) for name in ("hits", "queries")}),
+            r"other number of items\): evaluate both",
+        ),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_compare_refuses_damaged_items(tmp_path: Path, edit: Any, message: str) -> None:
+    run = write_run(tmp_path / "run", [hits(np.arange(9) < 3)])
+    other = write_run(tmp_path / "other", [hits(np.arange(9) < 4)])
+    compare_runs(run, other)
+    damage(other / "items.npz", edit)
+    with pytest.raises(ValueError, match=message) as error:
+        compare_runs(run, other)
+    assert "\n" not in str(error.value)
+
+
+def test_paths_that_are_not_utf8_are_written_at_the_end(tmp_path: Path) -> None:
+    write_report(Report({"model": "caf\udce9"}, []), tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())["settings"]["model"] == "caf\udce9"
+    assert "caf\\udce9" in (tmp_path / "results.md").read_text()

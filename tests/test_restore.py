@@ -17,12 +17,14 @@ from jax.errors import JaxRuntimeError
 from orbax.checkpoint import v1 as ocp
 from training_runs import config, make_folder, read_metrics
 
+from e5v_jax.checksums import write_checksums
 from e5v_jax.nn.layers import LoRAParam
 from e5v_jax.sharding import make_mesh
-from e5v_jax.train.checkpoint import Restored, open_checkpointer, restore, save
+from e5v_jax.train.checkpoint import open_checkpoints
 from e5v_jax.train.config import OptimizerConfig, TrainConfig
 from e5v_jax.train.loop import train
 from e5v_jax.train.optimizer import init_optimizer, make_optimizer, make_schedule
+from e5v_jax.train.restore import Restored, restore
 
 STEPS, SEEN = 20, {"next_index": 1}
 
@@ -54,26 +56,26 @@ class Run:
             self.trainable = optax.apply_updates(self.trainable, updates)
         return self
 
-    def save(self, *steps: int) -> Path:
+    def save(self, *steps: int, score: float | None = None) -> Path:
         """Checkpoints of what there is now; returns the newest."""
-        with open_checkpointer(self.cfg) as checkpointer:
+        with open_checkpoints(self.cfg) as checkpoints:
             for step in steps or (self.step,):
-                save(
-                    checkpointer,
+                checkpoints.save(
                     step,
                     self.trainable,
                     self.opt_state,
                     SEEN,
                     accumulate_steps=self.k,
                     last=True,
+                    score=score,
                 )
-                checkpointer.wait()
+                checkpoints.wait()
         return self.cfg.output / "checkpoints" / str(step)
 
     def restore(self) -> Restored | None:
-        with open_checkpointer(self.cfg) as checkpointer:
+        with open_checkpoints(self.cfg) as checkpoints:
             return restore(
-                checkpointer,
+                checkpoints,
                 self.trainable,
                 self.opt_state,
                 self.mesh,
@@ -110,6 +112,72 @@ def test_damage_is_set_aside(tmp_path: Path, files: str, damage: Callable[[Path]
     found = run.restore()
     assert found is not None and found.step == 3 and found.iterator_state == SEEN
     assert (run.cfg.output / "damaged-6").is_dir() and not newest.exists()
+
+
+def flip(file: Path, seed: int) -> None:
+    """Flip one bit."""
+    content, random = bytearray(file.read_bytes()), np.random.default_rng(seed)
+    content[random.integers(len(content))] ^= 1 << int(random.integers(8))
+    file.write_bytes(content)
+
+
+def test_a_flipped_bit_is_noticed_in_every_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """TensorStore itself restores most flips in arrays as if nothing was wrong."""
+    run = Run(tmp_path)
+    newest, seed = run.save(3, 6), 0
+    files = [file for file in sorted(newest.rglob("*")) if file.is_file() and file.stat().st_size]
+    assert {"checksums.json", "_CHECKPOINT_METADATA", "_METADATA"} <= {file.name for file in files}
+    for file in files:
+        for _ in range(3):
+            seed += 1
+            whole = file.read_bytes()
+            flip(file, seed)
+            caplog.clear()
+            found = run.restore()
+            assert found is not None and found.step == 3, file
+            if file.name != "checksums.json":  # then it is its key or sum that does not fit
+                assert f"{file}: differs from what was written" in caplog.text
+            (run.cfg.output / "damaged-6").rename(newest)
+            file.write_bytes(whole)
+    found = run.restore()
+    assert found is not None and found.step == 6
+
+
+def test_a_flipped_bit_of_the_best_or_of_an_adapter(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.save(3, 6)
+    run.save(9, score=50.0)
+    newest = run.save(12, score=60.0)
+    flip(next((newest / "state" / "d").iterdir()), 0)
+    with open_checkpoints(run.cfg) as checkpoints:
+        best = checkpoints.load_best(run.trainable)
+    assert best is not None and best[:2] == (9, 50.0)
+
+
+def test_checkpoints_of_earlier_versions_have_no_sums(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Run(tmp_path)
+    (run.save(3) / "checksums.json").unlink()
+    found = run.restore()
+    assert found is not None and found.step == 3
+    assert "no checksums.json, so a flipped byte would not be noticed" in caplog.text
+
+
+def test_parameters_that_are_not_finite_are_damage(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As an earlier version may have saved them."""
+    run = Run(tmp_path)
+    run.save(3)
+    good = run.trainable
+    run.trainable = jax.tree.map(lambda x: x.at[3, 5].set(jnp.nan), good)
+    run.save(6)
+    found = run.restore()
+    assert found is not None and found.step == 3
+    assert "its parameters are not finite" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -237,6 +305,7 @@ def test_the_same_accumulation_goes_on_to_the_bit(
         text = file.read_text()
         assert ', "accumulate_steps": 3' in text
         file.write_text(text.replace(', "accumulate_steps": 3', ""))
+        write_checksums(newest)
     found = run.restore()
     assert found is not None and not caplog.records
     for mine, other in zip(

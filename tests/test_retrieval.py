@@ -5,6 +5,7 @@ import itertools
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,11 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image, ImageFont
+from test_composed import write_cirr, write_fashioniq
+from test_sts import write_years
 
-from e5v_jax import cli
+from e5v_jax import E5V, cli
 from e5v_jax.evaluate.__main__ import evaluate
+from e5v_jax.evaluate.analyse import analyse
 from e5v_jax.evaluate.cached_encoder import CachedEncoder
-from e5v_jax.evaluate.config import EvaluateConfig
+from e5v_jax.evaluate.config import AnalyseArgs, EvaluateConfig
 from e5v_jax.evaluate.drawing import draw_caption, wrap
 from e5v_jax.evaluate.ranking import hits_at, rank_positives, top_k
 from e5v_jax.evaluate.retrieval import (
@@ -292,6 +296,15 @@ LINE = '{"image": "0.png", "captions": ["a"]}'
         ('{"image": "0.png", "captions": [" "]}', r"row 1: captions \[' '\], expected a list of"),
         ('{"image": "no.png", "captions": ["a"]}', r"row 1: image 'no\.png' not found in .*images"),
         (LINE, r"captions\.jsonl: 1 images, expected at least 2"),
+        (f"{LINE}\n{LINE}", r"row 2: image .*0\.png is there already: see .*row 1; join the rows"),
+        (f"{LINE}\n" + LINE.replace("0.", "./0."), r"row 2: image .*0\.png is there already"),
+        (
+            LINE.replace('"image"', '"captions": [], "image"'),
+            r"row 1: key 'captions' is there twice",
+        ),
+        (LINE.replace("0.png", "0\\u0000.png"), r"row 1: image '0\\x00\.png' not found"),
+        (LINE.replace("0.png", 300 * "x"), r"row 1: image 'x*' not found"),
+        ("[" * 9999, r"row 1: not valid JSON \(maximum recursion depth"),
         (f"{LINE}\n\xff", r"row 2: expected UTF-8"),
     ],
 )
@@ -301,6 +314,51 @@ def test_damaged_captions(tmp_path: Path, content: str, message: str) -> None:
     with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         load_captioned(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_an_image_by_two_links_is_one_image(tmp_path: Path) -> None:
+    write_set(tmp_path)
+    (tmp_path / "images" / "9.png").symlink_to("0.png")
+    with (tmp_path / "captions.jsonl").open("a") as file:
+        file.write(LINE.replace("0.png", "9.png"))
+    with pytest.raises(ValueError, match=r"row 5: image .*0\.png is there already: see .*row 1"):
+        load_captioned(tmp_path)
+
+
+def test_texts_are_checked_before_the_model_is_loaded(
+    tmp_path: Path, llava: "Callable[[str], Case]", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its own tokenizer; a drawn caption may say anything."""
+    write_set(tmp_path)
+    captions = tmp_path / "captions.jsonl"
+    captions.write_text(captions.read_text().replace("picture 2, told way 3", "a <|eot_id|> here"))
+
+    def load(*_: Any, **__: Any) -> None:
+        raise RuntimeError("loaded")
+
+    monkeypatch.setattr(E5V, "from_pretrained", load)
+    folder = str(llava("llama-gqa").folder)
+    args = EvaluateConfig(model=folder, data=tmp_path, tasks="i2i-retrieval")
+    with pytest.raises(RuntimeError, match="loaded"):
+        evaluate(args)
+    message = r"captions\.jsonl, row 3: the text contains '<\|eot_id\|>' \(at character 2\), which"
+    with pytest.raises(ValueError, match=message):
+        evaluate(replace(args, tasks="i2i-retrieval,retrieval"))
+    with pytest.raises(ValueError, match=message):
+        analyse(AnalyseArgs(model=folder, data=tmp_path, output=tmp_path / "out"))
+    write_years(tmp_path)
+    file = tmp_path / "STS" / "STSBenchmark" / "sts-test.csv"
+    file.write_text(file.read_text().replace("d e", "d </s>"))
+    with pytest.raises(ValueError, match=r"sts-test\.csv, row 2: the text contains '</s>' \(at"):
+        evaluate(replace(args, tasks="stsb"))
+    composed = {"cirr": write_cirr(tmp_path), "fashioniq-dress": write_fashioniq(tmp_path)}
+    for task, root in composed.items():
+        (file,) = root.glob(f"{task.partition('-')[0]}/captions/cap*.json")
+        file.write_text(file.read_text().replace(" 7", " <image>"))
+        with pytest.raises(
+            ValueError, match=r"query 7: the text contains '<image>' \(at character"
+        ):
+            evaluate(replace(args, tasks=task))
 
 
 def test_missing_data(tmp_path: Path) -> None:

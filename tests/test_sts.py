@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ import e5v_jax
 from e5v_jax import cli
 from e5v_jax.evaluate.__main__ import evaluate
 from e5v_jax.evaluate.config import EvaluateConfig
+from e5v_jax.evaluate.files import any_text
 from e5v_jax.evaluate.scores import Pairs, Score
 from e5v_jax.evaluate.sts import (
     PAPER_TASKS,
@@ -285,6 +288,7 @@ SICK = "SICK/SICK_test_annotated.txt"
         ("sts13", f"{YEAR}/STS.input.OnWN.txt", b"a\tb\na\tb\na\tb\nc\td\te\n", "row 4: 3 tab-sep"),
         ("sts13", f"{YEAR}/STS.input.OnWN.txt", b"a\tb\na\tb\na\t \na\tb\n", "row 3: empty sent"),
         ("sts13", f"{YEAR}/STS.input.OnWN.txt", b"a\tb\na\tb\na\t\xff\na\tb\n", "row 3: .*UTF-8"),
+        ("sts13", f"{YEAR}/STS.gs.OnWN.txt", b"\n\n\n\n", "OnWN.txt: no score, expected one a row"),
         ("sts13", f"{YEAR}/STS.input.OnWN.txt", None, "not found; .* must contain STS/ and SICK/"),
         ("sts13", f"{YEAR}/STS.gs.FNWN.txt", None, "not found; .* must contain STS/ and SICK/"),
         ("stsb", STSB, b"news\tx\t2012\t1\t4.5\ta b\n", "row 1: 6 tab-separated .* at least 7"),
@@ -313,6 +317,22 @@ def test_damaged_files(
     if "scored pairs" not in message:
         named = Path(str(error.value).split(":")[0].split(",")[0])
         assert named.parent == (root / file).parent
+
+
+def test_an_empty_subset_is_no_subset(tmp_path: Path) -> None:
+    root = write_years(tmp_path)
+    for kind in ("input", "gs"):
+        (root / YEAR / f"STS.{kind}.OnWN.txt").write_text("")
+    with pytest.raises(ValueError, match=r"STS\.gs\.OnWN\.txt: no score, expected one a row"):
+        load_task(root, "sts13")
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    root = write_years(tmp_path)
+    (root / STSB).unlink()
+    os.mkfifo(root / STSB)
+    with pytest.raises(ValueError, match=r"sts-test\.csv: no file, but a folder, a pipe or the"):
+        load_task(root, "stsb")
 
 
 def test_unknown_task(tmp_path: Path) -> None:
@@ -356,6 +376,10 @@ class FakeE5V:
     template = "chatml"
     loaded: dict[str, Any]
     encoded: dict[str, Any]
+
+    @staticmethod
+    def load_processor(*_: Any, **__: Any) -> Any:
+        return SimpleNamespace(check_text=any_text)
 
     @classmethod
     def from_pretrained(cls, path: str, **options: Any) -> "FakeE5V":

@@ -312,10 +312,10 @@ def test_adapter_of_a_training_run(llava: Llava, tmp_path: Path, peft: bool) -> 
     adapter = random_adapter(ours)
     run = TrainConfig(model=ours, output=tmp_path / "run", lora=adapter.lora)
     identity.write_run_info(run.output, identity.run_info(run, "hash", "data"))
-    with checkpoint.open_checkpointer(run) as checkpointer:
+    with checkpoint.open_checkpoints(run) as checkpoints:
         flat = [(tuple(p.split(".")), LoRAParam(v)) for p, v in adapter.values.items()]
         state = nnx.from_flat_state(flat)
-        checkpoint.save(checkpointer, 4, state, optax.EmptyState(), {"i": 1}, last=True)
+        checkpoints.save(4, state, optax.EmptyState(), {"i": 1}, last=True)
     out = export(ours, tmp_path / "out", adapter=tmp_path / "run", peft=peft)
     write_adapter(tmp_path / "adapter", adapter, ConvertedFolder(ours).table)
     reference = PeftModel.from_pretrained(load(case.folder), tmp_path / "adapter")

@@ -7,6 +7,7 @@ from hf_models import build_text
 from test_train_run import RECIPE, words, write_csv
 
 from e5v_jax.checkpoints import from_hf
+from e5v_jax.lock import hold
 from e5v_jax.train.__main__ import main
 
 GOOD = b"sent0,sent1,hard_neg\nA dog.,A hound.,A cat.\nTwo men.,Men.,No men.\n"
@@ -93,3 +94,50 @@ def test_model_that_is_not_there(
 ) -> None:
     line = refuse(folder, tmp_path / "run", capsys, "--model", tmp_path / "none")
     assert f"{tmp_path / 'none'}: no such folder" in line and "e5v-convert" in line
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "expected"),
+    [
+        ("loss.temperature", "0", "more than 0 and at most 100"),
+        ("loss.temperature", "-0.1", "more than 0 and at most 100"),
+        ("loss.temperature", "nan", "more than 0 and at most 100"),
+        ("optimizer.learning-rate", "-1e-4", "more than 0 and at most 1"),
+        ("optimizer.learning-rate", "nan", "more than 0 and at most 1"),
+        ("optimizer.learning-rate", "1e39", "more than 0 and at most 1"),
+        ("optimizer.warmup-steps", "-5", "0 or more"),
+        ("optimizer.b1", "1", "0 or more and at most 1"),
+        ("optimizer.b2", "nan", "0 or more and at most 1"),
+        ("optimizer.eps", "0", "more than 0 and at most 1"),
+        ("optimizer.weight-decay", "-1", "0 or more and at most 1"),
+        ("optimizer.max-grad-norm", "0", "more than 0"),
+        ("optimizer.accumulate-steps", "-2", "at least 1"),
+        ("loss.matryoshka-dims", "0", "at least 1 each"),
+        ("loss.matryoshka-dims", "33", "at most 32"),
+        ("lora.rank", "0", "at least 1"),
+        ("lora.rank", "1000000", "at most 32"),
+        ("lora.alpha", "inf", "more than 0 and at most 1e+06"),
+        ("lora.dropout", "1", "0 or more and at most 1"),
+        ("seed", "-1", "0 or more and at most 4.29497e+09"),
+        ("mesh.data", "0", "at least 1, or -1 for what is left"),
+        ("batch-size", "0", "at least 1"),
+    ],
+)
+def test_impossible_values(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    flag: str,
+    value: str,
+    expected: str,
+) -> None:
+    """They are refused by the name of the option, before anything is loaded."""
+    line = refuse(folder, tmp_path / "run", capsys, f"--{flag}={value}")
+    assert line.startswith(f"error: {flag.replace('-', '_')}: ") and expected in line, line
+
+
+def test_an_output_in_use(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / "run"
+    with hold(run):
+        assert "in use by process" in refuse(folder, run, capsys)
+    assert not list(tmp_path.glob(".*"))

@@ -13,7 +13,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from hf_models import RECIPES, Case, build_llava, build_text
 from peft import PeftModel
@@ -39,8 +41,9 @@ from e5v_jax.checkpoints import from_hf
 from e5v_jax.checkpoints.adapters import read_run_info
 from e5v_jax.checkpoints.converted import ConvertedFolder
 from e5v_jax.nn.layers import LoRAConfig
+from e5v_jax.train import optimizer
 from e5v_jax.train.__main__ import main
-from e5v_jax.train.config import OptimizerConfig, TrainConfig
+from e5v_jax.train.config import TrainConfig
 from e5v_jax.train.identity import check_same_run, run_info, write_run_info
 from e5v_jax.train.loop import train
 from e5v_jax.train.metrics import MetricsLog
@@ -261,6 +264,7 @@ def test_resuming_a_finished_run_changes_nothing(finished: Path, folder: Path) -
     ("flags", "message"),
     [
         (["--batch-size", "7"], "batch_size was 8 and is now 7"),
+        (["--dtype", "bfloat16"], "dtype was float32 and is now bfloat16"),
         (["--seed", "1"], "seed was 42 and is now 1"),
         (["--max-steps", "4"], "max_steps was None and is now 4"),
         (["--loss.temperature", "0.1"], "loss.temperature was 0.05 and is now 0.1"),
@@ -342,22 +346,45 @@ def test_output_that_exists_is_refused(
     assert snapshot(output) == before
 
 
+def explode_at(monkeypatch: pytest.MonkeyPatch, update: int, rate: float) -> None:
+    """Make the rate of one update, from 0, what no configuration may say."""
+    real = optimizer.make_schedule
+
+    def schedule(*args: Any) -> optax.Schedule:
+        usual = real(*args)
+        return lambda count: jnp.where(count == update, rate, usual(count))
+
+    monkeypatch.setattr(optimizer, "make_schedule", schedule)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parameters that are finite and far too large: the loss of the next step tells."""
+    run, cfg = tmp_path / "run", config(folder, tmp_path / "run", checkpoint_every=1)
+    with monkeypatch.context() as patched:
+        explode_at(patched, 2, 1e30)
+        with pytest.raises(ValueError, match=r"^step 4: the loss is nan") as info:
+            train(cfg)
+    message = str(info.value)
+    assert "--resume from step 2, the last good checkpoint, with a lower learning rate" in message
+    assert message.count(f"{folder / 'data.csv'}:") == BATCH
+    assert [line["step"] for line in read_metrics(run)] == [1, 2, 3]
+    # that of step 3 would lead here again, whatever the learning rate
+    assert sorted(p.name for p in (run / "checkpoints").iterdir()) == ["1", "2"]
+    assert (run / "not-finite-3").is_dir() and not (run / "adapter").exists()
+    train(dataclasses.replace(cfg, resume=True))  # the advice helps
+    assert (run / "adapter" / "adapter_config.json").is_file()
+
+
+def test_parameters_that_are_not_finite_are_not_saved(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    cfg = config(
-        folder,
-        run,
-        optimizer=OptimizerConfig(learning_rate=1e30, warmup_steps=0),
-        checkpoint_every=1,
-    )
-    with pytest.raises(ValueError, match=r"^step 2: the loss is nan") as info:
+    explode_at(monkeypatch, 1, np.inf)
+    cfg = config(folder, run, checkpoint_every=1, max_steps=2)
+    with pytest.raises(ValueError, match=r"^step 2: .* parameters after it are not finite: "):
         train(cfg)
-    message = str(info.value)
-    assert "--resume from step 1, the last good checkpoint, with a lower learning rate" in message
-    assert message.count(f"{folder / 'data.csv'}:") == BATCH
-    assert [line["step"] for line in read_metrics(run)] == [1]
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["1"]
     assert not (run / "adapter").exists()
 

@@ -1,7 +1,10 @@
 """Images as users give them, read with Pillow: bounded in size, refused in one line."""
 
 import io
+import math
+import os
 import re
+import stat
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,6 +15,23 @@ from PIL import Image, UnidentifiedImageError
 # Larger images are refused by their header. Pillow warns from the same size on and refuses twice
 # as much, but its limit is a global that any library may change or switch off.
 MAX_IMAGE_PIXELS = 89_478_485
+
+# What photographs come in, as Pillow names it, with the suffixes that a folder is searched for. Of
+# each the header alone tells the size, and an image at the limit takes 0.7 to 1.8 GB. The rest of
+# what Pillow opens is left out: icons are decoded to be opened, EPS starts a program, FITS was a
+# bomb before Pillow 12.2, JPEG 2000 takes 3.2 GB at the limit, and each decoder more is one more
+# that a stranger's file can attack.
+FORMATS = {
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".mpo"),  # MPO: more pictures behind the first
+    "PNG": (".png", ".apng"),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "BMP": (".bmp",),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
+    "AVIF": (".avif",),
+}
+_TILE_TAGS = (322, 323)  # TIFF's TileWidth and TileLength
 
 Size = tuple[int, int]  # (height, width)
 T = TypeVar("T")
@@ -24,16 +44,19 @@ class ImageError(ValueError):
 def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
     """Read a file, its bytes or a Pillow image (left unchanged) as RGB.
 
-    Other modes go through ``convert("RGB")``: transparency is dropped, not blended, and no EXIF
-    rotation is applied (both as in the reference). Of an animation, the first frame.
+    Other modes go through ``convert("RGB")``, as in the code of E5-V and the transformers that it
+    pins (4.41.2; so do all of transformers 4): transparency is dropped, be it a band, a palette's
+    or one colour's (PNG's tRNS), and what is seen is the colour under it. transformers 5 blends it
+    with white, which moves an embedding by some hundredths from those E5-V was published with. No
+    EXIF rotation is applied either. Of an animation, the first frame.
 
     Raises:
-        ImageError: missing file, not an image, broken or truncated data, no pixels, more than
-            ``MAX_IMAGE_PIXELS``, or a URL. The header tells the size, so that nothing is decoded
-            for it (only ICO files are: Pillow does so on opening, up to its own limit).
+        ImageError: missing file, a pipe or the like, none of ``FORMATS``, broken or truncated data,
+            no pixels, more than ``MAX_IMAGE_PIXELS``, or a URL. The header tells the size, so that
+            nothing is decoded for it.
         TypeError: ``source`` is none of these.
     """
-    return _open(source, lambda image: image.convert("RGB"))
+    return _open(source, _to_rgb)
 
 
 def image_size(source: str | Path | bytes | Image.Image) -> Size:
@@ -41,18 +64,30 @@ def image_size(source: str | Path | bytes | Image.Image) -> Size:
     return _open(source, lambda image: (image.height, image.width))
 
 
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if isinstance(image.info.get("transparency"), bytes):
+        image = image.copy()  # the caller's is left unchanged
+        del image.info["transparency"]  # else Pillow warns that it is dropped
+    return image.convert("RGB")
+
+
 def _open(source: str | Path | bytes | Image.Image, read: Callable[[Image.Image], T]) -> T:
     if not isinstance(source, str | Path | bytes | Image.Image):
         kind = type(source).__name__
         raise TypeError(f"an image must be a path, bytes or a PIL image, not {kind}")
-    name = _name(source)
+    name = image_name(source)
     if isinstance(source, str | Path) and re.match(r"https?:/", str(source), re.IGNORECASE):
         raise ImageError(f"{name}: URLs are not fetched; download the image and give its path")
     try:
+        # opening a pipe would wait for its other end
+        if isinstance(source, str | Path) and not stat.S_ISREG(os.stat(source).st_mode):
+            raise ImageError(f"{name}: no file, but a folder, a pipe or the like")
         with (
             nullcontext(source)
             if isinstance(source, Image.Image)
-            else Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+            else Image.open(
+                io.BytesIO(source) if isinstance(source, bytes) else source, formats=list(FORMATS)
+            )
         ) as image:
             width, height = image.size
             size = f"{width}x{height} pixels"
@@ -62,21 +97,25 @@ def _open(source: str | Path | bytes | Image.Image, read: Callable[[Image.Image]
             limit = min(MAX_IMAGE_PIXELS, Image.MAX_IMAGE_PIXELS or MAX_IMAGE_PIXELS)
             if width * height > limit:
                 raise ImageError(f"{name}: {size}, more than the {limit} allowed; shrink it first")
+            # A tile is decoded whole, be it larger than the image.
+            if math.prod(getattr(image, "tag_v2", {}).get(tag, 1) for tag in _TILE_TAGS) > limit:
+                raise ImageError(f"{name}: its tiles have more than the {limit} pixels allowed")
             return read(image)
     except ImageError:
         raise
     except FileNotFoundError as error:
         raise ImageError(f"{name}: no such file") from error
     except UnidentifiedImageError as error:
-        raise ImageError(f"{name}: not an image in a format that Pillow reads") from error
+        known = ", ".join(FORMATS)
+        raise ImageError(f"{name}: not an image in a format that is read: {known}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ImageError(f"{name}: too large to decode: {_one_line(error)}") from error
     except Exception as error:  # Pillow's decoders raise almost anything on broken data
         raise ImageError(f"{name}: cannot be read as an image: {_one_line(error)}") from error
 
 
-def _name(source: str | Path | bytes | Image.Image) -> str:
-    """Name the image in a message: on one line, of bounded length."""
+def image_name(source: str | Path | bytes | Image.Image) -> str:
+    """Name an image in a message: on one line, of bounded length."""
     if isinstance(source, bytes):
         return f"image bytes ({len(source)} bytes)"
     if isinstance(source, Image.Image):

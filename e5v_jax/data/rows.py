@@ -100,12 +100,13 @@ def _json_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return values
 
 
-_JSON = json.JSONDecoder(object_pairs_hook=_json_object)
+JSON = json.JSONDecoder(object_pairs_hook=_json_object)
+"""It decodes as json does, but raises KeyError where an object has a key twice."""
 
 
 def _json_row(line: str) -> dict[str, object] | ValueError:
     try:
-        row = _JSON.decode(line.strip())
+        row = JSON.decode(line.strip())
     except json.JSONDecodeError as error:
         return ValueError(f"broken json: {error.msg}, character {error.colno}")
     except KeyError as error:
@@ -119,7 +120,10 @@ def _json_row(line: str) -> dict[str, object] | ValueError:
 
 def shortened(value: object) -> str:
     """Show a value as json of at most 40 characters, for messages."""
-    text = json.dumps(value)
+    try:
+        text = json.dumps(value)
+    except RecursionError:
+        text = "brackets in brackets, too deep"
     return text if len(text) <= 40 else text[:37] + "..."
 
 
@@ -151,20 +155,27 @@ def _read_parquet(
                 if leaf.path.partition(".")[0] in columns:
                     binary = "BYTE_ARRAY" in leaf.physical_type and leaf.logical_type.type == "NONE"
                     (left_out if without_bytes and binary else paths).append(leaf.path)
-            numbers = count(1)
-            for group in range(table.num_row_groups):
-                flags = bytes(islice(wanted, table.metadata.row_group(group).num_rows))
+            whole, numbers = table.metadata, count(1)
+            sizes = [whole.row_group(group).num_rows for group in range(whole.num_row_groups)]
+            if min(sizes, default=0) < 0 or sum(sizes) != whole.num_rows:
+                raise ValueError(f"{file}: broken parquet: its row groups do not add up")
+            for group, size in enumerate(sizes):
+                flags = bytes(islice(wanted, size))
                 if not any(flags):
                     yield from zip(islice(numbers, len(flags)), repeat(None))
                     continue
-                flag = iter(flags)
+                flag, left = iter(flags), size
                 # few rows at a time, as they may hold images
                 for batch in table.iter_batches(256, row_groups=[group], columns=paths):
-                    chosen = bytes(islice(flag, len(batch)))
+                    chosen, left = bytes(islice(flag, len(batch))), left - len(batch)
                     rows = _batch_rows(batch, left_out) if any(chosen) else [None] * len(batch)
                     for is_chosen, row, number in zip(chosen, rows, numbers, strict=False):
                         yield number, row if is_chosen else None
+                if left:  # Arrow believes a column that says so
+                    raise ValueError(f"{file}: broken parquet: {size - left} rows, not {size}")
     except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # of the disk, not of Arrow
+            raise
         raise ValueError(f"{file}: broken parquet: {str(error).splitlines()[0]}") from None
 
 

@@ -4,13 +4,13 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import tyro
+from e5v_jax.exits import guarded
 
-from e5v_jax import cli
-from e5v_jax.dryrun.report import Report
-from e5v_jax.dryrun.run import EncodeDryRun, TrainDryRun, report_encode, report_train
-from e5v_jax.train.config import TrainConfig
+if TYPE_CHECKING:
+    from e5v_jax.dryrun.report import Report
+    from e5v_jax.dryrun.run import EncodeDryRun, TrainDryRun
 
 USAGE = """usage: {} train|encode --topology v5e:4x8 [flags]
 What a training step, or a batch of the encoder, needs on chips that are not here.
@@ -19,23 +19,33 @@ The flags: python -m e5v_jax.dryrun train|encode --help."""
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one of the two commands; ``argv`` are its words, None takes the command line's."""
-    command, *flags = (sys.argv[1:] if argv is None else argv) or [""]
-    if command == "train":
-        cfg, words = cli.split_config(flags, TrainConfig)
-        if cfg is None:
-            cfg = TrainConfig(model=tyro.MISSING, output=Path("unused"))
-        default = TrainDryRun(run=cfg, topology=tyro.MISSING)
-        cli.run(
-            lambda args: show(report_train(args), args), TrainDryRun, default=default, argv=words
-        )
-    if command == "encode":
-        cli.run(lambda args: show(report_encode(args), args), EncodeDryRun, argv=flags)
-    is_help = command in ("-h", "--help")
-    print(USAGE.format(cli.program()), file=sys.stdout if is_help else sys.stderr)
-    sys.exit(0 if is_help else 2)
+    with guarded(argv) as words:
+        import tyro  # here and below: they take seconds, and Ctrl-C may come meanwhile
+
+        from e5v_jax import cli
+        from e5v_jax.dryrun.run import EncodeDryRun, TrainDryRun, report_encode, report_train
+        from e5v_jax.train.config import TrainConfig
+
+        command, *flags = words or [""]
+        if command == "train":
+            cfg, flags_left = cli.split_config(flags, TrainConfig)
+            if cfg is None:
+                cfg = TrainConfig(model=tyro.MISSING, output=Path("unused"))
+            default = TrainDryRun(run=cfg, topology=tyro.MISSING)
+            cli.run(
+                lambda args: show(report_train(args), args),
+                TrainDryRun,
+                default=default,
+                argv=flags_left,
+            )
+        if command == "encode":
+            cli.run(lambda args: show(report_encode(args), args), EncodeDryRun, argv=flags)
+        is_help = command in ("-h", "--help")
+        print(USAGE.format(cli.program()), file=sys.stdout if is_help else sys.stderr)
+        sys.exit(0 if is_help else 2)
 
 
-def show(report: Report, args: TrainDryRun | EncodeDryRun) -> None:
+def show(report: "Report", args: "TrainDryRun | EncodeDryRun") -> None:
     """Print a report, as a table or as JSON."""
     if args.json:
         print(json.dumps(report.to_json(), indent=1))

@@ -86,20 +86,24 @@ class E5V:
         runtime = Runtime.on(mesh or make_mesh(data=-1, fsdp=1), attn_implementation)
         check_reachable(str(adapter))
         folder = resolve(str(path), revision)
-        source: WeightSource
-        if folder.is_dir() and is_converted(folder):
-            source = ConvertedFolder(folder)
-            check_preprocessor(folder, source.family, source.config)
-            if adapter is None and (folder / "adapter").is_dir():
-                adapter = folder / "adapter"
-        else:
-            source = open_source(folder)
+        source = _open(folder)
+        if adapter is None and is_converted(folder) and (folder / "adapter").is_dir():
+            adapter = folder / "adapter"
         lora = None if adapter is None else load_adapter(as_path(adapter), source)
         precision = Precision(jnp.dtype(dtype), jnp.dtype(dtype), quantize)
         build = Build(precision, runtime, None if lora is None else lora.lora)
         model = load_model(source, build, lora_values=None if lora is None else lora.values)
         processor = source.family.processor(source.config, load_tokenizer(folder), template)
         return cls(model, processor)
+
+    @staticmethod
+    def load_processor(
+        path: str | Path, *, template: str | None = None, revision: str | None = None
+    ) -> Processor:
+        """What makes a model's inputs, without its weights; arguments of ``from_pretrained``."""
+        folder = resolve(str(path), revision)
+        source = _open(folder)
+        return source.family.processor(source.config, load_tokenizer(folder), template)
 
     def encode(
         self,
@@ -190,3 +194,12 @@ class E5V:
         a, b = (np.atleast_2d(np.asarray(x, np.float32)) for x in (a, b))
         a, b = (x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (a, b))
         return a @ b.T
+
+
+def _open(folder: Path) -> WeightSource:
+    """The weights in a folder or file, unread, with their family and configuration."""
+    if not is_converted(folder):
+        return open_source(folder)
+    source = ConvertedFolder(folder)
+    check_preprocessor(folder, source.family, source.config)
+    return source

@@ -8,18 +8,23 @@ import re
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from e5v_jax.data.images import FORMATS, image_name
 from e5v_jax.data.rows import EVERY_ROW, SUFFIXES, parquet_footer, read_rows
 from e5v_jax.encode.ids import repeated_ids
 from e5v_jax.storage import in_bucket
 
 # What a folder is searched for; an image named by path may have any suffix.
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = tuple(sorted(chain(*FORMATS.values())))
 _COLUMNS = ("id", "text", "image")
 # Files whose rows may have ids of their own; file names and line numbers cannot repeat.
 _WITH_IDS = (".jsonl", ".csv", ".parquet")
+_HALF = re.compile(
+    "[\ud800-\udfff]"
+)  # half a character; in a file's name, a byte that is not UTF-8
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,8 @@ def scan_items(source: Path, *, allow_errors: bool) -> Scan:
             raise ValueError(f"{where}: {reason}")
         repeated.write(json.dumps([row, reason]).encode() + b"\n")
     if bad is not None or not rows:
-        raise ValueError(bad or f"{source}: nothing to embed")
+        matched = files or source.is_dir()
+        raise ValueError(bad or f"{source}: {'nothing to embed' if matched else 'matches no file'}")
     for file in files:
         if file.suffix.lower() == ".parquet":
             digest.update(parquet_footer(file))
@@ -102,6 +108,7 @@ def iterate_items(
     not given. In .parquet, ``image`` may also be the bytes of a file, or as Hugging Face's datasets
     have it, a struct with ``bytes`` and ``path``. A row without an id has the number of the line on
     which it starts, from 1; an image of a folder its name; a pattern gives paths and path:number.
+    As far as a pattern exists as it is written, brackets and all, it is no pattern.
 
     ``wanted`` says of each row in turn whether to read and check it; for others comes None.
     ``without_bytes`` takes it that rows of Parquet have an image if images there are bytes, and
@@ -112,12 +119,13 @@ def iterate_items(
     """
     if source.is_dir():
         for name in list_folder(source)[0]:
-            yield Item(str(source), name, {"image": source / name}) if next(wanted) else None
+            yield _item(str(source), name, {"image": name}, source) if next(wanted) else None
     for file in _files(source):
         suffix = file.suffix.lower()
         if file != source and suffix not in SUFFIXES:
             if file.name.lower().endswith(IMAGE_SUFFIXES):
-                yield Item(str(source), str(file), {"image": file}) if next(wanted) else None
+                name = str(file)
+                yield _item(str(source), name, {"image": name}, Path()) if next(wanted) else None
             continue
         if not file.exists():
             raise FileNotFoundError(f"{file}: no such file or folder")
@@ -126,6 +134,8 @@ def iterate_items(
                 f"{file}: unknown suffix {file.suffix!r}, expected {', '.join(SUFFIXES)} or a "
                 "folder of images"
             )
+        if not file.is_file():  # a pipe would be waited for, and it is read twice
+            raise ValueError(f"{file}: no file, but a folder, a pipe or the like")
         prefix = "" if file == source else f"{file}:"
         for number, values in read_rows(file, _check_columns, wanted, without_bytes=without_bytes):
             if suffix == ".csv" and isinstance(values, dict):
@@ -142,13 +152,15 @@ def _files(source: Path) -> list[Path]:
         return []
     if source.exists() or in_bucket(source) or not glob.has_magic(str(source)):
         return [source]
-    return [Path(match) for match in sorted(glob.glob(str(source), recursive=True))]
+    folder = next(parent for parent in source.parents if parent.is_dir())
+    pattern = str(source.relative_to(folder))
+    return [folder / match for match in sorted(glob.glob(pattern, root_dir=folder, recursive=True))]
 
 
 def list_folder(folder: Path) -> tuple[list[str], list[str]]:
     """Give the names of a folder's images and of its other entries, without hidden ones, sorted.
 
-    Raises ValueError: there is no image, or the folder is in a bucket.
+    Raises ValueError: there is no image, or the folder is in a bucket; OSError: it cannot be read.
     """
     if in_bucket(folder):
         raise ValueError(
@@ -156,8 +168,10 @@ def list_folder(folder: Path) -> tuple[list[str], list[str]]:
             "for folders of images and patterns"
         )
     names: dict[bool, list[str]] = {True: [], False: []}
-    for path in sorted(folder.glob("[!.]*")):
-        names[path.name.lower().endswith(IMAGE_SUFFIXES) and path.is_file()].append(path.name)
+    for name in sorted(os.listdir(folder)):
+        if not name.startswith("."):
+            is_image = name.lower().endswith(IMAGE_SUFFIXES) and os.path.isfile(folder / name)
+            names[is_image].append(name)
     if not names[True]:
         raise ValueError(f"{folder}: no image file ({', '.join(IMAGE_SUFFIXES)})")
     return names[True], names[False]
@@ -172,18 +186,23 @@ def _item(where: str, id: str, values: dict[str, Any] | ValueError, folder: Path
         found = value.pop("id", id)
         if not found.strip():
             raise ValueError("the id is empty")
-        if not found.isascii() and re.search("[\ud800-\udfff]", found):  # it could not be written
-            raise ValueError("the id has half a character (a lone surrogate)")
+        if not found.isascii() and _HALF.search(found):  # it could not be written
+            own = "the id has half a character (a lone surrogate)"
+            raise ValueError(f"the file's name is not UTF-8: rename {id!a}" if found is id else own)
         id = found
         if not value:
             raise ValueError("neither text nor image is given")
-        if "text" in value and not value["text"].strip():
+        text = value.get("text", "-")
+        if not text.strip():
             raise ValueError("the text is empty")
+        if not text.isascii() and (half := _HALF.search(text)):
+            what = "expected valid Unicode"
+            raise ValueError(f"the text contains the lone surrogate {half[0]!a}: {what}")
         if isinstance(value.get("image"), str):
             value["image"] = _image_path(value["image"], folder)
         return Item(where, id, value)
     except ValueError as error:
-        return Item(where, id, {}, str(error))
+        return Item(where, id.encode(errors="backslashreplace").decode(), {}, str(error))
 
 
 def _cell(key: str, value: object) -> Any:
@@ -202,16 +221,21 @@ def _cell(key: str, value: object) -> Any:
 def _image_path(image: str, folder: Path) -> Path:
     if not image.strip():
         raise ValueError("image is empty")
+    name = image_name(image)
     if "://" in image:
-        raise ValueError(f"image {image}: URLs are not fetched; download it and give its path")
+        raise ValueError(f"image {name}: URLs are not fetched; download it and give its path")
     if in_bucket(folder):
         raise ValueError(
-            f"image {image}: not read from a bucket by its path; mount the bucket, or put "
+            f"image {name}: not read from a bucket by its path; mount the bucket, or put "
             "the bytes of images into parquet"
         )
-    if not os.path.exists(folder / image):  # unlike Path.exists, False for any odd string
-        raise ValueError(f"image {folder / image}: no such file")
-    return folder / image
+    path = folder / image
+    if not os.path.isfile(path):  # unlike Path.is_file, False for any odd string
+        what = (
+            "no file, but a folder, a pipe or the like" if os.path.exists(path) else "no such file"
+        )
+        raise ValueError(f"image {image_name(path)}: {what}")
+    return path
 
 
 def _check_columns(where: str, header: list[str]) -> list[str]:

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import jax
 
     from e5v_jax import E5V
+    from e5v_jax.families.base import Processor
     from e5v_jax.runtime import Runtime
 
 
@@ -86,6 +87,12 @@ class ModelArgs:
             return Runtime.on(mesh, self.attn_implementation)
         except ValueError as error:
             raise UsageError(str(error)) from error
+
+    def load_processor(self) -> "Processor":
+        """What makes the model's inputs, without its weights; raises what :meth:`load` does."""
+        from e5v_jax import E5V
+
+        return E5V.load_processor(self.model, template=self.template, revision=self.revision)
 
     def describe(self) -> dict[str, str | None]:
         """Name all that a vector depends on here; how many devices share the work is not of it."""

@@ -34,7 +34,8 @@ def evaluate(args: EvaluateConfig) -> None:
         if (submission := TASKS[name].submits) and args.output is None:
             raise cli.UsageError(f"--output: {name} writes {submission} there, give a folder")
     # Before the model: it takes minutes to load, bad data should not wait for it.
-    data = {name: TASKS[name].load(args.data, name, args.stride) for name in names}
+    check = args.text_check()
+    data = {name: TASKS[name].load(args.data, name, args.stride, check) for name in names}
 
     import jax
 

@@ -70,14 +70,15 @@ def analyse(args: AnalyseArgs) -> None:
     file, row or folder; ImportError: matplotlib or scikit-learn is missing.
     """
     args.check()
+    check = args.text_check()
     pictures = pairs = None  # read before the models, which take minutes to load
     if args.data is not None:
         for library in ("matplotlib", "sklearn"):
             if find_spec(library) is None:
                 raise ImportError(f"{library} is needed to plot: pip install 'e5v-jax[analyse]'")
-        pictures = retrieval.take(retrieval.load_captioned(args.data), args.stride)
+        pictures = retrieval.take(retrieval.load_captioned(args.data, check), args.stride)
     if args.sts is not None:
-        pairs = sts.load_task(args.sts, _STS_TASK, stride=args.stride)
+        pairs = sts.load_task(args.sts, _STS_TASK, args.stride, check)
     models = {"as given": args}
     if args.adapter is not None:
         models = {"before training": replace(args, adapter=None), "after training": args}

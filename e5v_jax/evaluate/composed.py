@@ -13,7 +13,7 @@ import numpy as np
 from e5v_jax.evaluate.cached_encoder import CachedEncoder
 from e5v_jax.evaluate.composed_sets import ComposedSet, load_cirr, load_fashioniq, take
 from e5v_jax.evaluate.config import Protocol
-from e5v_jax.evaluate.files import as_input
+from e5v_jax.evaluate.files import CheckText, as_input
 from e5v_jax.evaluate.ranking import rank_positives, recalls, top_k
 from e5v_jax.evaluate.report import Report, Row, Submission, make_row
 from e5v_jax.evaluate.scores import Score
@@ -104,11 +104,11 @@ def fashioniq_rows(scores: dict[str, list[Score]]) -> list[Row]:
     return rows
 
 
-def load(data: Path, name: str, stride: int) -> ComposedSet:
+def load(data: Path, name: str, stride: int, check: CheckText) -> ComposedSet:
     """Load a task for the command; raises what :mod:`composed_sets` does."""
     if name.startswith(_FASHIONIQ):
-        return take(load_fashioniq(data, name.removeprefix(_FASHIONIQ)), stride)
-    return take(load_cirr(data, "test" if name == CIRR_TEST else "val"), stride)
+        return take(load_fashioniq(data, name.removeprefix(_FASHIONIQ), check), stride)
+    return take(load_cirr(data, "test" if name == CIRR_TEST else "val", check), stride)
 
 
 def report_cirr(encoder: CachedEncoder, data: Mapping[str, ComposedSet], _: Protocol) -> Report:

@@ -1,6 +1,7 @@
 """What an evaluation is: frozen dataclasses, filled by flags or by a file in ``configs/``."""
 
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -9,6 +10,7 @@ from e5v_jax.encode.model_args import ModelArgs
 
 if TYPE_CHECKING:
     from e5v_jax.evaluate.cached_encoder import CachedEncoder
+    from e5v_jax.evaluate.files import CheckText
 
 Protocol = Literal["paper", "plain"]
 
@@ -28,6 +30,14 @@ class ScoringArgs(ModelArgs):
         """Raise UsageError, which names the flag, on a value that cannot be."""
         super().check()
         self.require_positive("stride", "batch_size")
+
+    def text_check(self) -> "CheckText":
+        """Make the check of texts by the model's own processor, which is read for the first one.
+
+        It raises TextError, and what :meth:`load` does.
+        """
+        processor = cache(self.load_processor)
+        return lambda text: processor().check_text(text)
 
     def load_encoder(self) -> "CachedEncoder":
         """Load the model, its vectors kept in ``cache`` if given; raises what :meth:`load` does."""

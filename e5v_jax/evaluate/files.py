@@ -1,12 +1,16 @@
 """Reading benchmark files: images named by path or Parquet row, JSON, the authors' data sets."""
 
-import json
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from e5v_jax.data.rows import JSON
+from e5v_jax.prompts import TextError
+
+CheckText = Callable[[str], None]  # raises TextError on a text that the model does not take
 HUB = Path("hub")  # --data hub: the authors' data sets from the Hugging Face hub
 _HUB_OWNER = "royokong"
 
@@ -25,6 +29,10 @@ class ParquetImage:
 
 
 ImageRef = Path | ParquetImage
+
+
+def any_text(text: str) -> None:
+    """Check nothing: a :data:`CheckText` for data that is only looked at."""
 
 
 def as_input(image: ImageRef) -> Path | bytes:
@@ -58,7 +66,7 @@ def read_parquet(
     import pyarrow.parquet as pq
 
     needed, pattern = [*columns, *images], f"{split}*.parquet"
-    files = sorted(folder.rglob(pattern))
+    files = sorted(file for file in folder.rglob(pattern) if file.is_file())
     if not files:
         raise FileNotFoundError(f"{folder}: no file {pattern} in it, see docs/evaluation.md")
     for file in files:
@@ -69,12 +77,17 @@ def read_parquet(
                 if name not in names:
                     found = f"found {', '.join(names)}, expected {', '.join(needed)}"
                     raise ValueError(f"{file}: no column {name}; {found}")
+            for name in images:
+                kind = parquet.schema_arrow.field(name).type
+                if not pa.types.is_struct(kind) or kind.get_field_index("bytes") < 0:
+                    raise ValueError(f"{file}: column {name} is {kind}, expected struct<bytes>")
             for group in range(parquet.num_row_groups):
                 rows = parquet.read_row_group(group, columns=list(columns)).to_pylist()
                 for number, row in enumerate(rows):
                     yield row | {name: ParquetImage(file, name, group, number) for name in images}
-        except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"{file}: not a whole Parquet file ({error})") from error
+        except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"{file}: not a whole Parquet file ({reason})") from error
 
 
 def read_lines(path: Path, *, hint: str) -> list[str]:
@@ -88,20 +101,28 @@ def read_lines(path: Path, *, hint: str) -> list[str]:
     return [line.removesuffix("\r") for line in lines]
 
 
-def read_json(path: Path, *, hint: str) -> Any:
-    """Return the content of a JSON file; raises what read_lines and parse_json do."""
-    return parse_json(_read(path, hint).removeprefix("\ufeff"), str(path))
+def read_json(path: Path, kind: type, *, hint: str) -> Any:
+    """Return the content of a JSON file, a ``kind``; raises what read_lines and parse_json do."""
+    content = parse_json(_read(path, hint).removeprefix("\ufeff"), str(path))
+    if not isinstance(content, kind):
+        found = f"found a {type(content).__name__}, expected a {kind.__name__}"
+        raise ValueError(f"{path}: {found}; {hint}")
+    return content
 
 
 def parse_json(text: str, where: str) -> Any:
     """Return what ``text`` says in JSON. Raises ValueError: damaged; names ``where`` it stands."""
     try:
-        return json.loads(text)
-    except ValueError as error:
+        return JSON.decode(text)
+    except KeyError as error:
+        raise ValueError(f"{where}: key {error.args[0]!r} is there twice") from None
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{where}: not valid JSON ({error})") from None
 
 
 def _read(path: Path, hint: str) -> str:
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path}: no file, but a folder, a pipe or the like")
     try:
         return path.read_bytes().decode()
     except FileNotFoundError:
@@ -122,10 +143,19 @@ def get(row: Any, key: str, kind: type, where: str) -> Any:
     return row[key]
 
 
+def check_texts(texts: Iterable[str], check: CheckText, where: str) -> None:
+    """Call ``check`` with each text. Raises TextError: what it says, behind where it stands."""
+    for text in texts:
+        try:
+            check(text)
+        except TextError as error:
+            raise TextError(f"{where}: {error}") from None
+
+
 def find_image(name: str, folders: Sequence[Path], where: str) -> Path:
     """Find file ``name`` in the first folder that has it. Raises FileNotFoundError: none has."""
     for folder in folders:
-        if (folder / name).is_file():
+        if os.path.isfile(folder / name):  # unlike Path.is_file, False for any odd string
             return folder / name
     looked = " and ".join(map(str, folders))
     raise FileNotFoundError(f"{where}: image {name!r} not found in {looked}")

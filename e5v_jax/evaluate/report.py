@@ -132,8 +132,9 @@ def print_report(report: Report) -> None:
 
 def write_report(report: Report, folder: Path) -> None:
     """Write results.json, results.md, items.npz and submissions to ``folder``, which exists."""
-    (folder / "results.json").write_text(to_json(report), encoding="utf-8")
-    (folder / "results.md").write_text(to_markdown(report), encoding="utf-8")
+    for name, text in (("results.json", to_json(report)), ("results.md", to_markdown(report))):
+        # paths may have lone surrogates: what replaces them is JSON's escape, too
+        (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
     arrays: dict[str, np.ndarray] = {}
     for score in report.scores:
         key = f"{score.task}/{score.metric}"
@@ -154,13 +155,16 @@ def read_scores(folder: Path) -> list[Score]:
         raise FileNotFoundError(f"{path}: not found; expected the --output folder of an evaluation")
     scores = []
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(path, allow_pickle=False) as file, np.errstate(all="ignore"):
             for name in file:
                 key, _, last = name.rpartition("/")
                 if last == "data":
                     task, _, metric = key.partition("/")
                     kind = Hits if f"{key}/hits" in file else Pairs
                     items = kind(*(file[f"{key}/{part.name}"] for part in fields(kind)))
+                    shapes = [array.shape for array in vars(items).values()]
+                    if shapes != [(len(items),)] * len(shapes) or not np.isfinite(items.value()):
+                        raise ValueError(f"{key}: arrays of shapes {shapes}, or no finite score")
                     scores.append(Score(task, metric, items, str(file[name])))
     except Exception as error:  # zipfile, zlib and NumPy raise many types for a damaged file
         raise ValueError(f"{path}: damaged ({error}): run the evaluation again") from error

@@ -43,31 +43,37 @@ class CaptionedImages:
         return list(chain(*self.captions)), np.repeat(np.arange(len(counts)), counts)
 
 
-def load_captioned(folder: Path) -> CaptionedImages:
+def load_captioned(folder: Path, check: files.CheckText = files.any_text) -> CaptionedImages:
     """Read ``captions.jsonl``, ``{"image": "a.jpg", "captions": ["...", ...]}`` on each line.
 
-    Image names are relative to ``folder/images`` or ``folder``.
-    Raises FileNotFoundError, ValueError: names file and row, and what was expected.
+    Image names are relative to ``folder/images`` or ``folder``; ``check`` looks at the captions.
+    A file that two rows name is refused: a caption of one would have to find the other's image,
+    which is the same. Raises FileNotFoundError, ValueError: names file and row, and what was
+    expected.
     """
-    return _collect(folder / "captions.jsonl", _read_jsonl(folder))
+    return _collect(folder / "captions.jsonl", _read_jsonl(folder), check)
 
 
-def load_task(data: Path, name: str, stride: int = 1) -> CaptionedImages:
+def load_task(
+    data: Path, name: str, stride: int = 1, check: files.CheckText = files.any_text
+) -> CaptionedImages:
     """Read the set of a task: ``data`` itself for ``retrieval``, else DATA/name or Parquet files.
 
     Every ``stride``-th image is taken; a task with drawn captions has the set of that without.
     Raises FileNotFoundError, ValueError: names file and row, and what was expected.
     """
-    name = name.removeprefix(_I2I)
+    if name.startswith(_I2I):  # a picture may show any text
+        name, check = name.removeprefix(_I2I), files.any_text
     if name == OWN:
-        return take(load_captioned(data), stride)
+        return take(load_captioned(data, check), stride)
     if (data / name).is_dir():
-        found = load_captioned(data / name)
+        found = load_captioned(data / name, check)
     else:
         neither = f"{name}/captions.jsonl nor {name}_test/*.parquet"
         folder = files.dataset_folder(data, f"{name}_test", neither=neither)
         rows = files.read_parquet(folder, ["text"], ["image"], split="test")
-        found = _collect(folder, ((str(row["image"]), row["image"], row["text"]) for row in rows))
+        named = ((str(row["image"]), row["image"], row["text"]) for row in rows)
+        found = _collect(folder, named, check)
     kept = [group[:_PAPER_CAPTIONS] for group in found.captions]
     return take(CaptionedImages(found.images, kept), stride)
 
@@ -132,12 +138,17 @@ def _read_jsonl(folder: Path) -> Iterator[tuple[str, Path, list[str]]]:
 
 
 def _collect(
-    source: Path, rows: Iterator[tuple[str, files.ImageRef, list[str]]]
+    source: Path, rows: Iterator[tuple[str, files.ImageRef, list[str]]], check: files.CheckText
 ) -> CaptionedImages:
     found = CaptionedImages([], [])
+    places: dict[files.ImageRef, str] = {}  # by file, whatever names lead to it
     for where, image, group in rows:
         if not group or not all(isinstance(text, str) and text.strip() for text in group):
             raise ValueError(f"{where}: captions {group!r}, expected a list of texts, none empty")
+        files.check_texts(group, check, where)
+        file = image.resolve() if isinstance(image, Path) else image
+        if (first := places.setdefault(file, where)) is not where:
+            raise ValueError(f"{where}: image {file} is there already: see {first}; join the rows")
         found.images.append(image)
         found.captions.append(group)
     if len(found.images) < 2:

@@ -98,8 +98,9 @@ def summarise(scores: Sequence[Score]) -> tuple[float, float, float]:
 
 def compare(first: Score, second: Score) -> Difference:
     """Compare two runs by paired bootstrap. Raises ValueError: not of one task, metric and data."""
-    for name in ("task", "metric", "data"):
-        if getattr(first, name) != getattr(second, name):
+    for name in ("task", "metric", "data", "number of items"):
+        a, b = (getattr(score, name, len(score.items)) for score in (first, second))
+        if a != b:
             raise ValueError(
                 f"{first.task}, {first.metric}: the runs did not answer the same questions (other "
                 f"{name}): evaluate both on the same data with the same --stride and --protocol"
@@ -126,7 +127,9 @@ def spearman(x: np.ndarray, y: np.ndarray) -> float:
 
 def fingerprint(strings: Iterable[str]) -> str:
     """Return the hash of the questions of a task."""
-    return hashlib.sha256(b"".join(string.encode() + b"\0" for string in strings)).hexdigest()
+    # file names may have lone surrogates
+    encoded = (string.encode(errors="surrogatepass") + b"\0" for string in strings)
+    return hashlib.sha256(b"".join(encoded)).hexdigest()
 
 
 def _ranks(x: np.ndarray, weights: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 from e5v_jax.data.inputs import InputError
 from e5v_jax.evaluate.cached_encoder import CachedEncoder
 from e5v_jax.evaluate.config import Protocol
-from e5v_jax.evaluate.files import HUB, read_lines
+from e5v_jax.evaluate.files import HUB, CheckText, any_text, check_texts, read_lines
 from e5v_jax.evaluate.published import PUBLISHED
 from e5v_jax.evaluate.report import Report, Row, make_row
 from e5v_jax.evaluate.scores import Pairs, Score, fingerprint
@@ -64,25 +64,28 @@ class StsPairs(NamedTuple):
     gold: np.ndarray  # float64 [N], human similarity, 0 to 5
 
 
-def load_task(data_dir: str | Path, name: str, stride: int = 1) -> StsPairs:
+def load_task(
+    data_dir: str | Path, name: str, stride: int = 1, check: CheckText = any_text
+) -> StsPairs:
     """Read every ``stride``-th pair of a task of :data:`TASKS`; those without a score do not count.
 
     ``data_dir`` contains ``STS/`` and ``SICK/``. Raises FileNotFoundError: a file of the task is
-    missing; ValueError: an unknown task, the hub, or a damaged file; names file and row.
+    missing; ValueError: an unknown task, the hub, a damaged file, a sentence that ``check``
+    refuses; names file and row.
     """
     if name not in TASKS:
         raise ValueError(f"unknown STS task {name!r}: expected one of {', '.join(TASKS)}")
     root = Path(data_dir)
     if root == HUB:
         raise ValueError(f"{name}: SentEval's files are not on the hub: give their folder")
-    rows = list(_read(root, name))[::stride]
+    rows = list(_read(root, name, check))[::stride]
     if len(rows) < 2:
         raise ValueError(f"{root}: {name} has {len(rows)} scored pairs, expected at least 2")
     first, second, gold = zip(*rows, strict=True)
     return StsPairs(list(first), list(second), np.array(gold, np.float64))
 
 
-def _read(root: Path, name: str) -> Iterator[tuple[str, str, float]]:
+def _read(root: Path, name: str, check: CheckText) -> Iterator[tuple[str, str, float]]:
     found: list[tuple[str, list[str], str, str]] = []  # place, sentences, place of the score, score
     if name in _SUBSETS:
         folder = root / "STS" / f"{name.upper()}-en-test"
@@ -94,7 +97,10 @@ def _read(root: Path, name: str) -> Iterator[tuple[str, str, float]]:
                 raise ValueError(f"{folder}/STS.gs.{subset}.txt: {len(gold)} rows, {expected}")
             both = zip(pairs, gold, strict=True)
             # the organisers left some pairs unscored
-            found += [(*pair, place, score) for pair, (place, (score,)) in both if score.strip()]
+            scored = [(*pair, place, score) for pair, (place, (score,)) in both if score.strip()]
+            if not scored:  # the other subsets alone would make another figure
+                raise ValueError(f"{folder}/STS.gs.{subset}.txt: no score, expected one a row")
+            found += scored
     elif name == "sickr":
         path = root / "SICK" / "SICK_test_annotated.txt"
         rows = _split_lines(path, 4, header=_SICK_COLUMNS)
@@ -107,6 +113,7 @@ def _read(root: Path, name: str) -> Iterator[tuple[str, str, float]]:
     for place, (first, second), score_place, score in found:
         if not (first.strip() and second.strip()):
             raise ValueError(f"{place}: empty sentence")
+        check_texts((first, second), check, place)
         try:
             value = float(score)
         except ValueError:

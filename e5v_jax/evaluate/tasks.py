@@ -9,6 +9,7 @@ from e5v_jax import cli
 from e5v_jax.evaluate import composed, retrieval, sts
 from e5v_jax.evaluate.cached_encoder import CachedEncoder
 from e5v_jax.evaluate.config import Protocol
+from e5v_jax.evaluate.files import CheckText
 from e5v_jax.evaluate.report import Report
 
 Data = TypeVar("Data")
@@ -18,13 +19,13 @@ Data = TypeVar("Data")
 class Benchmark(Generic[Data]):
     """One or more tasks are scored together, as they share inputs or have an average.
 
-    ``load`` reads the ``--data`` folder for a task, every ``--stride``-th item, and raises OSError
-    or ValueError, naming file and row and what was expected. ``score`` takes what was loaded, by
-    task, and raises what :meth:`CachedEncoder.embed` does.
+    ``load`` reads the ``--data`` folder for a task, every ``--stride``-th item, and has its texts
+    checked; it raises OSError or ValueError, naming file and row and what was expected. ``score``
+    takes what was loaded, by task, and raises what :meth:`CachedEncoder.embed` does.
     """
 
     tasks: tuple[str, ...]
-    load: Callable[[Path, str, int], Data]
+    load: Callable[[Path, str, int, CheckText], Data]
     score: Callable[[CachedEncoder, Mapping[str, Data], Protocol], Report]
     order: int = 0  # in tables; equal ones stand in the order of --tasks
     submits: str | None = None  # a file that is written to --output, which is then needed

@@ -98,6 +98,9 @@ class Processor(Protocol):
     template: str  # its name in prompts.TEMPLATES
     shape_unit: str  # what shape keys count, for messages
 
+    def check_text(self, text: str) -> None:
+        """Refuse a text that :meth:`measure` refuses as such. Raises ValueError: why."""
+
     def measure(
         self,
         inputs: Sequence[Input],

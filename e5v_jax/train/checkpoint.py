@@ -1,227 +1,188 @@
 """Training checkpoints: trainable parameters, optimizer state, position in the data.
 
-They are in RUN/checkpoints/STEP, written by Orbax asynchronously and renamed when whole. The base
-model stays where it is; ``run.json`` names it by content hash.
+They are in RUN/checkpoints/STEP, written by Orbax asynchronously and renamed when whole; then the
+checksums of their files are written beside them. The base model stays where it is; ``run.json``
+names it by content hash.
 """
 
-import json
 import logging
-from collections.abc import Callable
-from functools import partial
-from json import JSONDecodeError
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
-import jax
-import numpy as np
 import optax
 from flax import nnx
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh
-from jax.tree_util import keystr, tree_leaves_with_path
 from orbax.checkpoint import v1 as ocp
 
 from e5v_jax.checkpoints.adapters import CHECKPOINTS
+from e5v_jax.checksums import DamagedFileError, verify_checksums, write_checksums
 from e5v_jax.distributed import is_first, wait_for_all
 from e5v_jax.storage import absolute, as_path, remove_folder
 from e5v_jax.train.config import TrainConfig
-from e5v_jax.train.optimizer import as_saved, carry_over
 
 _logger = logging.getLogger(__name__)
 SCORE = "stsb_dev"
-_T = TypeVar("_T")
-_BAD_FILE = FileNotFoundError | JSONDecodeError | UnicodeDecodeError
-_NO_ARRAYS = ocp.errors.InvalidLayoutError  # or no description of them
+_METADATA = "_CHECKPOINT_METADATA"  # Orbax's: scores, position in the data
 
 
-def open_checkpointer(cfg: TrainConfig) -> ocp.training.Checkpointer:
-    """Open the run's checkpoints; the newest ``cfg.keep_checkpoints`` are kept, and the best."""
+@dataclass
+class Checkpoints:
+    """The checkpoints of a run, of which one at a time is being written in the background."""
+
+    orbax: ocp.training.Checkpointer
+    _hashing: ThreadPoolExecutor
+    _hashed: list[Future[None]] = field(default_factory=list)
+
+    @property
+    def folder(self) -> Path:
+        """RUN/checkpoints."""
+        return as_path(self.orbax.directory)
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that there are, ascending."""
+        return sorted(checkpoint.step for checkpoint in self.orbax.checkpoints)
+
+    def save(
+        self,
+        step: int,
+        trainable: nnx.State,
+        opt_state: optax.OptState,
+        iterator_state: dict[str, Any],
+        *,
+        accumulate_steps: int = 1,
+        last: bool = False,
+        score: float | None = None,
+    ) -> None:
+        """Save after ``step`` steps if it is due (always if ``last``); return at once.
+
+        Raises OSError: it, or the one before, cannot be written; those that are whole stay.
+        """
+        with _told(self.folder):
+            response = self.orbax.save_async(
+                step,
+                {"trainable": trainable, "opt_state": opt_state},
+                force=last,
+                metrics=None if score is None else {SCORE: score},
+                custom_metadata={"iterator": iterator_state, "accumulate_steps": accumulate_steps},
+            )
+        if response is not None:
+            self._hashed.append(self._hashing.submit(self._finish, response, step))
+
+    def wait(self) -> None:
+        """Return when all that was saved is whole, checksums included. Raises as :meth:`save`."""
+        with _told(self.folder):
+            self.orbax.wait()
+            while self._hashed:
+                self._hashed.pop().result()
+
+    def set_aside(self, steps: list[int], name: str) -> None:
+        """Move checkpoints to RUN/NAME-STEP, in place of an earlier one; in all processes."""
+        for step in steps if is_first() else ():
+            _set_aside(self.folder / str(step), name)
+        wait_for_all(f"{name} checkpoints moved")
+        self.orbax.reload()
+
+    def load_best(self, trainable: nnx.State) -> tuple[int, float, nnx.State] | None:
+        """Load the best whole checkpoint: (step, score, trainable); None if none has a score."""
+        self.wait()
+        scored = [(c.metrics[SCORE], c.step) for c in self.orbax.checkpoints if c.metrics]
+        context = ocp.Context()
+        context.pytree.loading.partial_load = True
+        for score, step in sorted(scored, reverse=True):
+            try:
+                verify_checksums(self.folder / str(step))
+            except DamagedFileError as error:
+                _logger.warning("checkpoint of step %d is damaged (%s): not the best", step, error)
+                continue
+            with context:
+                state = self.orbax.load(step, {"trainable": trainable})
+            return step, score, state["trainable"]
+        return None
+
+    def _finish(self, response: Any, step: int) -> None:
+        """Write checksums once a checkpoint is whole, in the first process."""
+        try:
+            response.result()
+        except Exception:  # who waits for Orbax hears of it
+            return
+        if is_first():
+            with suppress(FileNotFoundError):  # newer ones have replaced it meanwhile
+                write_checksums(self.folder / str(step))
+
+
+@contextmanager
+def open_checkpoints(cfg: TrainConfig) -> Iterator[Checkpoints]:
+    """Open the run's checkpoints; the newest ``cfg.keep_checkpoints`` are kept, and the best.
+
+    At the end of the block all are whole. Raises OSError: one could not be written.
+    """
     kept = ocp.training.preservation_policies
     latest = kept.LatestN(cfg.keep_checkpoints)
     best = kept.BestN(n=1, get_metric_fn=itemgetter(SCORE), keep_checkpoints_without_metrics=False)
     scored = [] if cfg.evaluation.data is None else [best]
     every = ocp.training.save_decision_policies.FixedIntervalPolicy(cfg.checkpoint_every)
-    return ocp.training.Checkpointer(
-        absolute(cfg.output / CHECKPOINTS),
-        save_decision_policy=every,
-        preservation_policy=kept.AnyPreservationPolicy([latest, *scored]),
-        cleanup_tmp_directories=True,
-    )
-
-
-def save(
-    checkpointer: ocp.training.Checkpointer,
-    step: int,
-    trainable: nnx.State,
-    opt_state: optax.OptState,
-    iterator_state: dict[str, Any],
-    *,
-    accumulate_steps: int = 1,
-    last: bool = False,
-    score: float | None = None,
-) -> None:
-    """Save after ``step`` steps if it is due (always if ``last``); returns at once."""
-    checkpointer.save_async(
-        step,
-        {"trainable": trainable, "opt_state": opt_state},
-        force=last,
-        metrics=None if score is None else {SCORE: score},
-        custom_metadata={"iterator": iterator_state, "accumulate_steps": accumulate_steps},
-    )
-
-
-class Restored(NamedTuple):
-    """A checkpoint's contents, placed like the arrays it was asked for with."""
-
-    step: int
-    trainable: nnx.State
-    opt_state: optax.OptState
-    iterator_state: dict[str, Any]
-
-
-def restore(
-    checkpointer: ocp.training.Checkpointer,
-    trainable: nnx.State,
-    opt_state: optax.OptState,
-    mesh: Mesh,
-    *,
-    accumulate_steps: int = 1,
-) -> Restored | None:
-    """Read the newest checkpoint that every process can read, whatever mesh it was written on.
-
-    ``opt_state`` is this run's fresh state; one saved with other ``accumulate_steps`` is converted
-    (:func:`carry_over`). Damaged checkpoints are moved to RUN/damaged-STEP, once all processes
-    agree on an older one; without any checkpoint the result is None.
-
-    Raises ValueError: there are checkpoints and none is whole; or the newest could not be read for
-    another reason than damage, or does not fit this run: it stays where it is.
-    """
-    folder = as_path(checkpointer.directory)
-    fresh = {"trainable": trainable, "opt_state": opt_state}
-    steps = {checkpoint.step for checkpoint in checkpointer.checkpoints}
-    damaged: list[int] = []
-    while (step := _largest(max(steps.difference(damaged), default=-1))) >= 0:
+    if is_first():
+        _set_aside_unreadable(as_path(cfg.output / CHECKPOINTS))
+    wait_for_all("checkpoints have metadata")
+    with ThreadPoolExecutor(1) as hashing:
+        checkpoints = Checkpoints(
+            ocp.training.Checkpointer(
+                absolute(cfg.output / CHECKPOINTS),
+                save_decision_policy=every,
+                preservation_policy=kept.AnyPreservationPolicy([latest, *scored]),
+                cleanup_tmp_directories=True,
+            ),
+            hashing,
+        )
         try:
-            read = partial(_together, folder / str(step))  # in all processes or none
-            like, position = read(partial(_examine, checkpointer, step, fresh, mesh))
-            stored = read(partial(_load_alone, checkpointer, step, like))
-        except _DamagedError as error:
-            _logger.warning(
-                "checkpoint of step %d is damaged (%s): falling back to the one before", step, error
-            )
-            damaged.append(step)
-            continue
-        for worse in damaged if is_first() else ():  # all processes have stopped reading them
-            target = folder.parent / f"damaged-{worse}"
-            remove_folder(target)
-            (folder / str(worse)).rename(target)
-        if damaged:
-            wait_for_all("damaged checkpoints moved")
-            checkpointer.reload()
-        saved, before = stored["opt_state"], position.get("accumulate_steps")
-        carried = carry_over(saved, opt_state, step=step, before=before, now=accumulate_steps)
-        return Restored(step, stored["trainable"], carried, position["iterator"])
-    if damaged:
-        tried = sorted(damaged)
-        raise ValueError(f"{folder}: none of the checkpoints of steps {tried} can be read")
-    return None
+            yield checkpoints
+            checkpoints.wait()
+            with _told(checkpoints.folder):
+                checkpoints.orbax.close()
+        except BaseException:
+            with suppress(Exception):  # the first error says more
+                checkpoints.orbax.close()
+            for unfinished in checkpoints.folder.glob("*.orbax-checkpoint-tmp"):
+                remove_folder(unfinished)  # on a full disk, it would keep it full
+            raise
 
 
-def _largest(value: int) -> int:
-    """Compare the ``value`` of every process."""
-    return int(np.max(multihost_utils.process_allgather(np.int32(value))))
+def _set_aside(checkpoint: Path, name: str) -> None:
+    target = checkpoint.parent.parent / f"{name}-{checkpoint.name}"
+    remove_folder(target)
+    checkpoint.rename(target)
 
 
-class _DamagedError(Exception):
-    """Files of a checkpoint are missing, cut short or not what was written."""
+def _set_aside_unreadable(folder: Path) -> None:
+    """Move away checkpoints with damaged metadata: Orbax opens none if it cannot read them all."""
+    for checkpoint in folder.glob("[0-9]*") if folder.is_dir() else ():
+        try:
+            with suppress(OSError):  # out of reach is no damage: who restores it says so
+                verify_checksums(checkpoint, only=_METADATA)
+        except DamagedFileError as error:
+            _logger.warning("checkpoint of step %s is damaged (%s)", checkpoint.name, error)
+            _set_aside(checkpoint, "damaged")
 
 
-_WHOLE, _DAMAGED, _UNREADABLE = range(3)
+_FULL = ("No space left on device", "Disk quota exceeded", "File too large")
 
 
-def _together(folder: Path, read: Callable[[], _T]) -> _T:
-    """Return what this process reads of a checkpoint, if every process can read it.
-
-    Raises _DamagedError: it is damaged for this or another process; ValueError: it fails otherwise.
-    """
-    error: BaseException | None = None
-    verdict, reason = _WHOLE, "another process cannot read it"
+@contextmanager
+def _told(folder: Path) -> Iterator[None]:
+    """Say in one line what Orbax and TensorStore say in many: OSError, if a file is at fault."""
     try:
-        result = read()
-    except Exception as caught:  # of many types
-        error = caught
-        while error.__cause__ is not None:  # for everything, Orbax raises a KeyError of its own
-            error = error.__cause__
-        # in one line, without the details that TensorStore appends in brackets
-        reason = (str(error).strip() or type(error).__name__).split("\n")[0].split(" [")[0][:1000]
-        # TensorStore begins with a status: another one for network, permissions and memory
-        lost = str(error).startswith(("DATA_LOSS:", "NOT_FOUND:", "OUT_OF_RANGE:"))
-        damage = lost or isinstance(error, _BAD_FILE | _NO_ARRAYS)
-        verdict = _DAMAGED if damage else _UNREADABLE
-    worst = _largest(verdict)
-    if worst == _UNREADABLE:
-        reason = f"{reason}; it stays as it is: mend that, then --resume"
-        raise ValueError(f"{folder}: {reason}") from error
-    if worst == _DAMAGED:
-        raise _DamagedError(reason)
-    return result
-
-
-def _examine(
-    checkpointer: ocp.training.Checkpointer, step: int, fresh: dict[str, Any], mesh: Mesh
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Find what to load a checkpoint into, and its own metadata, before any array is read.
-
-    It raises what Orbax does, and a ValueError if the arrays are not those of this run.
-    """
-    if step not in [checkpoint.step for checkpoint in checkpointer.checkpoints]:
-        raise OSError("other processes see it, this one does not; all must share a storage")
-    metadata = checkpointer.metadata(step)
-    position = metadata.custom_metadata or {}
-    if "iterator" not in position:  # of an unreadable file Orbax only logs why
-        json.loads((as_path(metadata.path) / "_CHECKPOINT_METADATA").read_text())
-        raise ValueError("it does not say where in the data it stands; it is of no training")
-    saved = metadata.metadata or {}  # of an unreadable one the load says why
-    opt_state = as_saved(saved.get("opt_state"), fresh["opt_state"], fresh["trainable"], mesh)
-    like = {**fresh, "opt_state": opt_state}
-    found, wanted = (
-        {keystr(path, simple=True, separator="."): x.shape for path, x in leaves}
-        for leaves in map(tree_leaves_with_path, (saved, like))
-    )
-    for name in sorted(found.keys() | wanted.keys()) if saved else ():
-        if found.get(name) != wanted.get(name):
-            raise ValueError(
-                f"{name} has shape {found.get(name)} in it and {wanted.get(name)} in this run "
-                "(None is missing); go back to the model and recipe it was begun with"
-            )
-    return like, position
-
-
-def _load_alone(checkpointer: ocp.training.Checkpointer, step: int, like: dict[str, Any]) -> Any:
-    """Read the arrays without waiting for other processes: one that fails leaves none waiting.
-
-    All must call this or none: Orbax counts loads, and saves wait for each other by that number.
-    """
-    context, process = ocp.Context(), jax.process_index()
-    context.multiprocessing.primary_host = process
-    context.multiprocessing.active_processes = {process}
-    context.multiprocessing.barrier_sync_key_prefix = f"process-{process}"
-    with context:
-        return checkpointer.load(step, like)
-
-
-def load_best(
-    checkpointer: ocp.training.Checkpointer, trainable: nnx.State
-) -> tuple[int, float, nnx.State] | None:
-    """Load the best checkpoint: (step, score, trainable); None if none has a score."""
-    checkpointer.wait()
-    scored = [(c.metrics[SCORE], c.step) for c in checkpointer.checkpoints if c.metrics]
-    if not scored:
-        return None
-    score, step = max(scored)
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True
-    with context:
-        state = checkpointer.load(step, {"trainable": trainable})
-    return step, score, state["trainable"]
+        yield
+    except Exception as error:
+        found = " ".join(str(error).split()) or type(error).__name__
+        reason = next((words for words in _FULL if words in found), None)
+        if reason is None and not isinstance(error, OSError):
+            raise
+        raise OSError(
+            f"{folder}: cannot write a checkpoint: {reason or found[:300]}; those before it are "
+            "whole: mend that, then --resume"
+        ) from error

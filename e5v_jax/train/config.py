@@ -1,9 +1,10 @@
 """What a training run is: a frozen dataclass, filled by a file in ``configs/`` and by flags."""
 
+import sys
 from dataclasses import dataclass, field
-from operator import attrgetter
+from math import inf
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -119,16 +120,75 @@ class TrainConfig:
     wandb_project: str | None = None  # Also log to this project of wandb (pip install wandb).
 
 
-def check_counts(cfg: TrainConfig) -> None:
-    """Check that every number that counts something is at least 1, where it is given.
+_COUNTS = [
+    "batch_size",
+    "num_epochs",
+    "max_steps",
+    "chunk_size",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "log_every",
+    "data.max_tokens",
+    "data.length_groups",
+    "optimizer.accumulate_steps",
+    "evaluation.stride",
+    "lora.rank",
+]
+# What every other number must be: (lowest, highest, whether the lowest is excluded).
+_RANGES = {
+    "seed": (0, 2**32 - 1, False),
+    "loss.temperature": (0.0, 100.0, True),
+    "optimizer.learning_rate": (0.0, 1.0, True),
+    "optimizer.warmup_steps": (0, sys.maxsize, False),
+    "optimizer.b1": (0.0, 1.0 - 1e-9, False),
+    "optimizer.b2": (0.0, 1.0 - 1e-9, False),
+    "optimizer.eps": (0.0, 1.0, True),
+    "optimizer.weight_decay": (0.0, 1.0, False),
+    "optimizer.max_grad_norm": (0.0, inf, True),
+    "lora.alpha": (0.0, 1e6, True),
+    "lora.dropout": (0.0, 1.0 - 1e-9, False),
+}
 
-    Raises ValueError: names the field that is not.
+
+def check_values(cfg: TrainConfig) -> None:
+    """Check that every number of a configuration can be meant, before anything is loaded.
+
+    Raises ValueError: names the field that has another value.
     """
-    counts = (
-        "batch_size num_epochs max_steps chunk_size checkpoint_every keep_checkpoints log_every "
-        "data.max_tokens data.length_groups optimizer.accumulate_steps evaluation.stride"
-    )
-    for name in counts.split():
-        value = attrgetter(name)(cfg)
+    for name in _COUNTS:
+        value = _value(cfg, name)
         if value is not None and value < 1:
             raise ValueError(f"{name}: {value}, expected at least 1")
+    for name, (low, high, excluded) in _RANGES.items():
+        value = _value(cfg, name)
+        if value is not None and not (low < value <= high if excluded else low <= value <= high):
+            above = f"more than {low:g}" if excluded else f"{low:g} or more"
+            most = "" if high in (sys.maxsize, inf) else f" and at most {high:g}"
+            raise ValueError(f"{name}: {value}, expected {above}{most}")
+    for name in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
+        if (value := _value(cfg, name)) != -1 and value < 1:
+            raise ValueError(f"{name}: {value}, expected at least 1, or -1 for what is left")
+    for dim in cfg.loss.matryoshka_dims:
+        if dim < 1:
+            raise ValueError(f"loss.matryoshka_dims: {dim}, expected at least 1 each")
+
+
+def check_sizes(cfg: TrainConfig, hidden_size: int) -> None:
+    """Check what must not be larger than the model is wide. Raises ValueError: names the field."""
+    rank = 0 if cfg.lora is None else cfg.lora.rank
+    for name, values in {
+        "lora.rank": (rank,),
+        "loss.matryoshka_dims": cfg.loss.matryoshka_dims,
+    }.items():
+        if max(values, default=0) > hidden_size:
+            raise ValueError(
+                f"{name}: {max(values)}, expected at most {hidden_size}, the model's hidden_size"
+            )
+
+
+def _value(cfg: TrainConfig, name: str) -> Any:
+    """The value of a field by its dotted name; None within a part that is None."""
+    value: Any = cfg
+    for part in name.split("."):
+        value = None if value is None else getattr(value, part)
+    return value

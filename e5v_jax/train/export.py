@@ -16,14 +16,20 @@ from e5v_jax.checkpoints.peft import Adapter, write_adapter
 from e5v_jax.distributed import is_first
 from e5v_jax.nn.layers import LoRAConfig
 from e5v_jax.storage import copy_file, remove_folder
+from e5v_jax.train.step import all_finite
 
 
 def export(run: Path, lora: LoRAConfig | None, weights: nnx.State, base: ConvertedFolder) -> None:
     """Write RUN/adapter as a PEFT folder, or without ``lora`` RUN/model; replace earlier ones.
 
     The model's decoder weights are rounded to the base's dtype; the rest of it is the base's.
+
+    Raises ValueError: a weight is not finite; names it.
     """
     trained = {dotted(path): x[...] for path, x in nnx.to_flat_state(weights)}
+    for name, array in trained.items():
+        if not all_finite(array):
+            raise ValueError(f"{run}: {name} is not finite after training: nothing is exported")
     if jax.process_count() > 1:  # to the host of every process; else they go layer by layer
         trained = multihost_utils.process_allgather(trained, tiled=True)
     if not is_first():

@@ -7,14 +7,17 @@ RUN/metrics.jsonl  one line every log_every steps
 
 import dataclasses
 import json
+import logging
 import uuid
 from pathlib import Path
 from typing import Any
 
 from e5v_jax.atomic import new_folder, write_whole
-from e5v_jax.checkpoints.adapters import lora_of, read_run_info
+from e5v_jax.checkpoints.adapters import CHECKPOINTS, lora_of, read_run_info
 from e5v_jax.distributed import is_first, wait_for_all
 from e5v_jax.train.config import TrainConfig
+
+_logger = logging.getLogger(__name__)
 
 
 def check_run_folder(cfg: TrainConfig) -> None:
@@ -61,7 +64,7 @@ def check_same_run(run: Path, info: dict[str, Any], *, allowed: tuple[str, ...] 
             )
 
 
-_SINGLE = ("batch_size", "num_epochs", "max_steps", "seed", "quantize")
+_SINGLE = ("batch_size", "num_epochs", "max_steps", "seed", "dtype", "quantize")
 # which rows there are is the fingerprint's to tell
 _FREE = ("data.path", "data.tfds", "data.tfds_dir", "data.length_groups")
 
@@ -87,6 +90,17 @@ def _identity(run: Path, info: dict[str, Any]) -> dict[str, Any]:
         **{name: config[name] for name in _SINGLE},
         **{name: value for name, value in fields.items() if name not in _FREE},
     }
+
+
+def tell_lost_checkpoints(run: Path) -> None:
+    """Warn that a resumed run begins again, as it has no checkpoint to go on from."""
+    file = run / "metrics.jsonl"
+    if is_first() and file.is_file() and (lines := file.read_bytes().splitlines()):
+        _logger.warning(
+            "%s: there is no checkpoint, so the run begins again at step 0 though %s has %d lines; "
+            "if there were any, stop it and bring them back",
+            *(run / CHECKPOINTS, file.name, len(lines)),
+        )
 
 
 def write_run_info(run: Path, info: dict[str, Any]) -> None:

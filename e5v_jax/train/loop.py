@@ -4,20 +4,28 @@ from math import isfinite
 
 import jax
 import optax
-from orbax.checkpoint import v1 as ocp
 
+from e5v_jax.atomic import naming
 from e5v_jax.checkpoints.converted import ConvertedFolder
 from e5v_jax.data.pairs import TrainingPairs
 from e5v_jax.distributed import initialize, is_first, wait_for_all
 from e5v_jax.encode.encoder import Encoder
+from e5v_jax.lock import Lock, hold_in_first
 from e5v_jax.storage import remove_folder
-from e5v_jax.train.checkpoint import load_best, open_checkpointer, restore, save
-from e5v_jax.train.config import TrainConfig, check_counts
+from e5v_jax.train.checkpoint import Checkpoints, open_checkpoints
+from e5v_jax.train.config import TrainConfig, check_sizes, check_values
 from e5v_jax.train.export import export
 from e5v_jax.train.feed import load_data
-from e5v_jax.train.identity import check_run_folder, check_same_run, run_info, write_run_info
+from e5v_jax.train.identity import (
+    check_run_folder,
+    check_same_run,
+    run_info,
+    tell_lost_checkpoints,
+    write_run_info,
+)
 from e5v_jax.train.metrics import MetricsLog
 from e5v_jax.train.preemption import preemption
+from e5v_jax.train.restore import restore
 from e5v_jax.train.setup import Training, set_up
 from e5v_jax.train.validation import Validation
 
@@ -28,12 +36,20 @@ def train(cfg: TrainConfig) -> None:
     A run that cannot begin leaves nothing behind. SIGTERM saves and returns.
 
     Raises FileExistsError: ``cfg.output`` exists, ``cfg.resume`` is off; FileNotFoundError,
-    ValueError: one line naming the file, row, key or field; a loss or gradient is not finite.
+    ValueError: one line naming the file, row, key or field; a loss or gradient is not finite;
+    OSError: another program works on ``cfg.output``, or the disk is full.
     """
-    check_counts(cfg)
+    check_values(cfg)
     initialize(distributed=cfg.distributed)
     check_run_folder(cfg)
+    with hold_in_first(cfg.output) as lock, naming(cfg.output):
+        check_run_folder(cfg)  # another may have begun or ended it meanwhile
+        _train(cfg, lock)
+
+
+def _train(cfg: TrainConfig, lock: Lock | None) -> None:
     base = ConvertedFolder(cfg.model)
+    check_sizes(cfg, base.config.text.hidden_size)
     triplets = load_data(cfg.data)
     info = run_info(cfg, base.info.content_hash, triplets.fingerprint)
     check_same_run(cfg.output, info, allowed=cfg.allow_change)
@@ -45,10 +61,10 @@ def train(cfg: TrainConfig) -> None:
 
     wait_for_all("ready")  # nobody creates the run folder while another still checks for it
     write_run_info(cfg.output, info)
-    with open_checkpointer(cfg) as checkpointer:
-        if not _take_steps(cfg, training, triplets, validation, checkpointer):
+    with open_checkpoints(cfg) as checkpoints:
+        if not _take_steps(cfg, training, triplets, validation, checkpoints, lock):
             return
-        if validation and (best := load_best(checkpointer, training.trainable)):
+        if validation and (best := checkpoints.load_best(training.trainable)):
             step, score, training.trainable = best
             if is_first():
                 print(f"best checkpoint: step {step}, STS-B dev {score:.2f}")
@@ -60,14 +76,17 @@ def _take_steps(
     training: Training,
     triplets: TrainingPairs,
     validation: Validation | None,
-    checkpointer: ocp.training.Checkpointer,
+    checkpoints: Checkpoints,
+    lock: Lock | None,
 ) -> bool:
     """Go from the newest checkpoint to the last step; False when preempted before it."""
     feed, start = training.feed, 0
     every = cfg.optimizer.accumulate_steps
     fresh = training.trainable, training.opt_state, training.runtime.mesh
-    restored = restore(checkpointer, *fresh, accumulate_steps=every)
-    if restored is not None:
+    restored = restore(checkpoints, *fresh, accumulate_steps=every)
+    if restored is None:
+        tell_lost_checkpoints(cfg.output)
+    else:
         start, training.trainable, training.opt_state, position = restored
         feed.batches.set_state(position)
     if is_first():
@@ -85,12 +104,17 @@ def _take_steps(
         for step in range(start + 1, feed.total_steps + 1):
             batch = next(feed.batches)
             metrics = training.step(batch, jax.random.fold_in(dropout_key, step))
-            values = {name: float(value) for name, value in metrics._asdict().items()}
+            finite = bool(metrics.finite)
+            values = {name: float(x) for name, x in metrics._asdict().items() if name != "finite"}
             loss, norm = values["loss"], values["grad_norm"]
-            if not isfinite(loss) or not isfinite(norm):  # nothing of this step is saved
+            known = isfinite(loss) and isfinite(norm)
+            if not known or not finite:  # nothing of this step is saved
                 rows = ", ".join(triplets.row_ids[row] for row in batch.rows)
                 found = f"step {step}: the loss is {loss}, the gradient norm {norm}"
-                raise ValueError(f"{found}: {_remedy(checkpointer)}; its rows: {rows}")
+                found += "" if finite else ", and parameters after it are not finite"
+                if not known:
+                    _move_away(checkpoints, step - 1)
+                raise ValueError(f"{found}: {_remedy(checkpoints)}; its rows: {rows}")
             last = step == feed.total_steps
             due = step % cfg.log_every == 0 or last or step == start + 1
             log.add(step, values, triplets=cfg.batch_size, tokens=batch.tokens, due=due)
@@ -102,22 +126,36 @@ def _take_steps(
                 log.add_score(step, score)
             if saved or preempted:
                 log.upload()
+            if lock is not None:
+                lock.check()
             state = step, training.trainable, training.opt_state, feed.batches.get_state()
-            save(checkpointer, *state, accumulate_steps=every, last=last or preempted, score=score)
+            last_save = last or preempted
+            checkpoints.save(*state, accumulate_steps=every, last=last_save, score=score)
             if preempted and not last:
-                checkpointer.wait()
+                checkpoints.wait()
                 if is_first():
                     print(f"preempted at step {step}; continue with --resume", flush=True)
                 return False
     return True
 
 
-def _remedy(checkpointer: ocp.training.Checkpointer) -> str:
+def _move_away(checkpoints: Checkpoints, step: int) -> None:
+    """Move away the checkpoint of ``step`` if there is one, as the step after it is not finite.
+
+    That one's loss and gradient are those of its parameters, so that a resumed run would come to
+    the same, whatever its learning rate.
+    """
+    checkpoints.wait()
+    if step in checkpoints.steps:
+        checkpoints.set_aside([step], "not-finite")
+
+
+def _remedy(checkpoints: Checkpoints) -> str:
     """Tell what to do about a step that is not finite, once all checkpoints are written."""
-    checkpointer.wait()
-    if checkpointer.latest is None:
+    checkpoints.wait()
+    if not checkpoints.steps:
         return "start again with a lower learning rate"
     return (
-        f"--resume from step {checkpointer.latest.step}, the last good checkpoint, with a "
+        f"--resume from step {checkpoints.steps[-1]}, the last good checkpoint, with a "
         "lower learning rate (--allow-change optimizer.learning_rate)"
     )

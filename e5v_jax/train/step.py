@@ -25,11 +25,12 @@ class PairBatch(NamedTuple):
 
 
 class Metrics(NamedTuple):
-    """fp32 scalars of one step."""
+    """Scalars of one step, fp32 but the last."""
 
     loss: jax.Array
     accuracy: jax.Array
     grad_norm: jax.Array  # before clipping
+    finite: jax.Array  # bool, whether all parameters are after the step
 
 
 Key = jax.Array | None  # of dropout; None is without
@@ -108,6 +109,11 @@ def pair_loss(
     )
 
 
+def all_finite(tree: Any) -> jax.Array:
+    """Whether every value of every array is finite, bool []."""
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(tree)]))
+
+
 def make_train_step(
     graphdef: nnx.GraphDef[Any],
     optimizer: optax.GradientTransformation,
@@ -135,8 +141,9 @@ def make_train_step(
             return loss_of(model, batch, dropout_key=key if dropout else None)
 
         (value, accuracy), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
-        metrics = Metrics(value, accuracy, optax.tree.norm(grads))
         updates, opt_state = optimizer.update(grads, opt_state, trainable)
-        return optax.apply_updates(trainable, updates), opt_state, metrics
+        trainable = optax.apply_updates(trainable, updates)
+        metrics = Metrics(value, accuracy, optax.tree.norm(grads), all_finite(trainable))
+        return trainable, opt_state, metrics
 
     return jax.jit(step, donate_argnums=(0, 1), out_shardings=(*placement, None))

@@ -71,12 +71,16 @@ class TextProcessor:
         rows = ((*row[:2], ids) for row, ids in zip(filled, all_ids, strict=True))
         return list(tried(rows, self._measure))
 
+    def check_text(self, text: str) -> None:
+        """See :meth:`e5v_jax.families.base.Processor.check_text`."""
+        check_text(text, self._forbidden)
+
     def _accept(self, position: int, item: Input) -> tuple[int, str | None, Any]:
         text, image = split_input(item)
         if image is not None and "image" not in self.config.modalities:
             raise ValueError("this is a text-only model: it cannot embed images")
         if text is not None:
-            check_text(text, self._forbidden)
+            self.check_text(text)
         return position, text, image
 
     def _fill(

@@ -1,0 +1,143 @@
+"""How a command ends: 0, or one line on stderr and 1, 2 (usage) or 130 (Ctrl-C).
+
+It imports the standard library only, so that a command can guard its slow imports with it.
+"""
+
+import errno
+import os
+import select
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import NoReturn
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+GRACE = 10.0  # seconds that tidying up may take after Ctrl-C
+
+
+class UsageError(ValueError):
+    """The command line itself is wrong, in a way that only the command can tell: exit code 2."""
+
+
+@contextmanager
+def exit_on_error(*, show_traceback: bool) -> Iterator[None]:
+    """Turn an error into a line on stderr and SystemExit: 1, 2 (UsageError), 130 (Ctrl-C)."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        if show_traceback:
+            traceback.print_exc()
+        else:
+            print(f"error: {_one_line(error)}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 1)
+
+
+@contextmanager
+def guarded(argv: Sequence[str] | None) -> Iterator[Sequence[str]]:
+    """Guard a whole command, its imports included; it gives the words of the command line.
+
+    These are ``argv``, or with None those of this process, which is then the command's own: errors
+    of other threads are not printed, as the main thread hears of them; Ctrl-C is obeyed wherever it
+    comes; and after an error the process ends at once. The interpreter's own end would let threads
+    of JAX and Orbax print pages about what was told in one line, wait for what never comes, or
+    crash. All that is ours is closed by then or safe against a kill.
+    """
+    words = sys.argv[1:] if argv is None else argv
+    show_traceback = "--traceback" in words
+    if argv is not None:
+        with exit_on_error(show_traceback=show_traceback):
+            yield words
+        return
+    if not show_traceback:
+        threading.excepthook = lambda _: None
+        sys.unraisablehook = lambda _: None
+    try:
+        with exit_on_error(show_traceback=show_traceback), _obeying_interrupts():
+            yield words
+    except SystemExit as end:
+        if end.code:
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+            _leave(end.code if isinstance(end.code, int) else 1)
+        raise
+
+
+@contextmanager
+def _obeying_interrupts() -> Iterator[None]:
+    """Raise KeyboardInterrupt at Ctrl-C, and end the process if that does not.
+
+    A callback into Python may swallow it, and while XLA compiles there is no Python to interrupt.
+    So a thread, which the signal wakes at once, ends the process after ``GRACE`` seconds, or at a
+    second Ctrl-C. Whatever is being written then is safe against it, as against a kill.
+    """
+    if threading.current_thread() is not threading.main_thread():  # which alone may set a handler
+        yield
+        return
+    noted = threading.Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        noted.set()
+        while frame is not None:
+            if frame.f_code.co_filename.startswith("<frozen importlib"):
+                _interrupted_now()  # C code that is being imported may print pages, or crash
+            frame = frame.f_back
+        raise KeyboardInterrupt
+
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+
+    def watch() -> None:
+        # any signal writes its number; the end of the file is the end of the block
+        while (number := os.read(reading, 1)) and number[0] != signal.SIGINT:
+            pass
+        if number:
+            ready, _, _ = select.select([reading], [], [], GRACE)
+            if not ready or os.read(reading, 1):
+                _interrupted_now()
+        os.close(reading)
+
+    before = signal.signal(signal.SIGINT, handle)
+    before_fd = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before_fd)
+        signal.signal(signal.SIGINT, before)
+        os.close(writing)
+        told = getattr(sys.exc_info()[1], "code", None) == INTERRUPTED
+        if noted.is_set() and not told:  # it was swallowed, or another error came of it
+            raise KeyboardInterrupt
+
+
+def _interrupted_now() -> NoReturn:
+    print("interrupted", file=sys.stderr)
+    _leave(INTERRUPTED)
+
+
+def _leave(code: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(code)
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        todo = ": free some space there, then start it again" if error.errno in _FULL else ""
+        where = f"{error.filename}: " if error.filename is not None else ""
+        return f"{where}{error.strerror}{todo}"
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    # errors whose message is written for the user; any other class is named in front of its message
+    if isinstance(error, ValueError | OSError | ImportError) and lines:
+        return " ".join(lines)
+    # Only the first line: an error of XLA may go on for pages.
+    return ": ".join([type(error).__name__, *lines[:1]]) + " (--traceback shows where)"
