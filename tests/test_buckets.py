@@ -31,8 +31,8 @@ from training_runs import (
 
 from e5v_jax import E5V, cli, storage
 from e5v_jax.checkpoints import from_hf
-from e5v_jax.encode.__main__ import encode
 from e5v_jax.encode.bulk import read_embeddings
+from e5v_jax.encode.command import encode
 from e5v_jax.encode.options import Args
 from e5v_jax.storage import as_path, walk_files
 from e5v_jax.train.__main__ import main

@@ -37,7 +37,7 @@ from e5v_jax.encode.files import Item, Scan, iterate_items, scan_items
 from e5v_jax.encode.options import Args
 from e5v_jax.encode.progress import BulkProgress
 from e5v_jax.encode.shards import failed_lines, is_whole, read_shard, write_shard
-from e5v_jax.encode.vectors import check_folder, find_unusable, to_json
+from e5v_jax.encode.vectors import find_unusable, to_json
 from e5v_jax.storage import as_path, in_bucket
 
 Embed = Callable[..., np.ndarray]  # E5V.encode with what does not depend on the shard
@@ -72,10 +72,8 @@ def check_output(output: Path, manifest: dict[str, Any]) -> None:
 
     One with a manifest and no shard is as good as empty.
 
-    Raises ValueError: the folder is another run's, or none of ours; one line naming what differs;
-    OSError: it could not be made or written to.
+    Raises ValueError: the folder is another run's, or none of ours; one line naming what differs.
     """
-    check_folder(output)
     entries = list(output.iterdir()) if output.exists() else []
     path = output / _MANIFEST
     if path not in entries:
