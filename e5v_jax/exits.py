@@ -32,11 +32,13 @@ def exit_on_error(*, show_traceback: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # who read the output has gone, as `| head` does, and knows enough
+        sys.exit(1)
     except Exception as error:
         if show_traceback:
             traceback.print_exc()
         else:
-            print(f"error: {_one_line(error)}", file=sys.stderr)
+            print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 1)
 
 
@@ -130,7 +132,8 @@ def _leave(code: int) -> NoReturn:
     os._exit(code)
 
 
-def _one_line(error: Exception) -> str:
+def one_line(error: Exception) -> str:
+    """Say what an error says to the user in one line."""
     if isinstance(error, OSError) and error.strerror:
         todo = ": free some space there, then start it again" if error.errno in _FULL else ""
         where = f"{error.filename}: " if error.filename is not None else ""

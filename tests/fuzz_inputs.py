@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from hf_models import TEMPLATES, Case
 from odd_images import encode, noise
 
-from e5v_jax import cli
+from e5v_jax import exits
 from e5v_jax.data.images import ImageError
 from e5v_jax.data.inputs import InputError
 from e5v_jax.data.pairs import load_pairs
@@ -28,12 +28,12 @@ from e5v_jax.encode.files import IMAGE_SUFFIXES, Item, iterate_items, read_items
 from e5v_jax.prompts import TEXT, TextError, choose_prompt
 
 Rng = np.random.Generator
-PLAIN_CLASSES = (ValueError, TextError, InputError, ImageError, cli.UsageError)
+PLAIN_CLASSES = (ValueError, TextError, InputError, ImageError, exits.UsageError)
 
 
 def one_line(error: Exception) -> str:
     """The line a command prints for ``error``; it must be of a class with a message for people."""
-    message = cli._one_line(error)
+    message = exits.one_line(error)
     assert type(error) in PLAIN_CLASSES or isinstance(error, OSError), repr(error)
     assert message.splitlines() == [message] and "--traceback" not in message, repr(message)
     return message

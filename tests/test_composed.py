@@ -13,8 +13,8 @@ import torch
 from PIL import Image
 
 import e5v_jax
-from e5v_jax.evaluate.__main__ import evaluate
 from e5v_jax.evaluate.cached_encoder import CachedEncoder
+from e5v_jax.evaluate.command import evaluate
 from e5v_jax.evaluate.composed import (
     cirr_rows,
     cirr_submission,

@@ -13,8 +13,8 @@ from PIL import Image
 
 import e5v_jax
 from e5v_jax.checkpoints.model_key import model_key
-from e5v_jax.evaluate.__main__ import evaluate
 from e5v_jax.evaluate.cached_encoder import CachedEncoder, VectorCache, input_key
+from e5v_jax.evaluate.command import evaluate
 from e5v_jax.evaluate.config import EvaluateConfig
 
 if TYPE_CHECKING:

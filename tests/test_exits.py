@@ -84,6 +84,20 @@ def test_errors_of_threads_are_not_printed() -> None:
     assert run("pass")[:2] == (0, [])
 
 
+def test_a_reader_that_goes_is_no_error() -> None:
+    body = READY + "while True: print('line')"
+    process = subprocess.Popen(
+        [sys.executable, "-c", START + body],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    process.stdout.close()
+    assert process.stderr is not None and process.stderr.read() == b""
+    assert process.wait() == 1
+
+
 def test_a_full_disk_says_what_to_do(capsys: pytest.CaptureFixture[str]) -> None:
     for error in (OSError(28, "No space left on device", "out/x.npy"), OSError(28, "No space")):
         with pytest.raises(SystemExit), exit_on_error(show_traceback=False):

@@ -30,7 +30,7 @@ def test_every_command_has_every_flag_with_its_default(command: type) -> None:
 
 def test_help_loads_neither_jax_nor_transformers() -> None:
     code = (
-        "import sys; import e5v_jax.evaluate.__main__, e5v_jax.encode.options; "
+        "import sys; import e5v_jax.evaluate.command, e5v_jax.encode.options; "
         "print(*{'jax', 'transformers'} & set(sys.modules))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

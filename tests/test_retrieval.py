@@ -19,9 +19,9 @@ from test_composed import write_cirr, write_fashioniq
 from test_sts import write_years
 
 from e5v_jax import E5V, cli
-from e5v_jax.evaluate.__main__ import evaluate
 from e5v_jax.evaluate.analyse import analyse
 from e5v_jax.evaluate.cached_encoder import CachedEncoder
+from e5v_jax.evaluate.command import evaluate
 from e5v_jax.evaluate.config import AnalyseArgs, EvaluateConfig
 from e5v_jax.evaluate.drawing import draw_caption, wrap
 from e5v_jax.evaluate.ranking import hits_at, rank_positives, top_k

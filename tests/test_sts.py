@@ -19,7 +19,7 @@ import scipy.stats
 
 import e5v_jax
 from e5v_jax import cli
-from e5v_jax.evaluate.__main__ import evaluate
+from e5v_jax.evaluate.command import evaluate
 from e5v_jax.evaluate.config import EvaluateConfig
 from e5v_jax.evaluate.files import any_text
 from e5v_jax.evaluate.scores import Pairs, Score
