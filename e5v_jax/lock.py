@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from e5v_jax.atomic import write_whole
+from e5v_jax.atomic import naming, write_whole
 from e5v_jax.distributed import from_first
 from e5v_jax.storage import absolute, create_new, in_bucket
 
@@ -65,8 +65,11 @@ def hold(folder: Path) -> Iterator[Lock]:
     if not in_bucket(file):
         file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        while not create_new(file, _encode(content)) or not _stays(file, content):
+        while not _take(file, content) or not _stays(file, content):
             found = _read(file)
+            if found is None:  # it is just being written, perhaps
+                time.sleep(_MOMENT)
+                found = _read(file)
             if _is_alive(file, found):
                 raise LockedError(
                     f"{folder}: in use by {describe(found)}; wait for it or choose another output "
@@ -93,6 +96,12 @@ def hold_in_first(folder: Path) -> Iterator[Lock | None]:
     """
     with ExitStack() as stack:
         yield from_first(lambda: stack.enter_context(hold(folder)))
+
+
+def _take(file: Path, content: dict[str, Any]) -> bool:
+    """Whether there was no lock, and now is this one."""
+    with naming(file):
+        return create_new(file, _encode(content))
 
 
 def _stays(file: Path, content: dict[str, Any]) -> bool:
@@ -193,7 +202,7 @@ def _is_alive(file: Path, found: dict[str, Any] | None) -> bool:
     end = time.monotonic() + SILENCE
     while time.monotonic() < end:
         time.sleep(SILENCE / 90)
-        if _read(file) != found:
+        if _read(file) != found or not file.exists():
             return file.exists()  # renewed or changed hands; else it has just been released
     return False
 

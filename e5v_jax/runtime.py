@@ -11,6 +11,7 @@ from e5v_jax.sharding import BATCH_SPEC
 
 Implementation = Literal["auto", "xla", "cudnn", "splash"]
 """auto: cudnn on a GPU and splash on a TPU where they apply and pay, else xla."""
+_NEEDS = {"cudnn": "gpu", "splash": "tpu"}
 
 
 @dataclass(frozen=True)
@@ -22,10 +23,16 @@ class Runtime:
     attn_implementation: Implementation = "auto"
 
     def __post_init__(self) -> None:
-        """Raise ValueError on an attention implementation that does not exist."""
+        """Raise ValueError on an attention implementation that does not exist on the platform."""
         name, known = self.attn_implementation, get_args(Implementation)
         if name not in known:
             raise ValueError(f"attn_implementation {name!r}: expected one of {', '.join(known)}")
+        needed = _NEEDS.get(name, self.platform)
+        if self.platform != needed:
+            raise ValueError(
+                f"attn_implementation {name!r} is for a {needed.upper()}, this runs on a "
+                f"{self.platform.upper()}: choose auto or xla"
+            )
 
     @classmethod
     def on(cls, mesh: Mesh, attn_implementation: Implementation = "auto") -> Self:

@@ -6,13 +6,18 @@ renames, but an object appears only when it is whole.
 """
 
 import importlib.util
+import logging
 import os
 import shutil
+import urllib.error
+import urllib.request
+from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
 # Files that say that the folder they are in is whole: uploaded last.
 _LAST = ("config.json", "adapter_config.json", "run.json")
+_ANSWER_WITHIN = 10.0  # seconds
 
 
 def as_path(path: str | os.PathLike[str]) -> Path:
@@ -25,6 +30,10 @@ def as_path(path: str | os.PathLike[str]) -> Path:
     if importlib.util.find_spec("gcsfs") is None:
         raise ImportError(f"{path}: needs gcsfs: pip install -e '.[gcs]', or mount the bucket")
     os.environ.setdefault("EPATH_USE_TF", "0")  # one way to the bucket, with TensorFlow or without
+    # asks for a bucket's kind first, with credentials of its own; ours are read like any other
+    os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    # it logs the traceback of what it also raises
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
     import fsspec  # here and below: loaded for buckets only
     from etils import epath
 
@@ -36,6 +45,39 @@ def as_path(path: str | os.PathLike[str]) -> Path:
 def in_bucket(path: str | os.PathLike[str]) -> bool:
     """Whether ``path`` is in a bucket rather than on this machine."""
     return os.fspath(path).startswith("gs://")
+
+
+@cache
+def check_reachable(path: str) -> None:
+    """Refuse a bucket that does not answer, before gcsfs tries for a minute; others pass.
+
+    Raises ConnectionError: there is no network; PermissionError: the credentials do not suffice.
+    """
+    if not in_bucket(path):
+        return
+    as_path(path)  # gcsfs is there
+    host = os.environ.get("STORAGE_EMULATOR_HOST") or "https://storage.googleapis.com"
+    try:
+        url = host if "://" in host else f"http://{host}"
+        urllib.request.urlopen(url, timeout=_ANSWER_WITHIN).close()
+    except urllib.error.HTTPError:
+        pass  # it answers
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise ConnectionError(
+            f"{path}: {host} does not answer ({getattr(reason, 'strerror', None) or reason}): is "
+            "there a network? Or give a path on this machine"
+        ) from None
+    try:
+        _filesystem().info(path)
+    except FileNotFoundError:
+        pass  # to be told by who needs it
+    except Exception as error:  # gcsfs and google.auth raise many types
+        reason = " ".join(str(error).split())
+        raise PermissionError(
+            f"{path}: Cloud Storage refuses ({reason}): log in with gcloud auth "
+            "application-default login, or name a key in GOOGLE_APPLICATION_CREDENTIALS"
+        ) from None
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:

@@ -41,7 +41,7 @@ def splash_difference() -> float:
     one = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     expected = jax.jit(partial(run, runtime=Runtime.on(one)))(*arrays)
     placed = jax.device_put(arrays, NamedSharding(mesh, P(*BATCH_SPEC, None, "tensor", None)))
-    found = jax.jit(partial(run, runtime=Runtime.on(mesh, "splash")))(*placed)
+    found = jax.jit(partial(run, runtime=Runtime(mesh, "tpu", "splash")))(*placed)
     assert len(found.sharding.device_set) == 4
     return float(np.abs(np.asarray(found) - np.asarray(expected)).max())
 

@@ -4,6 +4,8 @@ Nothing stays at a neutral value: norms are not ones, biases not zeros, epsilons
 count, so that a mistake anywhere moves the embedding by far more than the tolerance.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from flax import nnx
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
@@ -315,3 +318,18 @@ def picture(height: int, width: int, seed: int = 0) -> Image.Image:
     ramp = np.stack([255 * y, 255 * x, 255 * (1 - x * y)], axis=-1)  # [H, W, 3]
     noise = rng.uniform(-90, 90, (height, width, 3))
     return Image.fromarray(np.clip(ramp + noise, 0, 255).astype(np.uint8))
+
+
+DOWN = "language_model.layers.mlp.down_proj.kernel"
+EMBED = "language_model.embed_tokens"
+NORM = "language_model.norm.scale"
+
+
+@contextmanager
+def changed(model: E5V, name: str, new: Callable[[Any], Any]) -> Iterator[None]:
+    """Another parameter in a loaded model, for a while."""
+    (leaf,) = (x for path, x in nnx.to_flat_state(model._state) if ".".join(map(str, path)) == name)
+    before = leaf.get_value()
+    leaf.set_value(new(before))
+    yield
+    leaf.set_value(before)

@@ -15,7 +15,13 @@ FP32 = Precision(jnp.float32, jnp.float32)
 
 
 def on(implementation: Implementation) -> Runtime:
-    return Runtime.on(make_mesh(), implementation)
+    """On a CPU; splash as on a TPU, in Pallas's interpret mode."""
+    mesh = make_mesh()
+    return (
+        Runtime(mesh, "tpu", "splash")
+        if implementation == "splash"
+        else Runtime.on(mesh, implementation)
+    )
 
 
 def qkv(t: int = 256, heads: int = 4, kv_heads: int = 2, h: int = 128) -> list[jax.Array]:
@@ -50,7 +56,6 @@ def expected(q: jax.Array, k: jax.Array, v: jax.Array) -> np.ndarray:
 
 @pytest.mark.parametrize("implementation", ["xla", "splash"])
 def test_grouped_heads_and_causal_mask(implementation: Implementation) -> None:
-    """On a CPU, splash runs in Pallas's interpret mode."""
     arrays = qkv()
     np.testing.assert_allclose(run(implementation, arrays), expected(*arrays), atol=3e-6)
 
@@ -104,5 +109,12 @@ def test_choice(backend: str, dtype: jnp.dtype, t: int, h: int, chosen: str) -> 
 def test_what_cannot_be() -> None:
     with pytest.raises(ValueError, match="'flash': expected one of auto, xla, cudnn, splash"):
         on("flash")  # type: ignore[arg-type]  # what is tested
+    with pytest.raises(
+        ValueError, match="'cudnn' is for a GPU, this runs on a CPU: choose auto or"
+    ):
+        on("cudnn")
+    for platform in ("cpu", "gpu"):
+        with pytest.raises(ValueError, match=f"is for a TPU, this runs on a {platform.upper()}"):
+            Runtime(make_mesh(), platform, "splash")
     with pytest.raises(ValueError, match="multiples of 128, found 40 positions and heads of 128"):
         run("splash", qkv(t=40))

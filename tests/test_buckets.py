@@ -1,10 +1,16 @@
 """gs:// paths: convert, train, kill, resume and encode in a bucket of a Cloud Storage emulator."""
 
 import dataclasses
+import http.server
 import importlib.util
 import io
 import json
+import re
+import socket
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +29,10 @@ from training_runs import (
     words,
 )
 
-from e5v_jax import E5V, cli
+from e5v_jax import E5V, cli, storage
 from e5v_jax.checkpoints import from_hf
-from e5v_jax.encode.__main__ import encode
 from e5v_jax.encode.bulk import read_embeddings
+from e5v_jax.encode.command import encode
 from e5v_jax.encode.options import Args
 from e5v_jax.storage import as_path, walk_files
 from e5v_jax.train.__main__ import main
@@ -187,7 +193,8 @@ def test_one_file_of_parquet_rows(folder: Path, capsys: pytest.CaptureFixture[st
         ({"--input": "pictures.jsonl"}, "image a.jpg: not read from a bucket by its path"),
         ({"--model": "none"}, "gs://tests/none: no such folder"),
         ({"--model": "raw"}, "gs://tests/raw: only a converted folder can be read from a bucket"),
-        ({"--output": "gs://other/vectors"}, "gs://other/vectors/manifest.json: there is no such"),
+        ({"--output": "gs://other/vectors"}, "gs://other/vectors: there is no such bucket"),
+        ({"--output": "gs://other/vectors.npy"}, "gs://other: there is no such bucket"),
         ({"--adapter": "none"}, "gs://tests/none: neither a PEFT adapter"),
         ({"--input": "s3://other/a.jsonl"}, "s3://other/a.jsonl: not a path on this machine"),
     ],
@@ -204,6 +211,61 @@ def test_refused(
     code, said = run_encode(capsys, *[word for pair in paths.items() for word in pair])
     assert code in (1, 2) and message in said, said
     assert not as_path(f"{BUCKET}/refused").exists()
+
+
+def closed_port() -> str:
+    """An address where nobody answers, as without a network."""
+    with socket.socket() as opened:
+        opened.bind(("localhost", 0))
+        return f"http://localhost:{opened.getsockname()[1]}"
+
+
+@contextmanager
+def refusing() -> Iterator[str]:
+    """A Cloud Storage that knows no one."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            said = b'{"error": {"code": 401, "message": "Anonymous caller has no access"}}'
+            self.send_response(401)
+            self.send_header("Content-Length", str(len(said)))
+            self.end_headers()
+            self.wfile.write(said)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("localhost", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"http://localhost:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.mark.parametrize("flag", ["--model", "--adapter", "--input", "--output", "file", "api"])
+def test_no_network_and_no_credentials(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flag: str
+) -> None:
+    """One line, at once; gcsfs would try for a minute, with a traceback for each request."""
+    (tmp_path / "a.txt").write_text("A dog.")
+    path = f"{BUCKET}/unseen{'.npy' if flag == 'file' else ''}"
+    given = {"--model": tmp_path, "--input": tmp_path / "a.txt", "--output": tmp_path / "out"}
+    given = {**given, {"file": "--output"}.get(flag, flag): path}
+    with refusing() as server:
+        for host, said in (
+            (server, "Cloud Storage refuses (Anonymous caller has no access, 401): log in with gc"),
+            (closed_port(), "does not answer (Connection refused): is there a network?"),
+        ):
+            monkeypatch.setenv("STORAGE_EMULATOR_HOST", host)
+            storage.check_reachable.cache_clear()
+            start = time.monotonic()
+            if flag == "api":
+                with pytest.raises(OSError, match=re.escape(said)):
+                    E5V.from_pretrained(path)
+            else:
+                code, line = run_encode(capsys, *[word for pair in given.items() for word in pair])
+                assert code == 1 and line.startswith(f"error: {path}: ") and said in line
+            assert time.monotonic() - start < 5
+    storage.check_reachable.cache_clear()
 
 
 def test_images_of_training_rows(folder: Path) -> None:

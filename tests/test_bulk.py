@@ -17,15 +17,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hf_models import RECIPES, build_llava, picture
+from faults import file_size_limit
+from hf_models import EMBED, NORM, RECIPES, build_llava, changed, picture
 from PIL import Image
 
 from e5v_jax import E5V, cli
 from e5v_jax.checkpoints import from_hf
-from e5v_jax.encode.__main__ import encode
 from e5v_jax.encode.bulk import read_embeddings
+from e5v_jax.encode.command import encode
 from e5v_jax.encode.encoder import Statistics
 from e5v_jax.encode.files import iterate_items, scan_items
+from e5v_jax.encode.ids import repeated_ids
 from e5v_jax.encode.options import Args
 from e5v_jax.encode.progress import BulkProgress
 
@@ -87,8 +89,9 @@ def test_shards(command: Command, model: E5V, texts: Path) -> None:
     assert code == 0
     assert out.startswith("out: 23 of 23 rows embedded in 3 shards, ")
     assert "items/s" in out and "tokens/s" in out and "% padding" in out
-    names = ["manifest.json", *(f"shard-{i:05d}.parquet" for i in range(3))]
-    assert sorted(contents(Path("out"))) == names
+    names = [f"shard-{i:05d}.{suffix}" for i in range(3) for suffix in ("parquet", "sha256")]
+    assert sorted(contents(Path("out"))) == ["manifest.json", *names]
+    subprocess.run("sha256sum --check --strict *.sha256", shell=True, cwd="out", check=True)
     table = pq.read_table(sorted(Path("out").glob("*.parquet")))
     assert table.schema.field("id").type == pa.string()
     assert table.schema.field("embedding").type == pa.list_(pa.float32(), 64)
@@ -233,7 +236,36 @@ def test_raise_keeps_the_shards_before(command: Command, texts: Path) -> None:
     code, _, err = command("--input", texts, "--shard-size", "10")
     assert code == 1
     assert err.splitlines()[-1].startswith(f"error: {texts}:16: the text contains '<image>'")
-    assert sorted(contents(Path("out"))) == ["manifest.json", "shard-00000.parquet"]
+    names = ["manifest.json", "shard-00000.parquet", "shard-00000.sha256"]
+    assert sorted(contents(Path("out"))) == names
+
+
+def test_vectors_that_say_nothing(command: Command, model: E5V, texts: Path) -> None:
+    """They stop the run by file and row, or are listed; in the shards are none."""
+    texts.write_text("\n".join([*TEXTS[:12], "Z", *TEXTS[12:]]))
+    flags = ("--input", texts, "--shard-size", "10")
+    token = model.tokenizer.convert_tokens_to_ids("Z")
+    with changed(model, EMBED, lambda x: x.at[token].set(np.inf)):
+        code, _, err = command(*flags)
+        assert code == 1
+        assert err.splitlines()[-1].startswith(f"error: {texts}:13: its vector is not finite: is ")
+        shutil.rmtree("out")
+        assert command(*flags, "--on-error", "skip")[0] == 0
+    (row,) = map(json.loads, Path("out/failed.jsonl").read_text().splitlines())
+    assert (row["id"], row["where"]) == ("13", f"{texts}:13") and "not finite" in row["reason"]
+    ids, vectors = read_embeddings("out")
+    assert ids == [str(i) for i in range(1, 25) if i != 13]
+    np.testing.assert_allclose(vectors, model.encode(TEXTS), atol=1e-6)
+
+
+def test_vectors_too_large_for_float16(command: Command, model: E5V, texts: Path) -> None:
+    flags = ("--input", texts, "--embedding-dtype", "float16")
+    with changed(model, NORM, lambda x: x.at[3].set(1e6)):
+        code, _, err = command(*flags, "--no-normalize")
+        assert code == 1 and err.splitlines()[-1] == (
+            f"error: {texts}:1: its vector does not fit --embedding-dtype: use float32"
+        )
+        assert command(*flags)[0] == 0
 
 
 def jsonl(file: Path, rows: list[dict[str, object]]) -> Path:
@@ -272,7 +304,7 @@ def test_rows_without_text_and_image_in_parquet(command: Command, tmp_path: Path
     pq.write_table(table, tmp_path / "a.parquet")
     code, _, err = command("--input", "a.parquet")
     assert code == 1 and err.endswith("error: a.parquet:2: neither text nor image is given\n")
-    shutil.rmtree("out")
+    assert not Path("out").exists()
     assert command("--input", "a.parquet", "--on-error", "skip")[0] == 0
     assert read_embeddings(Path("out"))[0] == ["1"]
 
@@ -379,6 +411,64 @@ def test_resumes_where_it_was(command: Command, texts: Path, monkeypatch: Any) -
     assert contents(Path("out")) == whole
 
 
+def test_a_run_that_cannot_begin_binds_none(command: Command, texts: Path) -> None:
+    """Its first row is bad: corrected, the input is another, and is taken."""
+    flags = ("--input", texts, "--shard-size", "10")
+    for before in ([], ["out"]):
+        for folder in before:
+            Path(folder).mkdir()
+        texts.write_text("\n".join(["my <image> of", *TEXTS]))
+        assert command(*flags)[0] == 1
+        assert sorted(path.name for path in Path().iterdir()) == [*before, texts.name]
+    assert not contents(Path("out"))
+    texts.write_text("\n".join(TEXTS))
+    assert command(*flags)[0] == 0
+    whole = contents(Path("out"))
+    # as if killed between the manifest and the first shard, with other flags
+    for path in Path("out").glob("shard-*"):
+        path.unlink()
+    assert command(*flags, "--no-normalize")[0] == 0
+    assert contents(Path("out")) != whole
+    assert "begun with normalize_embeddings False" in command(*flags)[2]
+
+
+@pytest.mark.parametrize("format", ["parquet", "npy"])
+def test_full_disk(command: Command, tmp_path: Path, format: str) -> None:
+    """One line with file and remedy; what is done stays, and is gone on with."""
+    rng = np.random.default_rng(0)
+    rows = [{"text": text} for text in TEXTS[:9]]
+    rows[5]["id"] = rng.bytes(10_000).hex()  # does not compress
+    source = jsonl(tmp_path / "rows.jsonl", rows)
+    flags = ("--input", source, "--shard-size", "3", "--format", format)
+    assert command(*flags)[0] == 0
+    whole = contents(Path("out"))
+    shutil.rmtree("out")
+    name = {"parquet": "shard-00001.parquet", "npy": "shard-00001.ids.json"}[format]
+    for limit, failed in ((10, ".out.lock"), (800, "manifest.json"), (10_000, name)):
+        with file_size_limit(limit):
+            code, _, err = command(*flags)
+        assert code == 1 and err.splitlines()[-1].endswith(
+            f"/{failed}: File too large: free some space there, then start it again"
+        )
+        assert Path("out").exists() == (limit == 10_000)
+    done = [name for name in whole if "00000" in name]
+    assert {name: whole[name] for name in done} == {
+        name: data for name, data in contents(Path("out")).items() if "00000" in name
+    }
+    assert not list(Path("out").glob(".*"))
+    assert command(*flags)[0] == 0
+    assert contents(Path("out")) == whole
+
+
+def test_no_room_for_the_ids(tmp_path: Path) -> None:
+    ids = ((f"{i:0200d}", "a") for i in range(60_000))
+    with (
+        file_size_limit(100_000),
+        pytest.raises(OSError, match=r"temporary file of ids: .*; TMPDIR names its folder"),
+    ):
+        list(repeated_ids(ids))
+
+
 @pytest.mark.parametrize(
     ("flags", "key"),
     [
@@ -431,6 +521,10 @@ def test_a_folder_of_something_else_is_refused(command: Command, texts: Path) ->
         (["--input", "texts.txt", "--shard-size", "0"], "--shard-size: 0, expected at least 1"),
         (["--input", "texts.txt", "--output", "a.npy", "--on-error", "skip"], "--on-error needs"),
         (["--input", "texts.txt", "--tensor", "3"], "mesh data=-1 fsdp=1 tensor=3 does not fit"),
+        (
+            ["--input", "none.txt", "--attn-implementation", "cudnn"],
+            "attn_implementation 'cudnn' is for a GPU, this runs on a CPU: choose auto or xla",
+        ),
     ],
 )
 def test_wrong_usage(command: Command, texts: Path, words: list[str], message: str) -> None:

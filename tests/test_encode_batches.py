@@ -3,23 +3,31 @@
 import dataclasses
 import logging
 import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
-from hf_models import Case, Recipe, build_text, picture
+from faults import KillWorker, file_size_limit
+from hf_models import DOWN, EMBED, NORM, Case, Recipe, build_text, changed, picture
 
 from e5v_jax import E5V
 from e5v_jax.checkpoints.tokenizer import load_tokenizer
 from e5v_jax.data.images import image_size
 from e5v_jax.data.inputs import InputError
 from e5v_jax.data.text import IMAGE_BUCKETS, TEXT_BUCKETS, bucket_length
-from e5v_jax.encode import compilation, stream
+from e5v_jax.encode import compilation, decoding, stream
 from e5v_jax.encode.batching import plan_batches
+from e5v_jax.encode.decoding import DecodingPool
 from e5v_jax.families.base import Measured
 from e5v_jax.families.llava_next.presets import ARCHITECTURES
 from e5v_jax.families.llava_next.processor import LlavaNextProcessor
@@ -64,6 +72,78 @@ def test_worker_processes(e5v: E5V, alone: np.ndarray) -> None:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn) as pool:
         assert largest(e5v.encode(ITEMS, pool=pool), alone) <= TOLERANCE
+
+
+def test_killed_workers(
+    e5v: E5V, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They are started again and go on; an image that kills one each time is named."""
+    names = [tmp_path / f"{i}.png" for i in range(3)]
+    for i, name in enumerate(names):
+        picture(40, 60, seed=i).save(name)
+    expected = e5v.encode(names)
+    killer = KillWorker(e5v.processor.load, names[1])
+    monkeypatch.setattr(type(e5v.processor), "load", property(lambda _: killer))
+    monkeypatch.setattr(stream, "_ATTEMPTS", 2)
+    errors: list[InputError] = []
+    with DecodingPool(1) as pool:
+        found = e5v.encode(names, pool=pool, on_error=errors.append)
+    assert "started again (2 of at most 10 times)" in caplog.text
+    message = f"{names[1]}: 2 processes that were to decode it were killed: is memory short?"
+    assert [(error.position, error.reason) for error in errors] == [(1, message)]
+    assert largest(found[[0, 2]], expected[[0, 2]]) <= TOLERANCE
+
+
+def test_workers_killed_too_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "_RESTARTS", 2)
+    with (
+        DecodingPool(1) as pool,
+        pytest.raises(OSError, match=r"were killed 3 times: is memory short\? Give fewer --num-w"),
+    ):
+        for _ in range(4):
+            with pytest.raises(BrokenExecutor):
+                pool.submit(os._exit, 1).result()
+
+
+def test_workers_that_do_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoding, "_end_with_parent", partial(os._exit, 1))
+    with DecodingPool(1) as pool:
+        with pytest.raises(BrokenExecutor):
+            pool.submit(os.getpid).result()
+        with pytest.raises(OSError, match="die at their start: give --num-workers 0 for threads"):
+            pool.submit(os.getpid)
+
+
+def test_workers_end_with_their_parent_and_do_not_hear_ctrl_c() -> None:
+    """As a shell sends it: to all processes of a group. Only the first of them answers."""
+    code = """
+import os, time
+from e5v_jax.encode.decoding import DecodingPool
+with DecodingPool(2) as pool:
+    pool.submit(time.sleep, 0.3)
+    print(pool.submit(os.getpid).result(), flush=True)
+    time.sleep(60)
+"""
+    for sent in (signal.SIGINT, signal.SIGKILL):
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        assert process.stdout is not None
+        worker = int(process.stdout.readline())
+        (os.killpg if sent == signal.SIGINT else os.kill)(process.pid, sent)
+        _, err = process.communicate(timeout=20)
+        assert err.count("Traceback") == (sent == signal.SIGINT), err
+        deadline = time.monotonic() + 10
+        while Path(f"/proc/{worker}/cmdline").exists() and time.monotonic() < deadline:
+            if not Path(f"/proc/{worker}/cmdline").read_bytes():  # a zombie
+                break
+            time.sleep(0.02)
+        else:
+            assert not Path(f"/proc/{worker}").exists()
 
 
 def test_last_layer_for_the_pooled_token_only(llava: Callable[[str], Case]) -> None:
@@ -117,6 +197,71 @@ def test_bad_inputs_are_told_and_left_out(e5v: E5V, alone: np.ndarray) -> None:
     assert not found[[1, 3, 4, 5]].any()
     with pytest.raises(InputError, match="input 1: the text is empty"):
         e5v.encode(inputs[:4])
+
+
+# --- vectors that say nothing --------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def own(llava: Callable[[str], Case]) -> E5V:
+    return llava("llama-gqa").load()
+
+
+@pytest.mark.parametrize(
+    ("name", "new", "flaw"),
+    [
+        (DOWN, lambda x: x.at[1, 3, 5].set(np.nan), "not finite"),
+        (NORM, lambda x: x.at[7].set(np.inf), "not finite"),
+        (NORM, lambda x: x * np.float32(1e30), "not finite"),  # each value is, their length not
+        (NORM, lambda x: x * 0, "of no length"),
+        (NORM, lambda x: x * np.float32(1e-30), "of no length"),
+    ],
+)
+def test_no_vector_that_says_nothing(
+    own: E5V, name: str, new: Callable[[Any], Any], flaw: str
+) -> None:
+    with changed(own, name, new):
+        for normalize in (True, False):
+            with pytest.raises(InputError, match=rf"input \d: its vector is {flaw}: is the model"):
+                own.encode(ITEMS[:3], normalize_embeddings=normalize)
+        errors: list[InputError] = []
+        assert not own.encode(ITEMS[:3], on_error=errors.append).any()
+    assert sorted(error.position for error in errors) == [0, 1, 2]
+
+
+def test_a_part_of_no_length(own: E5V) -> None:
+    with changed(own, NORM, lambda x: x.at[:3].set(0)):
+        assert own.encode(ITEMS[0], truncate_dim=4)[3] in (1, -1)
+        with pytest.raises(InputError, match="input 0: its vector is of no length"):
+            own.encode(ITEMS[0], truncate_dim=3)
+
+
+def test_overflow_in_float16(own: E5V, llava: Callable[[str], Case]) -> None:
+    """What float32 computes, float16 does not: it is told, not returned."""
+    with changed(own, DOWN, lambda x: x * 30_000):
+        assert np.isfinite(own.encode(ITEMS[:3])).all()
+    half = llava("llama-gqa").load("float16")
+    assert np.isfinite(half.encode(ITEMS[:3])).all()
+    with (
+        changed(half, DOWN, lambda x: x * 30_000),
+        pytest.raises(InputError, match=r"vector is not finite: .* choose bfloat16 or float32"),
+    ):
+        half.encode(ITEMS[:3])
+
+
+def test_only_the_bad_ones(own: E5V, alone: np.ndarray) -> None:
+    """One token is broken: inputs without it are as they were, equal ones are told each."""
+    errors: list[InputError] = []
+    done: list[int] = []
+    inputs = [ITEMS[0], "Z", ITEMS[9], "Z", ITEMS[1]]
+    token = own.tokenizer.convert_tokens_to_ids("Z")
+    with changed(own, EMBED, lambda x: x.at[token].set(np.nan)):
+        found = own.encode(inputs, on_error=errors.append, on_batch=done.append)
+        with pytest.raises(InputError, match="input 1: its vector is not finite"):
+            own.encode(inputs)
+    assert sorted(error.position for error in errors) == [1, 3] and sum(done) == 3
+    assert largest(found[[0, 2, 4]], alone[[0, 9, 1]]) <= TOLERANCE
+    assert not found[[1, 3]].any()
 
 
 # --- batches -------------------------------------------------------------------------------------
@@ -265,6 +410,25 @@ def test_compilation_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert updates["jax_compilation_cache_dir"] == str(folder)
     monkeypatch.setenv(compilation.VARIABLE, str(tmp_path / "own"))
     assert compilation.use_compilation_cache() == tmp_path / "own"
+
+
+@pytest.mark.usefixtures("no_cache")
+def test_no_place_for_the_compilation_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line before the first program, not a warning of JAX's with each."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(compilation.VARIABLE, str(tmp_path / "file"))
+    assert compilation.use_compilation_cache() is None
+    assert jax.config.values["jax_compilation_cache_dir"] is None
+    monkeypatch.setenv(compilation.VARIABLE, str(tmp_path / "full"))
+    monkeypatch.setattr(compilation, "_ROOM", 20_000)
+    with file_size_limit(10_000):
+        assert compilation.use_compilation_cache() is None
+    assert [message.partition(": ")[2][:25] for message in caplog.messages] == [
+        "no compilation cache ther"
+    ] * 2
+    assert "(File exists)" in caplog.text and "(File too large)" in caplog.text
 
 
 @pytest.mark.parametrize("limit", ["batch_size", "max_num_batched_tokens"])

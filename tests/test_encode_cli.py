@@ -21,7 +21,7 @@ from e5v_jax.checkpoints import from_hf
 from e5v_jax.data.images import FORMATS
 from e5v_jax.data.inputs import InputError
 from e5v_jax.data.rows import shortened
-from e5v_jax.encode.__main__ import encode, label
+from e5v_jax.encode.command import encode, label
 from e5v_jax.encode.files import IMAGE_SUFFIXES, make_item, read_items
 from e5v_jax.encode.options import Args
 
@@ -252,7 +252,9 @@ def test_failed_write_leaves_nothing(
     monkeypatch.setattr(*((np, "save") if suffix == ".npy" else (pq, "write_table")), fail)
     output = tmp_path / f"out{suffix}"
     code, out, err = command("--model", "any", "--text", "a dog", "--output", output)
-    assert (code, out) == (1, "") and "No space left on device" in err
+    assert (code, out) == (1, "") and err == (
+        f"error: {output}: No space left on device: free some space there, then start it again\n"
+    )
     assert list(tmp_path.iterdir()) == []
 
 

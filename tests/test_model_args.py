@@ -10,6 +10,7 @@ import jax
 import pytest
 
 import e5v_jax
+from e5v_jax import E5V
 from e5v_jax.cli import UsageError
 from e5v_jax.encode.model_args import ModelArgs
 from e5v_jax.encode.options import Args
@@ -52,6 +53,15 @@ def test_values_that_cannot_be(change: dict[str, Any], message: str) -> None:
 def test_a_mesh_that_the_devices_do_not_make() -> None:
     with pytest.raises(UsageError, match="mesh data=-1 fsdp=1 tensor=3 does not fit 2 devices"):
         ModelArgs(model="m", tensor=3).load(jax.devices()[:1] * 2)
+
+
+def test_attention_that_the_devices_do_not_have() -> None:
+    """Before the model is looked for: there is none."""
+    for name in ("cudnn", "splash"):
+        with pytest.raises(UsageError, match=f"attn_implementation '{name}' is for a [GT]PU, this"):
+            ModelArgs(model="none", attn_implementation=name).load()
+        with pytest.raises(ValueError, match=f"attn_implementation '{name}' is for a [GT]PU, this"):
+            E5V.from_pretrained("none", attn_implementation=name)
 
 
 def test_all_is_passed_on_and_described(monkeypatch: pytest.MonkeyPatch) -> None:

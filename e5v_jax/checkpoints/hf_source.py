@@ -14,7 +14,7 @@ from e5v_jax.checkpoints.safetensors_file import SafetensorsFolder
 from e5v_jax.families import find_family
 from e5v_jax.families.base import Family, ModelConfig
 from e5v_jax.nn.config import UnsupportedModelError
-from e5v_jax.storage import as_path, in_bucket
+from e5v_jax.storage import as_path, check_reachable, in_bucket
 
 
 def _read_json(file: Path) -> dict[str, Any]:
@@ -99,7 +99,11 @@ class HfSource:
 
 
 def resolve(source: str, revision: str | None = None) -> Path:
-    """A local path as it is, or a hub id, fetched. Raises FileNotFoundError: it is neither."""
+    """A local path as it is, or a hub id, fetched.
+
+    Raises FileNotFoundError: it is neither; OSError: a bucket that cannot be reached.
+    """
+    check_reachable(source)
     path = as_path(source)
     if path.exists():
         return path

@@ -1,178 +1,23 @@
 """``python -m e5v_jax.encode --model DIR --text "a dog" "a cat" --image dog.jpg``."""
 
-import multiprocessing
 import sys
-import warnings
 from collections.abc import Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
-from itertools import chain
-from pathlib import Path
 
-import numpy as np
-from PIL import Image
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
-from e5v_jax import cli
-from e5v_jax.encode.files import Item, list_folder, make_item, read_items
-from e5v_jax.encode.options import Args
-from e5v_jax.encode.vectors import check_output, write_vectors
-
-MAX_SHOWN = 20  # largest similarity table; more inputs need an output file
-_LABEL_WIDTH = 32
-
-
-def encode(args: Args) -> None:
-    """Embed and write or print; an output file or shard appears only when whole.
-
-    Raises cli.UsageError: flags that do not go together, a bad value; ValueError, OSError: one line
-    naming the file and line, or the flag.
-    """
-    args.check()
-    # Pillow's two lines about an image that is then refused in one
-    with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
-        (encode_to_folder if args.is_bulk else encode_in_memory)(args)
-
-
-def encode_in_memory(args: Args) -> None:
-    """Embed inputs that fit in memory, to one file or to the terminal."""
-    # All of it before the model, which may take minutes to load.
-    if args.output is not None:
-        check_output(args.output)
-    items = collect_items(args)
-    if args.output is None and not 1 < len(items) <= MAX_SHOWN:
-        raise cli.UsageError(
-            f"{len(items)} input{'s' * (len(items) > 1)} and no --output: give a file to write "
-            f"to, or 2 to {MAX_SHOWN} inputs to compare"
-        )
-    # Here, not above: --help and the errors so far do not need JAX.
-    import jax
-
-    from e5v_jax.data.inputs import InputError
-
-    model = args.load(jax.local_devices())
-    try:
-        with decoding_pool(args.num_workers) as pool:
-            values = [item.value for item in items]
-            vectors = model.encode(values, pool=pool, **args.encode_options())
-    except InputError as error:
-        raise ValueError(f"{items[error.position].where}: {error.reason}") from error
-    if args.output is None:
-        print_similarities([label(item) for item in items], model.similarity(vectors, vectors))
-    else:
-        write_vectors(args.output, [item.id for item in items], vectors)
-        rows, dims = vectors.shape
-        print(f"{args.output}: {rows} vector{'s' * (rows > 1)} of {dims} dimensions, float32")
-
-
-def encode_to_folder(args: Args) -> None:
-    """Embed any number of inputs to shards; see e5v_jax/encode/bulk.py."""
-    assert args.input is not None and args.output is not None
-    cli.show_log()
-    if args.input.is_dir():
-        tell_left_out(args.input, list_folder(args.input)[1])
-
-    from e5v_jax.distributed import initialize, is_first, wait_for_all
-
-    initialize(distributed=args.distributed)  # before anything else of JAX
-
-    import jax
-
-    from e5v_jax.encode import bulk
-    from e5v_jax.encode.progress import BulkProgress
-
-    scan = bulk.scan_once(args.input, allow_errors=args.on_error == "skip")
-    manifest = bulk.describe(args, scan)
-    bulk.check_output(args.output, manifest)
-    model = args.load(jax.local_devices())
-    if is_first():
-        bulk.start_output(args.output, manifest, scan)
-    wait_for_all("the output folder is there")
-    with (
-        decoding_pool(args.num_workers) as pool,
-        BulkProgress(scan.rows // jax.process_count(), model.statistics) as progress,
-    ):
-        embed = partial(model.encode, pool=pool, **args.encode_options())
-        embed = partial(embed, on_batch=progress.encoded, show_progress_bar=False)
-        bulk.encode_shards(args, args.output, embed, progress)
-    wait_for_all("all shards are written")
-    if is_first():
-        result = bulk.finish_output(args, args.output, scan.rows)
-        print(
-            f"{args.output}: {result['embedded']} of {result['rows']} rows embedded in "
-            f"{result['shards']} shard{'s' * (result['shards'] > 1)}, {progress.summary()}"
-        )
-        if result["failed"]:
-            print(f"{result['failed']} failed: see {args.output / 'failed.jsonl'}")
-
-
-def decoding_pool(num_workers: int) -> AbstractContextManager[Executor | None]:
-    """Start processes that decode images; None leaves it to threads."""
-    if num_workers == 0:
-        return nullcontext()
-    # JAX has threads, which a fork would lose
-    return ProcessPoolExecutor(num_workers, mp_context=multiprocessing.get_context("spawn"))
-
-
-def collect_items(args: Args) -> list[Item]:
-    """Read the inputs that the flags ask for; entries of a folder left out are told on stderr.
-
-    Raises ValueError, OSError: one line naming the file and line, or the flag.
-    """
-    if args.input is not None:
-        items, skipped = read_items(args.input)
-        tell_left_out(args.input, skipped)
-    else:
-        items = [
-            make_item(f"--text {i}", f"text-{i}", text=text, image=None)
-            for i, text in enumerate(chain(*args.text), start=1)
-        ] + [
-            make_item(f"--image {i}", f"image-{i}", text=None, image=image)
-            for i, image in enumerate(chain(*args.image), start=1)
-        ]
-    for item in items:
-        if item.error is not None:
-            raise ValueError(f"{item.where}: {item.error}")
-    return items
-
-
-def tell_left_out(folder: Path, names: list[str]) -> None:
-    """Say which entries of a folder are no images."""
-    if names:
-        told = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        print(f"{folder}: left out, not an image file: {told}", file=sys.stderr)
-
-
-def label(item: Item) -> str:
-    """Show an input in a few printable words."""
-    image, text = item.value.get("image"), item.value.get("text")
-    name = "image" if isinstance(image, bytes) else Path(image or "").name
-    words = " ".join(" + ".join(str(part) for part in (name, text) if part).split())
-    words = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in words)
-    return words if len(words) <= _LABEL_WIDTH else words[: _LABEL_WIDTH - 1] + "…"
-
-
-def print_similarities(labels: list[str], cosines: np.ndarray) -> None:
-    """Print cosine similarities [N, N] as a table."""
-    table = Table("", "", caption="cosine similarity", box=None)
-    for number in range(1, len(labels) + 1):
-        table.add_column(str(number), justify="right", no_wrap=True)
-    for number, (name, row) in enumerate(zip(labels, cosines, strict=True), start=1):
-        table.add_row(str(number), Text(name, no_wrap=True), *(f"{value:.3f}" for value in row))
-    console = Console()
-    # Numbers cut short would be worse than lines that a narrow terminal wraps.
-    console.width = max(console.width, _LABEL_WIDTH + 8 * (len(labels) + 1))
-    console.print(table)
+from e5v_jax.exits import guarded
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command; ``argv`` are its words, None takes the command line's."""
-    if "--dry-run" in (argv or sys.argv):
-        sys.exit("error: --dry-run is a command of its own: python -m e5v_jax.dryrun encode --help")
-    cli.run(encode, Args, argv=argv)
+    with guarded(argv) as words:
+        if "--dry-run" in words:
+            sys.exit(
+                "error: --dry-run is a command of its own: python -m e5v_jax.dryrun encode --help"
+            )
+        from e5v_jax import cli  # here and below: they take a while, and Ctrl-C may come meanwhile
+        from e5v_jax.encode.command import encode
+        from e5v_jax.encode.options import Args
+
+        cli.run(encode, Args, argv=words)
 
 
 if __name__ == "__main__":

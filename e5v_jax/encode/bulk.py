@@ -1,22 +1,27 @@
 """Any number of inputs into a folder of shards, which a killed run goes on with.
 
     manifest.json        what was embedded, how, and with what; at the end, how many rows
-    shard-00000.parquet  columns id and embedding; or .npy, with the ids in shard-00000.ids.json
+    shard-00000.parquet  columns id and embedding; or .npy; and beside it, see shards.py
     failed.jsonl         with --on-error skip: id, place and reason of each row left out
     .repeated.tmp        during the run: rows whose id an earlier row has
 
-A shard is a fixed range of input rows, embedded by itself and renamed when whole. So its bytes do
-not depend on where a run was killed, nor on how many processes shared the work. The first process
-reads the input once before, for what needs all of it: the number of rows, the hash, repeated ids.
+A shard is a fixed range of input rows, embedded by itself and sealed when whole. So its bytes do
+not depend on where a run was killed, nor on how many processes shared the work. The manifest comes
+with the first shard: a run that ends before leaves nothing that would bind the next. The first
+process reads the input once before, for what needs all of it: the number of rows, the hash,
+repeated ids.
 """
 
 import io
 import json
+import logging
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib.metadata import version
-from itertools import count, islice, repeat
+from itertools import chain, count, islice, repeat
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -31,11 +36,14 @@ from e5v_jax.distributed import is_first, wait_for_all
 from e5v_jax.encode.files import Item, Scan, iterate_items, scan_items
 from e5v_jax.encode.options import Args
 from e5v_jax.encode.progress import BulkProgress
-from e5v_jax.encode.vectors import write_json, write_vectors
+from e5v_jax.encode.shards import failed_lines, is_whole, read_shard, write_shard
+from e5v_jax.encode.vectors import find_unusable, to_json
 from e5v_jax.storage import as_path, in_bucket
 
 Embed = Callable[..., np.ndarray]  # E5V.encode with what does not depend on the shard
-FORMAT_VERSION = 2  # in 1, input_sha256 was over the sizes of images in Parquet
+FORMAT_VERSION = 3  # in 2, shards had no seal
+_logger = logging.getLogger("e5v_jax")
+_MANIFEST = "manifest.json"
 _TEMPORARY = ".*.tmp"  # what a killed run may have left half-written
 _REPEATED = ".repeated.tmp"
 _SHARD_FLAGS = ("shard_size", "format", "embedding_dtype", "on_error")
@@ -62,18 +70,23 @@ def describe(args: Args, scan: Scan) -> dict[str, Any]:
 def check_output(output: Path, manifest: dict[str, Any]) -> None:
     """See that the folder is empty, not there, or of the same run, before a model is loaded.
 
+    One with a manifest and no shard is as good as empty.
+
     Raises ValueError: the folder is another run's, or none of ours; one line naming what differs.
     """
-    path = output / "manifest.json"
-    if not path.exists():
-        if output.exists() and not all(entry.match(_TEMPORARY) for entry in output.iterdir()):
+    entries = list(output.iterdir()) if output.exists() else []
+    path = output / _MANIFEST
+    if path not in entries:
+        if not all(entry.match(_TEMPORARY) for entry in entries):
             raise ValueError(f"{output}: not empty and no output of this command; choose another")
         return
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if found.get("format_version") != FORMAT_VERSION:
+    found = _read_manifest(path)
+    if not _has_shards(output):
+        return
+    if found["format_version"] != FORMAT_VERSION:
         raise ValueError(
             f"{output}: begun by another version of e5v_jax (format "
-            f"{found.get('format_version')}, this one writes {FORMAT_VERSION}); finish it with "
+            f"{found['format_version']}, this one writes {FORMAT_VERSION}); finish it with "
             "that version, or choose another --output or delete it"
         )
     for key in sorted((found.keys() | manifest.keys()) - _NOT_COMPARED):
@@ -82,6 +95,23 @@ def check_output(output: Path, manifest: dict[str, Any]) -> None:
                 f"{output}: begun with {key} {found.get(key)!r}, this run has "
                 f"{manifest.get(key)!r}; choose another --output or delete it"
             )
+
+
+def _has_shards(output: Path) -> bool:
+    return any(True for _ in output.glob("shard-*"))
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    """Read a manifest. Raises ValueError: it is damaged, or none of ours."""
+    try:
+        found = json.loads(path.read_bytes().decode("utf-8", "surrogatepass"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(
+            f"{path}: damaged ({error}); choose another --output or delete it"
+        ) from error
+    if not isinstance(found, dict) or "format_version" not in found:
+        raise ValueError(f"{path}: no manifest of this command; choose another --output")
+    return found
 
 
 def scan_once(source: Path, *, allow_errors: bool) -> Scan:
@@ -107,22 +137,45 @@ def scan_once(source: Path, *, allow_errors: bool) -> Scan:
     return scan or Scan(rows, fingerprint, io.BytesIO())
 
 
-def start_output(output: Path, manifest: dict[str, Any], scan: Scan) -> None:
-    """Make the folder with its manifest, if it is not there; what a kill left there is removed."""
-    if not in_bucket(output):
-        output.mkdir(parents=True, exist_ok=True)
-        for entry in output.glob(_TEMPORARY):
-            entry.unlink()
-    path = output / "manifest.json"
-    if not path.exists():
-        write_json(path, manifest)
-    if scan.repeated.tell():
-        scan.repeated.seek(0)
-        write_whole(output / _REPEATED, lambda file: shutil.copyfileobj(scan.repeated, file))
+@contextmanager
+def open_output(output: Path, scan: Scan) -> Iterator[None]:
+    """Make the folder, in the first process; what a kill left there is removed.
+
+    Without a shard at the end, the folder that was made vanishes again, if no other process may be
+    writing to it. Raises OSError: it cannot be made or written to.
+    """
+    local = not in_bucket(output)
+    made = local and not output.exists()
+    if is_first():
+        _clear(output)
+        if local:
+            output.mkdir(parents=True, exist_ok=True)
+        if scan.repeated.tell():
+            scan.repeated.seek(0)
+            write_whole(output / _REPEATED, lambda file: shutil.copyfileobj(scan.repeated, file))
+    wait_for_all("the output folder is there")
+    try:
+        yield
+    finally:
+        if made and jax.process_count() == 1 and not _has_shards(output):
+            _clear(output)
+            with suppress(OSError):  # something else is there now
+                output.rmdir()
 
 
-def encode_shards(args: Args, output: Path, embed: Embed, progress: BulkProgress) -> None:
-    """Embed this process's shards that are not in the folder ``output`` yet.
+def _clear(output: Path) -> None:
+    """Remove what a kill left half-written, and the manifest of a run without a shard."""
+    for entry in () if in_bucket(output) else output.glob(_TEMPORARY):
+        entry.unlink()
+    (output / _REPEATED).unlink(missing_ok=True)
+    if not _has_shards(output):
+        (output / _MANIFEST).unlink(missing_ok=True)
+
+
+def encode_shards(
+    args: Args, output: Path, manifest: dict[str, Any], embed: Embed, progress: BulkProgress
+) -> None:
+    """Embed this process's shards that are not in the folder ``output`` yet, or not whole.
 
     Raises ValueError: the first bad row, unless skipped; shards before it stay; OSError: disk full.
     """
@@ -131,15 +184,22 @@ def encode_shards(args: Args, output: Path, embed: Embed, progress: BulkProgress
     def is_mine(number: int) -> bool:
         return number % jax.process_count() == jax.process_index()
 
-    def wanted() -> Iterator[bool]:
-        for number in count():
-            mine = is_mine(number) and not _shard(output, number, args).exists()
-            yield from repeat(mine, args.shard_size)
+    def is_wanted(number: int) -> bool:
+        path = _shard(output, number, args)
+        if not is_mine(number) or is_whole(path):
+            return False
+        if path.exists():
+            _logger.warning("%s: not whole, made again", path)
+        return True
 
-    rows = _mark_repeated(iterate_items(args.input, wanted()), output / _REPEATED)
+    wanted = chain.from_iterable(repeat(is_wanted(i), args.shard_size) for i in count())
+    rows = _mark_repeated(iterate_items(args.input, wanted), output / _REPEATED)
     for number, chunk in enumerate(iter(lambda: list(islice(rows, args.shard_size)), [])):
         if items := [item for item in chunk if item is not None]:
-            _encode_shard(args, items, _shard(output, number, args), embed, progress)
+            shard = _embed_shard(args, items, embed, progress)
+            if not (output / _MANIFEST).exists():
+                write_whole(output / _MANIFEST, methodcaller("write", to_json(manifest)))
+            write_shard(_shard(output, number, args), *shard)
         elif is_mine(number):
             progress.passed(len(chunk))
 
@@ -162,9 +222,10 @@ def _shard(output: Path, number: int, args: Args) -> Path:
     return output / f"shard-{number:05d}.{args.format}"
 
 
-def _encode_shard(
-    args: Args, items: list[Item], path: Path, embed: Embed, progress: BulkProgress
-) -> None:
+def _embed_shard(
+    args: Args, items: list[Item], embed: Embed, progress: BulkProgress
+) -> tuple[list[str], np.ndarray, list[dict[str, str]]]:
+    """Give ids and vectors of a shard's rows, and id, place and reason of those that failed."""
     raises = args.on_error == "raise"
     for item in items:
         if raises and item.error is not None:
@@ -178,18 +239,20 @@ def _encode_shard(
         items[row] = replace(items[row], error=error.reason)
 
     vectors = embed([items[row].value for row in usable], on_error=note)
-    failed = [item for item in items if item.error is not None]
-    progress.passed(len(failed))
-    if failed:
-        reasons = ({"id": item.id, "where": item.where, "reason": item.error} for item in failed)
-        lines = "".join(json.dumps(reason) + "\n" for reason in reasons).encode()
-        write_whole(path.with_suffix(".failed.jsonl"), lambda file: file.write(lines))
+    with np.errstate(over="ignore"):  # found next
+        vectors = vectors.astype(args.embedding_dtype)
+    for position in find_unusable(vectors):
+        if items[usable[position]].error is None:  # else its vector is zero
+            note(InputError(position, "its vector does not fit --embedding-dtype: use float32"))
     good = [position for position, row in enumerate(usable) if items[row].error is None]
     ids = [item.id for item in items if item.error is None]
-    if args.format == "npy":
-        write_json(path.with_suffix(".ids.json"), ids)
-    # last: it says that all of the shard is there
-    write_vectors(path, ids, vectors[good].astype(args.embedding_dtype))
+    failed = [
+        {"id": item.id, "where": item.where, "reason": item.error}
+        for item in items
+        if item.error is not None
+    ]
+    progress.passed(len(failed))
+    return ids, vectors[good], failed
 
 
 def finish_output(args: Args, output: Path, rows: int) -> dict[str, int]:
@@ -197,43 +260,37 @@ def finish_output(args: Args, output: Path, rows: int) -> dict[str, int]:
 
     It gives the numbers of rows, embedded and failed ones, and shards.
 
-    Raises RuntimeError: a shard is missing.
+    Raises ValueError: a shard is missing.
     """
     shards = [_shard(output, number, args) for number in range(-(-rows // args.shard_size))]
-    for path in shards:
-        if not path.exists():
-            raise RuntimeError(f"{path}: missing; start the command again to make it")
-    lists = [file for shard in shards if (file := shard.with_suffix(".failed.jsonl")).exists()]
-    failed = sum(path.read_bytes().count(b"\n") for path in lists)
+    failed = sum(failed_lines(path).count(b"\n") for path in shards)
     if args.on_error == "skip":
-        contents = (path.read_bytes() for path in lists)
+        contents = map(failed_lines, shards)
         write_whole(output / "failed.jsonl", lambda file: file.writelines(contents))
     (output / _REPEATED).unlink(missing_ok=True)
     result = {"rows": rows, "embedded": rows - failed, "failed": failed, "shards": len(shards)}
-    path = output / "manifest.json"
-    write_json(path, {**json.loads(path.read_text(encoding="utf-8")), "result": result})
+    path = output / _MANIFEST
+    data = to_json({**_read_manifest(path), "result": result})
+    write_whole(path, methodcaller("write", data))
     return result
 
 
 def read_embeddings(output: str | Path) -> tuple[list[str], np.ndarray]:
-    """Read the ids and vectors [N, D] there are, in input order. Raises ValueError: no shard."""
-    ids: list[str] = []
-    parts: list[np.ndarray] = []
-    shards = (*as_path(output).glob("shard-*.npy"), *as_path(output).glob("shard-*.parquet"))
-    for path in sorted(shards, key=lambda path: (len(path.name), path.name)):  # 99999 before 100000
-        with path.open("rb") as file:
-            if path.suffix == ".npy":
-                parts.append(np.load(file))
-                names = path.with_suffix(".ids.json").read_bytes()
-                ids += json.loads(names.decode("utf-8", "surrogatepass"))
-            else:
-                import pyarrow.parquet as pq
+    """Read the ids and vectors [N, D] there are, in input order.
 
-                table = pq.read_table(file)
-                ids += table["id"].to_pylist()
-                flat = table["embedding"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-                dimensions = table.schema.field("embedding").type.list_size
-                parts.append(flat.reshape(len(table), dimensions))
-    if not parts:
+    Raises ValueError: there is no shard, one is damaged, or one of a finished run is missing.
+    """
+    output = as_path(output)
+    found = (*output.glob("shard-*.npy"), *output.glob("shard-*.parquet"))
+    shards = sorted(found, key=lambda path: (len(path.name), path.name))  # 99999 before 100000
+    if not shards:
         raise ValueError(f"{output}: no shard there, neither .parquet nor .npy")
-    return ids, np.concatenate(parts)
+    ids, parts = zip(*map(read_shard, shards), strict=True)
+    manifest = _read_manifest(output / _MANIFEST) if (output / _MANIFEST).exists() else {}
+    result = manifest.get("result", {"shards": len(shards)})  # of a finished run
+    if not isinstance(result, dict) or result.get("shards") != len(shards):
+        raise ValueError(
+            f"{output}: {len(shards)} shards, manifest.json says {result}; start the command again "
+            "to make what is missing"
+        )
+    return list(chain(*ids)), np.concatenate(parts)

@@ -27,7 +27,7 @@ from e5v_jax.nn.quantized import Quantization
 from e5v_jax.prompts import choose_prompt
 from e5v_jax.runtime import Implementation, Runtime
 from e5v_jax.sharding import make_mesh
-from e5v_jax.storage import as_path
+from e5v_jax.storage import as_path, check_reachable
 
 Dtype = Literal["bfloat16", "float16", "float32"]
 _DECODING_THREADS = 4  # Pillow decodes and resizes without Python's lock
@@ -83,13 +83,14 @@ class E5V:
             if value not in choices:
                 expected = ", ".join(filter(None, choices))
                 raise ValueError(f"{name} {value!r}: expected one of {expected}")
+        runtime = Runtime.on(mesh or make_mesh(data=-1, fsdp=1), attn_implementation)
+        check_reachable(str(adapter))
         folder = resolve(str(path), revision)
         source = _open(folder)
         if adapter is None and is_converted(folder) and (folder / "adapter").is_dir():
             adapter = folder / "adapter"
         lora = None if adapter is None else load_adapter(as_path(adapter), source)
         precision = Precision(jnp.dtype(dtype), jnp.dtype(dtype), quantize)
-        runtime = Runtime.on(mesh or make_mesh(data=-1, fsdp=1), attn_implementation)
         build = Build(precision, runtime, None if lora is None else lora.lora)
         model = load_model(source, build, lora_values=None if lora is None else lora.values)
         processor = source.family.processor(source.config, load_tokenizer(folder), template)
@@ -137,7 +138,8 @@ class E5V:
             on_error: hears of each bad input, whose vector is then zero.
             on_batch: hears how many inputs each finished batch had.
 
-        Raises ValueError: a bad input, "input 3: ...", without on_error; a bad prompt.
+        Raises ValueError: a bad input, "input 3: ...", without on_error, and so is one whose vector
+        is not finite or zero, as of a broken model; a bad prompt.
         """
         single = isinstance(inputs, str | bytes) or not isinstance(inputs, Sequence)
         items: Sequence[Input] = [inputs] if single else inputs  # type: ignore[list-item, assignment]
@@ -170,8 +172,8 @@ class E5V:
                 pool=decoding,
                 on_error=on_error,
                 on_batch=advance,
+                truncate_dim=truncate_dim,
             )
-        vectors = vectors[:, :truncate_dim]
         if normalize_embeddings:
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         return vectors[0] if single else vectors

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from e5v_jax.cli import BucketPath, UsageError
+from e5v_jax.storage import check_reachable
 
 if TYPE_CHECKING:
     import jax
 
     from e5v_jax import E5V
     from e5v_jax.families.base import Processor
+    from e5v_jax.runtime import Runtime
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +34,10 @@ class ModelArgs:
     tensor: int = 1  # Devices over which heads and MLP columns are split.
 
     def check(self) -> None:
-        """Refuse bad values before anything is read. Raises UsageError: names the flag."""
+        """Refuse bad values before anything is read.
+
+        Raises UsageError: names the flag; OSError: a bucket that cannot be reached.
+        """
         self.require_positive("fsdp", "tensor")
         if self.template is not None:
             from e5v_jax.prompts import TEMPLATES  # loads transformers
@@ -41,6 +46,12 @@ class ModelArgs:
                 raise UsageError(
                     f"--template: unknown {self.template!r}, expected one of {', '.join(TEMPLATES)}"
                 )
+
+    def check_paths(self, *names: str) -> None:
+        """Refuse paths of these fields in buckets that cannot be reached. Raises OSError: why."""
+        for name in names:
+            if (path := getattr(self, name)) is not None:
+                check_reachable(str(path))
 
     def require_positive(self, *names: str) -> None:
         """Refuse counts below 1 in these fields; None passes. Raises UsageError: names the flag."""
@@ -52,19 +63,30 @@ class ModelArgs:
     def load(self, devices: "Sequence[jax.Device] | None" = None) -> "E5V":
         """Load the model onto ``devices``, by default all, with a persistent compilation cache.
 
-        Raises UsageError: ``fsdp`` and ``tensor`` do not divide the devices; FileNotFoundError,
-        ValueError: the model cannot be loaded; see E5V.from_pretrained.
+        Raises UsageError: as :meth:`runtime`; FileNotFoundError, ValueError: the model cannot be
+        loaded; see E5V.from_pretrained.
         """
-        from e5v_jax import E5V  # loads JAX, as the next lines do
+        mesh = self.runtime(devices).mesh
+        from e5v_jax import E5V  # loads JAX, as the next line does
         from e5v_jax.encode.compilation import use_compilation_cache
-        from e5v_jax.sharding import make_mesh
 
         use_compilation_cache()
+        return E5V.from_pretrained(self.model, mesh=mesh, **self._options())
+
+    def runtime(self, devices: "Sequence[jax.Device] | None" = None) -> "Runtime":
+        """Make the mesh of ``devices``, by default all.
+
+        Raises UsageError: ``fsdp`` and ``tensor`` do not divide the devices, or they have no such
+        attention.
+        """
+        from e5v_jax.runtime import Runtime  # loads JAX, as the next line does
+        from e5v_jax.sharding import make_mesh
+
         try:
             mesh = make_mesh(-1, self.fsdp, self.tensor, devices=devices)
+            return Runtime.on(mesh, self.attn_implementation)
         except ValueError as error:
             raise UsageError(str(error)) from error
-        return E5V.from_pretrained(self.model, mesh=mesh, **self._options())
 
     def load_processor(self) -> "Processor":
         """What makes the model's inputs, without its weights; raises what :meth:`load` does."""

@@ -8,6 +8,7 @@ import tyro
 from e5v_jax import cli
 from e5v_jax.cli import BucketPath
 from e5v_jax.encode.model_args import ModelArgs
+from e5v_jax.storage import in_bucket
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,9 @@ class Args(ModelArgs):
     @property
     def is_bulk(self) -> bool:
         """Whether ``output`` is a folder of shards."""
-        return self.output is not None and (not self.output.suffix or self.output.is_dir())
+        if self.output is None or in_bucket(self.output):  # which has no folders to look for
+            return self.output is not None and not self.output.suffix
+        return not self.output.suffix or self.output.is_dir()
 
     def encode_options(self) -> dict[str, Any]:
         """Give the arguments of :meth:`e5v_jax.E5V.encode` that all inputs share."""
@@ -60,7 +63,10 @@ class Args(ModelArgs):
         }
 
     def check(self) -> None:
-        """Refuse bad values and combinations of flags. Raises cli.UsageError: names the flag."""
+        """Refuse bad values and combinations of flags.
+
+        Raises cli.UsageError: names the flag; OSError: a bucket that cannot be reached.
+        """
         super().check()
         self.require_positive("batch_size", "max_num_batched_tokens", "truncate_dim", "shard_size")
         if self.num_workers < 0:
@@ -84,3 +90,4 @@ class Args(ModelArgs):
         for flag in ("format", "embedding_dtype", "shard_size", "on_error", "distributed"):
             if not self.is_bulk and getattr(self, flag) != getattr(defaults, flag):
                 raise cli.UsageError(f"--{flag.replace('_', '-')} needs --output with a folder")
+        self.check_paths("model", "adapter", "input", "output")

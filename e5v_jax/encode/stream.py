@@ -1,9 +1,11 @@
 """Inputs to vectors: distinct ones in windows, batches of similar length, images decoded ahead."""
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import BrokenExecutor, Executor, Future
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
@@ -14,13 +16,17 @@ from PIL import Image
 from e5v_jax.data.inputs import Input, InputError
 from e5v_jax.encode.batching import Batch, plan_batches
 from e5v_jax.encode.encoder import Encoder, delayed
+from e5v_jax.encode.vectors import find_unusable
 from e5v_jax.families.base import Measured
 from e5v_jax.prompts import PromptChoice
 
 WINDOW = 8192  # inputs that are tokenised, measured and sorted at a time
 _AHEAD = 8  # batches whose images are being decoded while the device works
+_ATTEMPTS = 3  # to decode an image: another one may have killed the process that they shared
 # On a CPU, the activations of more leave the caches.
 _MAX_TOKENS = {"cpu": 1024, "gpu": 16384, "tpu": 16384}
+
+_REMEDY = "is the model whole? Where float16 overflows, choose bfloat16 or float32"
 
 OnError = Callable[[InputError], None]
 
@@ -43,12 +49,14 @@ def encode_stream(
     pool: Executor,
     on_error: OnError | None = None,
     on_batch: Callable[[int], None] = lambda done: None,
+    truncate_dim: int | None = None,
 ) -> np.ndarray:
     """Embed ``inputs``, equal ones once, as fp32 [N, D], not normalised, in their order.
 
     ``state`` has the parameters of the model. ``on_error`` hears of each bad input, whose vector is
-    zero; without it the first one raises. ``on_batch`` hears how many inputs each finished batch
-    had. ``pool`` decodes images.
+    zero; without it the first one raises. An input that the model gives no finite vector or a zero
+    one is bad, too. ``on_batch`` hears how many inputs each finished batch had. ``pool`` decodes
+    images. ``truncate_dim`` keeps the first dimensions.
 
     Raises InputError: a bad input, by its position.
     """
@@ -78,11 +86,17 @@ def encode_stream(
                 multiple=runtime.batch_devices,
             )
 
-    vectors = np.zeros((len(inputs), processor.config.text.hidden_size), np.float32)
+    dimensions = truncate_dim or processor.config.text.hidden_size
+    vectors = np.zeros((len(inputs), dimensions), np.float32)
     for batch, found in encoder.run(state, _load_ahead(batches(), processor.load, pool, fail)):
-        for embedded, vector in zip(batch.items, found, strict=True):
+        kept = dict(enumerate(zip(batch.items, found[:, :dimensions], strict=True)))
+        for row in find_unusable(found[:, :dimensions]):
+            embedded, vector = kept.pop(row)
+            flaw = "of no length" if np.abs(vector).max() < 1 else "not finite"
+            fail(_error(embedded, f"its vector is {flaw}: {_REMEDY}"))
+        for embedded, vector in kept.values():
             vectors[groups[embedded.position]] = vector
-        on_batch(sum(len(groups[embedded.position]) for embedded in batch.items))
+        on_batch(sum(len(groups[embedded.position]) for embedded, _ in kept.values()))
     return vectors
 
 
@@ -108,18 +122,36 @@ def _load_ahead(
         decoding.add(future)
         return future
 
+    def finish(item: Measured, loaded: Any) -> Any:
+        for attempt in range(_ATTEMPTS):
+            if attempt:
+                loaded = submit(item)
+            with suppress(BrokenExecutor):
+                return loaded.result() if isinstance(loaded, Future) else loaded
+        reason = f"{_ATTEMPTS} processes that were to decode it were killed: is memory short?"
+        raise _error(item, reason)
+
     started = ((batch, [submit(item) for item in batch.items]) for batch in batches)
     try:
         for batch, loading in delayed(started, _AHEAD):
             items, prepared = [], []
             for item, loaded in zip(batch.items, loading, strict=True):
                 try:
-                    prepared.append(loaded.result() if isinstance(loaded, Future) else loaded)
+                    prepared.append(finish(item, loaded))
                     items.append(item)
-                except ValueError as error:
+                except InputError as error:
+                    fail(error)
+                except ValueError as error:  # of the image, and names it
                     fail(InputError(item.position, str(error)))
             if items:
                 yield replace(batch, items=items), prepared
     finally:
         for future in decoding:
             future.cancel()
+
+
+def _error(item: Measured, reason: str) -> InputError:
+    """Make the error of an input, with the name of its image if that is a file."""
+    if isinstance(item.image, str | Path):
+        reason = f"{item.image}: {reason}"
+    return InputError(item.position, reason)

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from e5v_jax.data.inputs import InputError
 from e5v_jax.evaluate.cached_encoder import CachedEncoder
 from e5v_jax.evaluate.config import Protocol
 from e5v_jax.evaluate.files import HUB, CheckText, any_text, check_texts, read_lines
@@ -168,7 +169,10 @@ def score_tasks(
         name: [np.array([index.setdefault(clean(s), len(index)) for s in side]) for side in both]
         for name, (*both, _) in tasks.items()
     }
-    vectors = np.asarray(encode(list(index)))  # [N, D]
+    try:
+        vectors = np.asarray(encode(list(index)))  # [N, D]
+    except InputError as error:
+        raise ValueError(f"{list(index)[error.position]!r}: {error.reason}") from error
     squares = squared_lengths(vectors, list(map(repr, index)), what="sentences")  # [N]
     scores = {}
     for name, (rows1, rows2) in sides.items():

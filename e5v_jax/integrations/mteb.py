@@ -9,6 +9,7 @@ not mix with those of mteb's PyTorch implementation of the checkpoint (``royokon
 prompt for text with image differs from the authors'.
 """
 
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +22,7 @@ from mteb.types import BatchedInput
 from torch.utils.data import DataLoader
 
 from e5v_jax import E5V
+from e5v_jax.data.inputs import InputError
 from e5v_jax.encode.model_args import ModelArgs
 
 NAME = "e5v-jax/e5-v"
@@ -69,12 +71,18 @@ class MtebEncoder(AbsEncoder):
 
         What else mteb passes tells of the task; by then it has put a document's title in front of
         its text and an instruction behind a query.
-        Raises ValueError: a batch has neither text nor image, or an input is bad.
+        Raises ValueError: a batch has neither text nor image, or an input is bad ("input 3: ...",
+        counted over all batches).
         """
         rows = chain.from_iterable(map(split_batch, inputs))
-        vectors = []
+        vectors: list[np.ndarray] = []
+        embed = partial(self.model.encode, batch_size=batch_size, show_progress_bar=False)
         while some := list(islice(rows, _IMAGES_AT_ONCE)):
-            vectors.append(self.model.encode(some, batch_size=batch_size, show_progress_bar=False))
+            try:
+                vectors.append(embed(some))
+            except InputError as error:  # its position is among some
+                position = len(vectors) * _IMAGES_AT_ONCE + error.position
+                raise InputError(position, error.reason) from error
         return np.concatenate(vectors)
 
 
