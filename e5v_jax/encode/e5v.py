@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 from e5v_jax.checkpoints.adapters import load_adapter
 from e5v_jax.checkpoints.converted import ConvertedFolder, WeightSource, is_converted
-from e5v_jax.checkpoints.hf_source import check_preprocessor, open_source, resolve
+from e5v_jax.checkpoints.hf_source import open_source, resolve
 from e5v_jax.checkpoints.loading import load_model
 from e5v_jax.checkpoints.tokenizer import load_tokenizer
 from e5v_jax.data.inputs import Input, InputError
@@ -87,17 +87,16 @@ class E5V:
         source: WeightSource
         if folder.is_dir() and is_converted(folder):
             source = ConvertedFolder(folder)
-            check_preprocessor(folder, source.family, source.config)
             if adapter is None and (folder / "adapter").is_dir():
                 adapter = folder / "adapter"
         else:
             source = open_source(folder)
         lora = None if adapter is None else load_adapter(as_path(adapter), source)
+        processor = source.family.processor(source.config, load_tokenizer(folder), template)
         precision = Precision(jnp.dtype(dtype), jnp.dtype(dtype), quantize)
         runtime = Runtime.on(mesh or make_mesh(data=-1, fsdp=1), attn_implementation)
         build = Build(precision, runtime, None if lora is None else lora.lora)
         model = load_model(source, build, lora_values=None if lora is None else lora.values)
-        processor = source.family.processor(source.config, load_tokenizer(folder), template)
         return cls(model, processor)
 
     def encode(
