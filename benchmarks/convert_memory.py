@@ -21,6 +21,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import tyro
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from e5v_jax.checkpoints.safetensors_file import TensorSpec, header, split_shards, write_index
 from e5v_jax.families import find_family
@@ -88,6 +90,8 @@ def write_sparse_checkpoint(folder: Path, args: Args) -> list[TensorSpec]:
     """A sharded checkpoint whose tensors are holes in sparse files."""
     raw = hf_config(args)
     (folder / "config.json").write_text(json.dumps(raw))
+    tokenizer = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))  # a model needs one
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
     family = find_family(raw)
     table = family.parameters(family.read_config(raw))
     specs = [

@@ -18,6 +18,9 @@ from e5v_jax.exits import UsageError, exit_on_error
 from e5v_jax.storage import as_path
 
 Args = TypeVar("Args")
+# transformers warns of what it would do with a model; what concerns a user of ours is an error
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,16 @@ and tensorflow-datasets use too: pathlib's methods, on gcsfs. A bucket has neith
 renames, but an object appears only when it is whole.
 """
 
+import glob
 import importlib.util
 import logging
 import os
 import shutil
+import tempfile
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -83,6 +87,22 @@ def check_reachable(path: str) -> None:
 def absolute(path: str | os.PathLike[str]) -> Path:
     """``path`` as Orbax wants it."""
     return as_path(path) if in_bucket(path) else Path(path).absolute()
+
+
+@contextmanager
+def without_wildcards(folder: Path) -> Iterator[Path]:
+    """``folder``, absolute, under a name that Orbax does not take for a pattern.
+
+    Orbax looks for files with ``glob``, so that it finds none where a folder's own name has ``[``,
+    ``*`` or ``?``: what it writes there is not whole. Such a one gets a link for as long.
+    """
+    if in_bucket(folder) or not glob.has_magic(str(Path(folder).absolute())):
+        yield absolute(folder)
+        return
+    with tempfile.TemporaryDirectory() as place:
+        link = Path(place, "folder")
+        link.symlink_to(Path(folder).absolute(), target_is_directory=True)
+        yield link
 
 
 def remove_folder(folder: Path) -> None:

@@ -19,7 +19,8 @@ from e5v_jax import E5V
 from e5v_jax.checkpoints import from_hf
 from e5v_jax.checkpoints.converted import ConvertedFolder, read_info
 from e5v_jax.checkpoints.hf_source import open_source
-from e5v_jax.families.llava_next.config import LlavaNextConfig
+from e5v_jax.checkpoints.tokenizer import load_tokenizer
+from e5v_jax.families.llava_next.config import ORIGINAL_IMAGE_TOKEN, LlavaNextConfig
 from e5v_jax.nn.config import UnsupportedModelError
 
 Llava = Callable[[str], Case]
@@ -158,6 +159,11 @@ def save(tensors: Tensors, folder: Path, *, sharded: bool) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+def copy_tokenizer(case: Case, folder: Path) -> None:
+    for file in case.folder.glob("tokenizer*"):
+        shutil.copy(file, folder)
+
+
 def write_layout(case: Case, folder: Path, layout: Layout, *, sharded: bool) -> None:
     """Rewrite the checkpoint of ``case`` in another layout."""
     save(rename(sections(case.folder), layout), folder, sharded=sharded)
@@ -230,6 +236,7 @@ def test_text_only_layouts(tmp_path: Path, name: str, prefix: str, sharded: bool
          sharded=sharded)  # fmt: skip
     config = json.loads((case.folder / "config.json").read_text())
     (tmp_path / "src" / "config.json").write_text(json.dumps(old_config(config)))
+    copy_tokenizer(case, tmp_path / "src")
     found = convert(tmp_path / "src", tmp_path / "dst")
     assert found.info.content_hash == expected.info.content_hash
     assert found.info.model == expected.info.model
@@ -252,13 +259,118 @@ def test_original_config_names_its_tower(llava: Llava) -> None:
     """The real ones have no vision_config, only the name of OpenAI's tower."""
     config = original_config(json.loads((llava("llama-gqa").folder / "config.json").read_text()))
     del config["vision_config"]
-    config["mm_vision_tower"] = "openai/clip-vit-large-patch14-336"
+    config |= {"mm_vision_tower": "openai/clip-vit-large-patch14-336", "mm_hidden_size": 1024}
+    config["image_grid_pinpoints"] = [[336, 672]]
     vision = LlavaNextConfig.from_hf(config).vision
     assert vision is not None
     assert (vision.num_hidden_layers, vision.hidden_size, vision.num_patches) == (24, 1024, 576)
     config["mm_vision_tower"] = "google/siglip-so400m-patch14-384"
     with pytest.raises(UnsupportedModelError, match="siglip-so400m"):
         LlavaNextConfig.from_hf(config)
+
+
+# config.json of lmms-lab/llama3-llava-next-8b, and what liuhaotian/llava-v1.6-vicuna-7b has besides
+PUBLISHED: dict[str, Any] = {
+    "architectures": ["LlavaLlamaForCausalLM"],
+    "attention_bias": False,
+    "attention_dropout": 0.0,
+    "bos_token_id": 128000,
+    "eos_token_id": 128001,
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "image_aspect_ratio": "anyres",
+    "image_crop_resolution": 224,
+    "image_grid_pinpoints": [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]],
+    "image_split_resolution": 224,
+    "initializer_range": 0.02,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 8192,
+    "mm_hidden_size": 1024,
+    "mm_patch_merge_type": "spatial_unpad",
+    "mm_projector_lr": None,
+    "mm_projector_type": "mlp2x_gelu",
+    "mm_resampler_type": None,
+    "mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter,mm_language_model",
+    "mm_use_im_patch_token": False,
+    "mm_use_im_start_end": False,
+    "mm_vision_select_feature": "patch",
+    "mm_vision_select_layer": -2,
+    "mm_vision_tower": "openai/clip-vit-large-patch14-336",
+    "mm_vision_tower_lr": 2e-06,
+    "model_type": "llava_llama",
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "pretraining_tp": 1,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 500000.0,
+    "tie_word_embeddings": False,
+    "tokenizer_model_max_length": 8192,
+    "tokenizer_padding_side": "right",
+    "torch_dtype": "bfloat16",
+    "transformers_version": "4.40.0.dev0",
+    "use_cache": True,
+    "use_mm_proj": True,
+    "use_pos_skipping": False,
+    "vision_tower_pretrained": None,
+    "vocab_size": 128256,
+}
+OLDER = {
+    "freeze_mm_mlp_adapter": False,
+    "freeze_mm_vision_resampler": False,
+    "model_type": "llava",
+    "pretrain_mm_mlp_adapter": None,
+    "tune_mm_mlp_adapter": False,
+    "tune_mm_vision_resampler": False,
+    "unfreeze_mm_vision_tower": True,
+}
+
+
+def test_published_configs_of_the_original_code() -> None:
+    for config in (PUBLISHED, {**PUBLISHED, **OLDER}):
+        found = LlavaNextConfig.from_hf(config)
+        assert (found.text.rope_theta, found.vision.num_patches) == (500000.0, 576)
+        assert found.image_token_id == ORIGINAL_IMAGE_TOKEN
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({"mm_patch_merge_type": ...}, "mm_patch_merge_type is not there, which means 'flat'"),
+        ({"mm_patch_merge_type": "spatial"}, "mm_patch_merge_type is 'spatial'"),
+        ({"mm_patch_merge_type": "spatial_unpad_nobase"}, "mm_patch_merge_type is "),
+        ({"mm_projector_type": ...}, "mm_projector_type is not there, which means 'linear'"),
+        ({"mm_projector_type": "mlp3x_gelu"}, "mm_projector_type is 'mlp3x_gelu'"),
+        ({"mm_vision_select_feature": "cls_patch"}, "mm_vision_select_feature is 'cls_patch'"),
+        ({"image_aspect_ratio": ...}, "image_aspect_ratio is not there, which means 'square'"),
+        ({"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio is 'anyres_max_9'"),
+        ({"mm_use_im_start_end": True}, "mm_use_im_start_end is True"),
+        ({"mm_resampler_type": "perceiver"}, "mm_resampler_type is 'perceiver'"),
+        ({"mm_hidden_size": 1152}, "mm_hidden_size is 1152: the tower's vectors have 1024"),
+        ({"s2": True}, "s2 is True"),
+        ({"mm_frobnicate": 1}, "mm_frobnicate is 1: this key is not known"),
+        ({"mm_vision_select_layer": ...}, "no 'mm_vision_select_layer'"),
+        ({"mm_vision_select_layer": -26}, "vision_feature_layer is -26: expected 1 to 24"),
+        ({"mm_vision_select_layer": [-2, -5]}, r"vision_feature_layer is \[-2, -5\]"),
+        ({"image_grid_pinpoints": "(1x1),...,(6x6)"}, "image_grid_pinpoints is "),
+        ({"image_grid_pinpoints": []}, "image_grid_pinpoints is "),
+        ({"image_grid_pinpoints": [[336, 700]]}, "multiples of the tower's image_size 336"),
+    ],
+)
+def test_original_config_says_something_else(change: dict[str, Any], expected: str) -> None:
+    """What LLaVA's code makes of a key, or of its absence, is refused unless it is done here."""
+    config = {key: value for key, value in {**PUBLISHED, **change}.items() if value is not ...}
+    with pytest.raises(ValueError, match=expected):
+        LlavaNextConfig.from_hf(config)
+
+
+def test_original_keys_of_no_importance() -> None:
+    """A feature is "patch" where nothing says so; the newline's place is that of videos."""
+    expected = LlavaNextConfig.from_hf(PUBLISHED)
+    config = {**PUBLISHED, "mm_newline_position": "no_token", "add_faster_video": True}
+    del config["mm_vision_select_feature"], config["mm_resampler_type"]
+    assert LlavaNextConfig.from_hf(config) == expected
 
 
 @pytest.mark.parametrize(
@@ -321,6 +433,22 @@ def test_a_folder_of_format_1_is_read(llava: Llava, tmp_path: Path, with_images:
     assert (found.family, found.config) == (expected.family, expected.config)
 
 
+def test_large_tokenizers_of_mistral_are_left_as_they_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """transformers warns of a pattern that it keeps; we keep it too, without a word."""
+    tokenizer = build_tokenizer("mistral")
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"]["vocab"] |= {f"more{i}": 1000 + i for i in range(100_000)}
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(state))
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    found = load_tokenizer(tmp_path)("It's 3:45, naïve.")["input_ids"]
+    assert "regex" not in caplog.text
+    assert found == AutoTokenizer.from_pretrained(tmp_path)("It's 3:45, naïve.")["input_ids"]
+    assert "incorrect regex pattern" in caplog.text  # of transformers' own loading
+
+
 def test_dtype(llava: Llava, tmp_path: Path) -> None:
     case = llava("llama-gqa")
     plain = convert(case.folder, tmp_path / "fp32")
@@ -337,6 +465,7 @@ def test_dtype(llava: Llava, tmp_path: Path) -> None:
     tensors[key] = tensors[key].astype(ml_dtypes.bfloat16)
     save(tensors, tmp_path / "mixed", sharded=False)
     shutil.copy(case.folder / "config.json", tmp_path / "mixed")
+    copy_tokenizer(case, tmp_path / "mixed")
     assert convert(tmp_path / "mixed", tmp_path / "m").info.dtype == "float32"
 
 

@@ -348,6 +348,7 @@ def test_missing_tokenizer_key(tmp_path: Path, key: str) -> None:
         ({"llama.attention.value_length": 16}, "llama.attention.value_length is 16"),
         ({"llama.attention.head_count_kv": [2, 1]}, "llama.attention.head_count_kv is a list"),
         ({"split.count": 3}, "split.count"),
+        ({"split.count": "x"}, "split.count"),
     ],
 )
 def test_unsupported_options_are_named(tmp_path: Path, changes: dict[str, Any], named: str) -> None:
@@ -355,6 +356,46 @@ def test_unsupported_options_are_named(tmp_path: Path, changes: dict[str, Any], 
     with pytest.raises(UnsupportedModelError) as error:
         read_config(path)
     assert named in one_line(error, path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.rope.freq_base", 0.0),
+        ("llama.rope.freq_base", -1.0),
+        ("llama.rope.freq_base", float("nan")),
+        ("llama.attention.layer_norm_rms_epsilon", float("nan")),
+        ("llama.attention.layer_norm_rms_epsilon", -1e-5),
+        ("llama.block_count", 0),
+        ("llama.block_count", 2**32 - 1),
+        ("llama.block_count", 2.0),
+        ("llama.embedding_length", "64"),
+        ("llama.rope.dimension_count", 23),
+    ],
+)
+def test_values_that_cannot_be(tmp_path: Path, key: str, value: Any) -> None:
+    path = write(tmp_path / "tiny.gguf", {key: value})
+    with pytest.raises(GGUFError) as error:
+        read_config(path)
+    assert f"{key} is " in one_line(error, path)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("tokens", "x"),
+        ("tokens", [1, 2]),
+        ("token_type", [1]),
+        ("merges", ["a"]),
+        ("bos_token_id", "x"),
+        ("add_bos_token", "yes"),
+    ],
+)
+def test_tokenizers_that_cannot_be(tmp_path: Path, key: str, value: Any) -> None:
+    path = write(tmp_path / "tiny.gguf", {f"tokenizer.ggml.{key}": value})
+    with pytest.raises(GGUFError) as error:
+        build_tokenizer(path)
+    assert "tokenizer.ggml." in one_line(error, path)
 
 
 def test_options_without_effect_are_accepted(tmp_path: Path) -> None:

@@ -37,6 +37,17 @@ def test_help_loads_neither_jax_nor_transformers() -> None:
     assert found.stdout.strip() == ""
 
 
+def test_commands_say_nothing_of_a_missing_pytorch() -> None:
+    """transformers tells everyone that models are not available; ours need none of its."""
+    code = (
+        "import importlib.util as u; find = u.find_spec; "
+        "u.find_spec = lambda name, *a: None if name == 'torch' else find(name, *a); "
+        "import e5v_jax.cli, e5v_jax.checkpoints.from_hf"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stderr == ""
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -1,5 +1,6 @@
 """Settings of image processors in a model folder: those we compute are taken, others refused."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,11 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
 )
 
 from e5v_jax import E5V
+from e5v_jax.checkpoints import to_hf
+from e5v_jax.checkpoints.converted import ConvertedFolder
 from e5v_jax.checkpoints.from_hf import Args, convert
+from e5v_jax.checkpoints.preprocessor import check_preprocessor as check_folder
+from e5v_jax.families.llava_next import LLAVA_NEXT
 from e5v_jax.families.llava_next.preprocessor import check_preprocessor
 from e5v_jax.families.llava_next.presets import ARCHITECTURES
 from e5v_jax.nn.config import UnsupportedModelError
@@ -72,6 +77,27 @@ CHANGES: dict[str, Any] = {
     "size": {"shortest_edge": 224},
     "sharpen": 2,
 }
+# Of other types or lengths, or no numbers: not what is computed, whatever transformers makes of it.
+ODD: list[tuple[str, Any]] = [
+    ("resample", "3"),
+    ("resample", None),
+    ("rescale_factor", "1/255"),
+    ("rescale_factor", float("nan")),
+    ("do_normalize", None),
+    ("do_normalize", "true"),
+    ("do_rescale", 0),
+    ("image_mean", [0.48145466, 0.4578275]),
+    ("image_mean", 0.48145466),
+    ("image_std", [float("nan")] * 3),
+    ("image_std", None),
+    ("size", [336, 336]),
+    ("size", {"shortest_edge": "336"}),
+    ("size", {"longest_edge": 336}),
+    ("size", None),
+    ("image_grid_pinpoints", []),
+    ("image_grid_pinpoints", None),
+    ("image_processor_type", "SiglipImageProcessor"),
+]
 
 
 @pytest.mark.parametrize("settings", [PUBLISHED, PROCESSOR, ORIGINAL, {}])
@@ -83,6 +109,45 @@ def test_published_files_are_taken(settings: dict[str, Any]) -> None:
 def test_another_setting_is_refused_by_name(name: str) -> None:
     with pytest.raises(UnsupportedModelError, match=f"^{name} is "):
         check_preprocessor(REAL, {**PUBLISHED, name: CHANGES[name]})
+
+
+@pytest.mark.parametrize(("name", "value"), ODD)
+@pytest.mark.parametrize("file", ["preprocessor_config.json", "processor_config.json"])
+def test_what_no_processor_says_is_refused(
+    file: str, name: str, value: Any, tmp_path: Path
+) -> None:
+    settings: dict[str, Any] = {**PUBLISHED, name: value}
+    if file == "processor_config.json":
+        settings = {**PROCESSOR, "image_processor": settings}
+    (tmp_path / file).write_text(json.dumps(settings))
+    with pytest.raises(UnsupportedModelError, match=f"^{tmp_path}/{file}: {name} is "):
+        check_folder(tmp_path, LLAVA_NEXT, REAL)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"image_processor": [1]}, r"image_processor is \[1\]: not an object"),
+        ({**PROCESSOR, "patch_size": 16}, "patch_size is 16"),
+        ({"image_mean": [0.5] * 3, "image_processor": PUBLISHED}, "image_mean is "),
+        ({"image_processor": {}}, "size is 224"),  # the default of transformers
+    ],
+)
+def test_around_an_image_processor(settings: dict[str, Any], expected: str, tmp_path: Path) -> None:
+    """What stands around one counts too, also where both say something."""
+    (tmp_path / "processor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(UnsupportedModelError, match=expected):
+        check_folder(tmp_path, LLAVA_NEXT, REAL)
+
+
+def test_missing_pinpoints_are_the_default_of_transformers(tmp_path: Path) -> None:
+    """Which are those of most checkpoints; CLIP's processor, which the original code has, none."""
+    other = dataclasses.replace(REAL, image_grid_pinpoints=((336, 672),))
+    settings = {key: value for key, value in PUBLISHED.items() if key != "image_grid_pinpoints"}
+    check_preprocessor(REAL, settings)
+    check_preprocessor(other, ORIGINAL)
+    with pytest.raises(UnsupportedModelError, match=r"^image_grid_pinpoints is "):
+        check_preprocessor(other, settings)
 
 
 @pytest.mark.parametrize("name", ["size", "crop_size"])
@@ -127,5 +192,9 @@ def test_what_transformers_saves_is_taken(
         (folder / name).write_text(json.dumps(settings))
         with pytest.raises(UnsupportedModelError, match=rf"{name}: image_mean is \[0.5, 0.5"):
             E5V.from_pretrained(folder, dtype="float32")
+    with pytest.raises(UnsupportedModelError, match=rf"{name}: image_mean is \[0.5, 0.5"):
+        ConvertedFolder(out)  # which training, evaluation and dry runs open
+    to_hf.convert(to_hf.Args(out, tmp_path / "back"))  # the way out of such a folder
+    assert (tmp_path / "back" / name).read_bytes() == (out / name).read_bytes()
     with pytest.raises(UnsupportedModelError, match=rf"{name}: image_mean is \[0.5, 0.5"):
         convert(Args(str(tmp_path), tmp_path / "again"))

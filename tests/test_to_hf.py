@@ -10,11 +10,12 @@ import optax
 import pytest
 import safetensors
 import safetensors.numpy
+import safetensors.torch
 import torch
 from flax import nnx
-from hf_models import TEXT_RECIPES, Case, build_text, picture
+from hf_models import TEXT_RECIPES, Case, build_text, build_tokenizer, picture
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_convert import LAYOUTS, write_layout
+from test_convert import LAYOUTS, copy_tokenizer, write_layout
 from transformers import (
     AutoModelForCausalLM,
     LlavaNextForConditionalGeneration,
@@ -77,6 +78,7 @@ def test_round_trip_is_exact(case: Case, dtype: torch.dtype, tmp_path: Path) -> 
     if dtype != torch.float32:
         source = tmp_path / "source"
         load(case.folder).to(dtype).save_pretrained(source)
+        copy_tokenizer(case, source)
     back = export(import_(source, tmp_path / "ours"), tmp_path / "back")
     assert_equal(load(back), load(source))
     for file in source.iterdir():  # config.json, generation_config.json, the tokenizer
@@ -153,7 +155,9 @@ def test_image_token_outside_the_table_is_said(
     """As in lmms-lab's checkpoints; transformers would fail with an IndexError."""
     case = llava("llama-gqa")
     write_layout(case, tmp_path / "src", LAYOUTS["3-original"], sharded=False)
-    (tmp_path / "src" / "tokenizer.json").unlink()  # then the first id after the table is taken
+    tokenizer = build_tokenizer(case.template, with_image=False)
+    tokenizer.add_tokens([f"<{i}>" for i in range(277 - len(tokenizer))], special_tokens=True)
+    tokenizer.save_pretrained(tmp_path / "src")  # as long as the table: <image> is the next
     back = export(import_(tmp_path / "src", tmp_path / "ours"), tmp_path / "back")
     assert "resize_token_embeddings(278)" in capsys.readouterr().out
     assert load(back).config.image_token_id == 277
@@ -162,8 +166,9 @@ def test_image_token_outside_the_table_is_said(
 def test_missing_lm_head_is_said(
     llava: Llava, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    model = llava("llama-gqa").torch_model.model.language_model
-    model.save_pretrained(tmp_path / "src")
+    case = llava("llama-gqa")
+    case.torch_model.model.language_model.save_pretrained(tmp_path / "src")
+    copy_tokenizer(case, tmp_path / "src")
     export(import_(tmp_path / "src", tmp_path / "ours"), tmp_path / "back")
     assert "the source had no lm_head.weight," in capsys.readouterr().out
     with pytest.raises(AssertionError, match=r"missing_keys.*lm_head\.weight"):
@@ -256,11 +261,46 @@ def test_carried_adapter_is_merged_or_written(llava: Llava, tmp_path: Path) -> N
     )
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_adapter_in_16_bits(tmp_path: Path, dtype: torch.dtype) -> None:
+    """As most published ones are; NumPy has no bfloat16 of its own."""
+    case = build_text(TEXT_RECIPES["llama"], tmp_path / "hf")
+    make_peft(case, tmp_path / "wide").to(dtype).save_pretrained(tmp_path / "adapter")
+    stored = safetensors.torch.load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {dtype}
+    reference = PeftModel.from_pretrained(load(case.folder), tmp_path / "adapter").eval()
+    expected = Case(case.folder, case.template, reference).torch_embed(["A dog sits."])
+    assert np.abs(expected - case.torch_embed(["A dog sits."])).max() > 1e-2
+    merged = import_(case.folder, tmp_path / "merged", adapter=tmp_path / "adapter", merge=True)
+    for folder, options in ((case.folder, {"adapter": tmp_path / "adapter"}), (merged, {})):
+        model = E5V.from_pretrained(folder, dtype="float32", **options)
+        np.testing.assert_allclose(model.encode(["A dog sits."]), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"layers_to_transform": [1], "target_modules": ["q_proj", "up_proj"]},
+        {"layers_to_transform": 2, "layers_pattern": "layers", "target_modules": ["v_proj"]},
+        {"target_modules": "all-linear", "exclude_modules": ["k_proj"]},
+        {"target_modules": r".*layers\.[02]\.self_attn\..*"},
+    ],
+    ids=["some layers", "one layer", "all but one", "pattern"],
+)
+def test_adapter_of_some_modules(tmp_path: Path, options: dict[str, Any]) -> None:
+    case = build_text(TEXT_RECIPES["llama"], tmp_path / "hf")
+    model = make_peft(case, tmp_path / "adapter", **options)
+    merged = import_(case.folder, tmp_path / "merged", adapter=tmp_path / "adapter", merge=True)
+    expected = model.merge_and_unload()
+    assert_close(load(export(merged, tmp_path / "back")), expected, 1e-6)
+
+
 def test_merge_rounds_once(llava: Llava, tmp_path: Path) -> None:
     """The sum is taken in fp32 and rounded to the stored dtype, to nothing else before."""
     case = llava("llama-gqa")
     half = tmp_path / "half"
     load(case.folder).to(torch.bfloat16).save_pretrained(half)
+    copy_tokenizer(case, half)
     make_peft(case, tmp_path / "adapter")
     base = load(half).float()  # bf16 values, fp32 arithmetic
     exact = PeftModel.from_pretrained(base, tmp_path / "adapter").merge_and_unload().state_dict()

@@ -13,7 +13,7 @@ from e5v_jax.checkpoints.converted import WeightSource
 from e5v_jax.checkpoints.loading import dotted
 from e5v_jax.checkpoints.peft import ADAPTER_FILES, Adapter, read_adapter, zero_factors
 from e5v_jax.nn.layers import LoRAConfig, LoRAParam
-from e5v_jax.storage import absolute
+from e5v_jax.storage import absolute, without_wildcards
 
 _logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
@@ -24,7 +24,7 @@ def read_run_info(run: Path) -> dict[str, Any]:
     file = run / "run.json"
     try:
         info = json.loads(file.read_text())
-    except ValueError as error:  # of JSON or of UTF-8
+    except (ValueError, RecursionError) as error:  # of JSON or of UTF-8
         raise ValueError(f"{file}: not JSON ({error}); restore it from a copy") from error
     match info:
         case {"config": {"data": {}}}:
@@ -52,7 +52,10 @@ def read_run_adapter(run: Path, step: int | None, base: WeightSource) -> Adapter
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     folder = absolute(run / CHECKPOINTS)
-    with ocp.training.Checkpointer(folder, context=context) as checkpointer:
+    with (
+        without_wildcards(folder) as place,
+        ocp.training.Checkpointer(place, context=context) as checkpointer,
+    ):
         steps = [checkpoint.step for checkpoint in checkpointer.checkpoints]
         if not steps or (step is not None and step not in steps):
             wanted = "" if step is None else f" of step {step}"

@@ -11,23 +11,33 @@
 Layers are stored one by one, so a model converts in the memory of one layer whatever its depth.
 """
 
+import dataclasses
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, get_origin
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from orbax.checkpoint import v1 as ocp
 
+from e5v_jax.checkpoints.finite import check_finite
+from e5v_jax.checkpoints.json_file import read_json
+from e5v_jax.checkpoints.preprocessor import check_preprocessor
+from e5v_jax.checkpoints.safetensors_file import DTYPES
 from e5v_jax.families import FAMILIES
 from e5v_jax.families.base import Family, ModelConfig
+from e5v_jax.nn.config import from_fields
 from e5v_jax.nn.parameters import ParameterTable
-from e5v_jax.storage import absolute, as_path
+from e5v_jax.storage import as_path, in_bucket, without_wildcards
 
 FORMAT_VERSION = 2
+_AGAIN = "convert the model again"
+_PASSING = ("UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "ABORTED", "UNKNOWN")
 
 
 class WeightSource(Protocol):
@@ -67,13 +77,13 @@ def write_params(
     """
     digest = hashlib.sha256()
     shapes: dict[str, list[int]] = {}
-    path = folder / "params"
     context = ocp.Context()
     # Weights do not compress, and chunks bound the writer's copies: a 1 GB array takes 0.7 s and
     # one copy instead of 8 s and two.
     context.array.saving.use_compression = False
     context.array.saving.storage_options.chunk_byte_size = 64 * 2**20
-    with context:
+    with context, without_wildcards(folder) as base:
+        path = base / "params"
         for group in groups:
             for name, array in group.items():
                 digest.update(f"{name} {array.dtype} {array.shape}".encode())
@@ -92,7 +102,7 @@ def write_info(folder: Path, info: ConvertedInfo) -> None:
 def is_converted(folder: Path) -> bool:
     """Whether ``folder`` is a converted folder (its config.json has a format_version)."""
     try:
-        return "format_version" in json.loads((folder / "config.json").read_text())
+        return "format_version" in read_json(folder / "config.json")
     except (OSError, ValueError):
         return False
 
@@ -102,60 +112,117 @@ def read_info(folder: Path) -> ConvertedInfo:
 
     Raises:
         FileNotFoundError: there is nothing.
-        ValueError: not a converted folder, or written by a newer version.
+        ValueError: not a converted folder, written by a newer version, or a field is missing, not
+            known or of another type.
     """
     if not folder.exists():
         raise FileNotFoundError(
             f"{folder}: no such folder; to make it: e5v-convert SOURCE {folder}"
         )
-    if not is_converted(folder):
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: expected a folder that e5v-convert has made")
+    file = folder / "config.json"
+    data = read_json(file, todo=_AGAIN)
+    if "format_version" not in data:
         raise ValueError(
             f"{folder}: not a converted folder (no format_version in config.json); "
             f"run: e5v-convert {folder} NEW_FOLDER"
         )
-    data = json.loads((folder / "config.json").read_text())
-    if data["format_version"] == 1:
+    if data["format_version"] == 1 and isinstance(model := data.get("model"), dict):
         # which knew one family, and text-only models as that family without its tower
-        model_type = json.loads((folder / "hf_config.json").read_text())["model_type"]
+        model_type = read_json(folder / "hf_config.json", todo=_AGAIN).get("model_type")
         data |= {"format_version": FORMAT_VERSION, "model_type": model_type}
-        if data["model"]["vision"] is None:
-            data["model"] = {"text": data["model"]["text"]}
+        if model.get("vision") is None:
+            data["model"] = {"text": model.get("text")}
     if data["format_version"] != FORMAT_VERSION:
         raise ValueError(
-            f"{folder}/config.json: format_version {data['format_version']}, this version reads "
-            f"1 and {FORMAT_VERSION}; convert the model again"
+            f"{file}: format_version {data['format_version']!r}, this version reads 1 and "
+            f"{FORMAT_VERSION}; {_AGAIN}"
         )
-    return ConvertedInfo(**data)
+    try:
+        info = from_fields(ConvertedInfo, data, "it")
+        for field in dataclasses.fields(info):
+            kind: Any = dict if get_origin(field.type) is dict else field.type
+            if not isinstance(getattr(info, field.name), kind):
+                raise ValueError(f"{field.name} is {getattr(info, field.name)!r}")
+        if info.model_type not in FAMILIES:
+            raise ValueError(f"model_type is {info.model_type!r}, not one of {', '.join(FAMILIES)}")
+        if info.dtype not in (known := [dtype.name for dtype in DTYPES.values()]):
+            raise ValueError(f"dtype is {info.dtype!r}, not one of {', '.join(known)}")
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}; {_AGAIN}") from error
+    return info
 
 
 class ConvertedFolder:
     """A converted folder as a :class:`WeightSource`."""
 
-    def __init__(self, folder: Path) -> None:
-        """Read ``config.json``, parameters on demand. Raises ValueError: not a converted folder."""
+    def __init__(self, folder: Path, *, any_preprocessor: bool = False) -> None:
+        """Read ``config.json``; parameters are read on demand.
+
+        ``any_preprocessor`` takes a folder whose image processor does something else than is
+        computed here: so it may be exported, but neither encode nor train.
+
+        Raises ValueError: not a converted folder, a field of it that cannot be, or as
+        :func:`check_preprocessor`.
+        """
         self.folder = as_path(folder)
         self.info = read_info(self.folder)
         self.family = FAMILIES[self.info.model_type]
-        self.config = self.family.config_from_dict(self.info.model)
-        self.table = self.family.parameters(self.config)
+        try:
+            self.config = self.family.config_from_dict(self.info.model)
+            self.table = self.family.parameters(self.config)
+            _check_parameters(self.info.parameters, self.table)
+        except ValueError as error:
+            raise ValueError(f"{self.folder}/config.json: {error}; {_AGAIN}") from error
+        if not any_preprocessor:
+            check_preprocessor(self.folder, self.family, self.config)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every parameter's name and shape."""
         return {name: tuple(shape) for name, shape in self.info.parameters.items()}
 
     def read(self, names: Sequence[str]) -> Iterator[np.ndarray]:
-        """The named arrays in order. Raises ValueError: the ``params`` are missing or damaged."""
+        """The named arrays in order.
+
+        Raises ValueError: the ``params`` are missing or damaged, or a value is NaN or infinite;
+        OSError: they cannot be read.
+        """
         shapes, dtype = self.info.parameters, np.dtype(self.info.dtype)
         context = ocp.Context()
         context.pytree.loading.partial_load = True
         like = unflatten_dict({name: np.empty(shapes[name], dtype) for name in names}, sep=".")
         try:
-            with context:
-                tree = ocp.load(absolute(self.folder) / "params", like)
+            with context, without_wildcards(self.folder) as base:
+                tree = ocp.load(base / "params", like)
         except Exception as error:  # Orbax and TensorStore raise many types for a damaged file
-            raise ValueError(
-                f"{self.folder}/params: cannot read {names[0]!r}: {str(error).splitlines()[0]}; "
-                "convert the model again"
-            ) from error
+            raise _unreadable(self.folder / "params", names[0], error) from error
         arrays = flatten_dict(tree, sep=".")
-        yield from (np.asarray(arrays[name]) for name in names)
+        for name in names:
+            yield check_finite(np.asarray(arrays[name]), f"{self.folder}/params: {name}")
+
+
+def _check_parameters(shapes: dict[str, Any], table: ParameterTable) -> None:
+    expected = {name: list(slot.row.shape) for name, slot in table.stored.items()}
+    for name in sorted(shapes.keys() | expected.keys()):
+        if (found := shapes.get(name)) != expected.get(name):
+            raise ValueError(f"parameters: {name} is {found}, expected {expected.get(name)}")
+
+
+def _unreadable(params: Path, name: str, error: Exception) -> Exception:
+    """What the user should read of an error of Orbax or TensorStore, and what to do."""
+    if not params.is_dir():
+        return FileNotFoundError(f"{params}: missing; {_AGAIN}, or copy it there")
+    reason = str(error).splitlines()[0].split(" [tensorstore_spec")[0]
+    if found := re.search(r'"([^"/]+)/(?:c/|zarr)', reason):  # of the names that were asked for
+        name = found[1]
+    status, detail = reason.partition(":")[0], reason.rpartition('": ')[2]
+    closed = not in_bucket(params) and not os.access(params / "state", os.R_OK | os.X_OK)
+    closed = closed and (params / "state").exists()
+    if isinstance(error, PermissionError) or status == "PERMISSION_DENIED" or closed:
+        return PermissionError(f"{params}: cannot read {name}: no permission; ask its owner")
+    if isinstance(error, OSError) or status in _PASSING:
+        return OSError(f"{params}: cannot read {name}: {detail}; try again, or copy the folder")
+    if "Orbax" in reason or "AUTO resolution" in reason:
+        detail = "a file that says what is there is missing"
+    return ValueError(f"{params}: cannot read {name}: damaged ({detail}); {_AGAIN}")

@@ -15,10 +15,11 @@ from rich.progress import track
 from e5v_jax import cli
 from e5v_jax.atomic import check_new, new_folder
 from e5v_jax.checkpoints import converted
+from e5v_jax.checkpoints.finite import cast
 from e5v_jax.checkpoints.hf_source import HfSource, open_source, resolve
 from e5v_jax.checkpoints.peft import ADAPTER_FILES, Adapter, read_adapter, read_merged
 from e5v_jax.checkpoints.safetensors_file import TensorSpec, write_file
-from e5v_jax.checkpoints.tokenizer import copy_named, has_tokenizer, load_tokenizer
+from e5v_jax.checkpoints.tokenizer import copy_named, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def write_unused(folder: Path, source: HfSource, dtype: np.dtype[Any]) -> None:
     if unused:
         prefixes = source.table.export_prefixes
         specs = [TensorSpec(x.key(prefixes), x.row.hf_shape, dtype) for x in unused.values()]
-        arrays = (source.tensors.read(key).astype(dtype, copy=False) for key in unused)
+        arrays = (cast(source.read_key(key), dtype, key) for key in unused)
         write_file(folder / "unused.safetensors", specs, arrays)
 
 
@@ -67,6 +68,9 @@ def convert(args: Args) -> None:
     if converted.is_converted(path):
         raise ValueError(f"{path}: already a converted folder")
     source = open_source(path)
+    tokenizer = load_tokenizer(path)  # before the weights: what is bad is found in seconds
+    size = len(tokenizer)
+    config = source.match_tokenizer(tokenizer)
     adapter = None if args.adapter is None else read_adapter(args.adapter, source.table)
     dtype = source.dtype() if args.dtype == "auto" else np.dtype(args.dtype)
     with new_folder(args.dst) as folder:
@@ -74,12 +78,7 @@ def convert(args: Args) -> None:
         content_hash, shapes = converted.write_params(folder, groups)
         write_unused(folder, source, dtype)
         copy_named(path, folder)
-        if path.is_file():
-            load_tokenizer(path).save_pretrained(folder)
-        tokenizer = load_tokenizer(folder) if has_tokenizer(folder) else None  # weights alone
-        size = len(tokenizer or ())
-        config = source.family.match_tokenizer(source.config, tokenizer)
-        if tokenizer is not None and len(tokenizer) != size:  # tokens that it lacked
+        if path.is_file() or len(tokenizer) != size:  # a GGUF file's, or with tokens it lacked
             tokenizer.save_pretrained(folder)
         if args.adapter is not None and not args.merge:
             (folder / "adapter").mkdir()  # without a training checkpoint's optimizer and the like

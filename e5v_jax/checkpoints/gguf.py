@@ -65,14 +65,27 @@ class GGUFFile(GGUFReader):
         """Raise :class:`UnsupportedModelError`, naming the file."""
         raise UnsupportedModelError(f"{self.path}: {reason}")
 
-    def require(self, key: str) -> Any:
-        """The value of a metadata key; a missing one raises :class:`GGUFError` naming it."""
+    def require(self, key: str, kind: type = object, items: type = object) -> Any:
+        """The value of a metadata key, of type ``kind``, a list of ``items``.
+
+        Raises GGUFError, naming the key: it is missing, or its value has another type.
+        """
         if (value := self.get(key)) is None:
             raise GGUFError(
                 f"{self.path}: no metadata key {key!r}, which cannot be guessed; convert the model "
                 "to GGUF again with a current llama.cpp, or convert its Hugging Face folder instead"
             )
+        listed = value if isinstance(value, list) else []
+        # a bool is an int to Python
+        if not isinstance(value, kind) or isinstance(value, bool) or not _all(listed, items):
+            found, expected = type(value).__name__, kind.__name__
+            of = f" of {items.__name__}" if kind is list else ""
+            raise GGUFError(f"{self.path}: {key} is a {found}: expected a {expected}{of}")
         return value
+
+
+def _all(values: list[Any], kind: type) -> bool:
+    return all(isinstance(value, kind) for value in values)
 
 
 def open_gguf(path: str | Path) -> GGUFFile:
@@ -99,7 +112,7 @@ def _parse(path: Path, _size: int, _written: str) -> GGUFFile:
         raise unreadable(path, str(error)) from error
     if file.byte_order == "S":
         file.refuse("byte order is not this machine's; convert it with gguf's gguf-convert-endian")
-    if (parts := file.get("split.count") or 1) > 1:
+    if (parts := file.get("split.count")) not in (None, 0, 1):
         todo = "join them first with llama-gguf-split --merge"
         file.refuse(f"one part of {parts} (split.count); {todo}")
     return file
@@ -142,6 +155,13 @@ def read_config(path: str | Path) -> dict[str, Any]:
         config[name] = file.require(key)
         if isinstance(config[name], list):
             file.refuse(f"{key} is a list; expected one value")
+    try:
+        TextConfig(**config, model_type="llama")
+    except ValueError as error:  # which has the names of config.json
+        reason = str(error)
+        for key, name in CONFIG_KEYS.items():
+            reason = reason.replace(name, key)
+        raise GGUFError(f"{file.path}: {reason}") from error
     return {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -150,8 +170,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": "output.weight" not in tensors,  # llama.cpp leaves out a tied one
-        "bos_token_id": file.require("tokenizer.ggml.bos_token_id"),
-        "eos_token_id": file.require("tokenizer.ggml.eos_token_id"),
+        "bos_token_id": file.require("tokenizer.ggml.bos_token_id", int),
+        "eos_token_id": file.require("tokenizer.ggml.eos_token_id", int),
         "pad_token_id": file.get("tokenizer.ggml.padding_token_id"),
     }
 

@@ -1,50 +1,22 @@
 """Hugging Face checkpoints as a WeightSource: safetensors folders of any layout, and GGUF files."""
 
-import json
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from transformers import PreTrainedTokenizerFast
 
+from e5v_jax.checkpoints.finite import check_finite
 from e5v_jax.checkpoints.gguf import GGUFTensors, read_config
+from e5v_jax.checkpoints.json_file import read_json
 from e5v_jax.checkpoints.names import map_keys
+from e5v_jax.checkpoints.preprocessor import check_preprocessor
 from e5v_jax.checkpoints.safetensors_file import SafetensorsFolder
 from e5v_jax.families import find_family
-from e5v_jax.families.base import Family, ModelConfig
 from e5v_jax.nn.config import UnsupportedModelError
 from e5v_jax.storage import as_path, check_reachable, in_bucket
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise ValueError(f"{file}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{file}: expected a JSON object, found a {type(content).__name__}")
-    return content
-
-
-def check_preprocessor(folder: Path, family: Family, config: ModelConfig) -> None:
-    """Refuse an image processor in ``folder`` that does something else than is computed here.
-
-    transformers 4 writes its settings to preprocessor_config.json, transformers 5 to the
-    ``image_processor`` of processor_config.json, beside the tokenizer's and the processor's own.
-
-    Raises:
-        UnsupportedModelError: names file and setting.
-        ValueError: a file that is no JSON object.
-    """
-    for file in (folder / "preprocessor_config.json", folder / "processor_config.json"):
-        if file.is_file():
-            settings = _read_json(file)
-            nested = settings.pop("image_processor", {})
-            try:
-                family.check_preprocessor(config, {**settings, **nested})
-            except UnsupportedModelError as error:
-                raise UnsupportedModelError(f"{file}: {error}") from error
 
 
 class HfSource:
@@ -60,7 +32,7 @@ class HfSource:
             ValueError: an invalid configuration, a key that no row knows or that is one too many,
                 a missing key or a wrong shape or dtype, by its name in the checkpoint.
         """
-        self.tensors, self.raw_config = tensors, raw_config
+        self.path, self.tensors, self.raw_config = path, tensors, raw_config
         file = path / "config.json" if path.is_dir() else path
         try:
             self.family = find_family(raw_config)
@@ -83,6 +55,13 @@ class HfSource:
             raise ValueError(f"{path}: {error}") from error
         self._keys = {slot.name: key for key, slot in self.slots.items() if slot.needed}
 
+    def match_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> Any:
+        """The configuration as the tokenizer has it. Raises ValueError: they do not fit."""
+        try:
+            return self.family.match_tokenizer(self.config, tokenizer)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
+
     def dtype(self) -> np.dtype[Any]:
         """The narrowest dtype that holds every tensor exactly."""
         kinds = {self.tensors.dtype(key) for key in self._keys.values()}
@@ -93,9 +72,13 @@ class HfSource:
         return {name: self.slots[key].row.shape for name, key in self._keys.items()}
 
     def read(self, names: Sequence[str]) -> Iterator[np.ndarray]:
-        """The named parameters in order, in our orientation and the source's dtype."""
+        """The named parameters in order, in our orientation; else as :meth:`read_key`."""
         for key in map(self._keys.__getitem__, names):
-            yield self.slots[key].row.from_hf(self.tensors.read(key))
+            yield self.slots[key].row.from_hf(self.read_key(key))
+
+    def read_key(self, key: str) -> np.ndarray:
+        """A tensor as it is. Raises ValueError: the file is damaged, a value is NaN or infinite."""
+        return check_finite(self.tensors.read(key), f"{self.path}: {key}")
 
 
 def resolve(source: str, revision: str | None = None) -> Path:
@@ -132,12 +115,12 @@ def open_source(path: Path) -> HfSource:
             f"{path}: only a converted folder can be read from a bucket; fetch it, then run "
             "e5v-convert"
         )
-    if path.is_file():
-        if path.suffix != ".gguf":
-            raise ValueError(f"{path}: expected a folder or a .gguf file")
+    if path.is_file() and path.suffix == ".gguf":
         return HfSource(path, GGUFTensors(path), read_config(path))
+    if not path.is_dir():
+        raise ValueError(f"{path}: expected a folder or a .gguf file")
     config = path / "config.json"
-    if not config.is_file():
+    if not config.exists():
         raise FileNotFoundError(f"{config}: missing; expected a Hugging Face checkpoint folder")
-    raw = _read_json(config)  # before the weights: the smaller file says more
+    raw = read_json(config)  # before the weights: the smaller file says more
     return HfSource(path, SafetensorsFolder(path), raw)

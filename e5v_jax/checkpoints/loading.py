@@ -14,6 +14,7 @@ from flax import nnx
 from qwix import QArray
 
 from e5v_jax.checkpoints.converted import WeightSource
+from e5v_jax.checkpoints.finite import store
 from e5v_jax.families.base import Family, Model, ModelConfig
 from e5v_jax.nn.layers import Build, LoRAParam, Precision
 from e5v_jax.nn.quantized import quantize_with_error
@@ -72,19 +73,26 @@ class _Stack:
         part = leaf.sharding.shard_shape(leaf.shape)
         self._buffers = {key: np.empty(part, leaf.dtype) for key in self._indices}
 
-    def put(self, layer: int | None, array: np.ndarray) -> None:
-        """Copy one layer, or with None the whole array; the cast to the storage dtype is here."""
+    def put(self, layer: int | None, array: np.ndarray, name: str) -> None:
+        """Copy one layer, or with None the whole array, cast to the storage dtype.
+
+        Raises ValueError, naming the array: a value is too large for the dtype.
+        """
         for key, index in self._indices.items():
             if layer is None:
-                self._buffers[key][...] = array[index]
+                store(array[index], self._buffers[key], ..., name)
             elif layer in (held := range(*index[0].indices(self._leaf.shape[0]))):
-                self._buffers[key][layer - held.start] = array[index[1:]]
+                store(array[index[1:]], self._buffers[key], layer - held.start, name)
 
     def place(self) -> jax.Array:
         """The array on its devices."""
         return jax.make_array_from_callback(
             self._leaf.shape, self._leaf.sharding, lambda index: self._buffers[str(index or ())]
         )
+
+
+def _put(layer: int | None, name: str, stack: _Stack, array: Any) -> None:
+    stack.put(layer, np.asarray(array), name)
 
 
 def _read(
@@ -94,16 +102,19 @@ def _read(
 
     A :class:`QArray` is quantised layer by layer: no more is in full precision. Also the sums of
     squares of the error of that and of the kernel, fp64 [2].
+
+    Raises ValueError: a value is not finite or too large for the dtype, naming the parameter.
     """
     stacks, squares = jax.tree.map(_Stack, leaf), np.zeros(2)
     stacked = source.table.row(path).layers is not None
-    for i, part in enumerate(source.read(source.table.names(path))):
+    names = source.table.names(path)
+    for i, part in enumerate(source.read(names)):
         if isinstance(leaf, QArray):
             assert precision.quantization is not None
             part, *sums = quantize_with_error(jnp.asarray(part), precision.quantization)
             squares += np.array(sums, np.float64)
-        layer = i if stacked else None
-        jax.tree.map(lambda stack, x, at=layer: stack.put(at, np.asarray(x)), stacks, part)
+        put = partial(_put, i if stacked else None, names[i])
+        jax.tree.map(put, stacks, part)
     return jax.tree.map(_Stack.place, stacks), squares
 
 
@@ -122,7 +133,8 @@ def load_model(
     they start as peft's do (a random from ``seed``, b zero). With ``load_vision`` off, the tower
     and projector are neither read nor placed.
 
-    Raises ValueError: a parameter is missing, superfluous or misshapen, by name.
+    Raises ValueError: a parameter is missing, superfluous or misshapen, or has a value that is not
+    finite, or not in the dtype of the model; by name.
     """
     shapes = abstract_model(source.family, source.config, build, load_vision=load_vision)
     graphdef, lora_shapes, *base_shapes = nnx.split(shapes, LoRAParam, ...)

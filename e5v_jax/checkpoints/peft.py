@@ -2,38 +2,27 @@
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
 from e5v_jax.checkpoints.converted import WeightSource
+from e5v_jax.checkpoints.finite import cast, check_finite
 from e5v_jax.checkpoints.names import find_slot
+from e5v_jax.checkpoints.peft_config import PeftConfig, read_peft_config
+from e5v_jax.checkpoints.safetensors_file import read_tensors
 from e5v_jax.nn.layers import LoRAConfig
 from e5v_jax.nn.parameters import Parameter, ParameterTable, Slot
 from e5v_jax.storage import as_path
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
-_KEY = re.compile(r"base_model\.model\.(?P<name>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.weight")
-
-# Values of options under which a peft adapter computes x + scale * x A B and nothing else.
-_ACCEPTED: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    **dict.fromkeys(("use_dora", "fan_in_fan_out", "lora_bias", "use_qalora"), (False, None)),
-    **dict.fromkeys(("modules_to_save", "target_parameters"), (None, [])),
-    **dict.fromkeys(("rank_pattern", "alpha_pattern"), ({}, None)),
-    **dict.fromkeys(("layer_replication", "trainable_token_indices", "use_bdlora"), (None,)),
-    **dict.fromkeys(("alora_invocation_tokens", "arrow_config", "kasa_config"), (None,)),
-    **dict.fromkeys(("velora_config", "monteclora_config"), (None,)),
-    # the other initialisations change the base weights as well
-    "init_lora_weights": (True, False, None, "gaussian", "eva", "orthogonal"),
-}
+_HEAD = "base_model.model."  # of peft, before the model's own names
+_KEY = re.compile(re.escape(_HEAD) + r"(?P<name>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.weight")
 
 
 @dataclass(frozen=True)
@@ -62,8 +51,11 @@ def zero_factors(table: ParameterTable, lora: LoRAConfig) -> dict[str, np.ndarra
 def read_adapter(folder: Path, table: ParameterTable) -> Adapter:
     """Read a PEFT LoRA folder for a model of ``table``; untouched linear maps get zero factors.
 
+    A key that peft would leave out, or a module that it would look for in vain, is an error: peft
+    warns of the second at most.
+
     Raises:
-        ValueError: an option, key or shape that does not fit, by name.
+        ValueError: an option, key, shape or value that does not fit, by name.
         FileNotFoundError: no adapter_config.json or adapter_model.safetensors.
     """
     folder = as_path(folder)
@@ -72,55 +64,77 @@ def read_adapter(folder: Path, table: ParameterTable) -> Adapter:
             raise FileNotFoundError(
                 f"{folder / name}: missing; expected a PEFT LoRA adapter folder (safetensors)"
             )
-    lora = _read_config(folder / "adapter_config.json")
-    values = zero_factors(table, lora)
+    config = read_peft_config(folder / "adapter_config.json")
     file = folder / "adapter_model.safetensors"
-    try:
-        tensors = safetensors.numpy.load(file.read_bytes())
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{file}: damaged or truncated ({error}); fetch it again") from error
-    seen: dict[Slot, set[str]] = {}
-    for key, array in sorted(tensors.items()):  # read from bytes, they come in any order
-        match = _KEY.fullmatch(key)
-        slot = match and find_slot(f"{match['name']}.weight", table)
-        if not match or not slot or not slot.row.lora:
-            raise ValueError(f"{file}: {key}: only LoRA on the decoder's linear maps is supported")
-        i, factor = slot.layer or 0, match["factor"]
-        if i >= (slot.row.layers or 0):
-            raise ValueError(f"{file}: {key}: the model has only {slot.row.layers} layers")
-        target = values[_path(slot.row, factor)][i]
-        array = array.astype(np.float32).T  # ours is [in, r] and [r, out]
-        if array.shape != target.shape:
-            found, expected = list(array.shape[::-1]), list(target.shape[::-1])
-            raise ValueError(f"{file}: {key}: shape {found}, expected {expected}")
-        if factor in seen.setdefault(slot, set()):
-            raise ValueError(f"{file}: {key}: comes twice, under two prefixes")
-        seen[slot].add(factor)
-        target[...] = array
-    for slot, factors in seen.items():
-        if factors != {"A", "B"}:
-            where = f"layer {slot.layer} {slot.row.path.split('.')[-2]}"
-            raise ValueError(f"{file}: {where} has lora_{min(factors)} but not its partner")
-    if not seen:
+    found = _find_factors(read_tensors(file), config, table, file)
+    values = zero_factors(table, config.lora)  # only now: their size is known to be the file's
+    for (slot, factor), array in found.items():
+        values[_path(slot.row, factor)][slot.layer or 0] = array
+    return Adapter(config.lora, values)
+
+
+def _find_factors(
+    tensors: Mapping[str, np.ndarray], config: PeftConfig, table: ParameterTable, file: Path
+) -> dict[tuple[Slot, str], np.ndarray]:
+    """The factors "A" [in, r] and "B" [r, out] of each linear map that the adapter has."""
+    found: dict[tuple[Slot, str], np.ndarray] = {}
+    prefixes: dict[str, str] = {}  # and the first key of each
+    for key, array in tensors.items():
+        slot, factor = _read_key(key, table, file)
+        prefix = key.removeprefix(_HEAD).partition(_module(slot))[0]
+        if (slot, factor) in found:
+            raise ValueError(f"{file}: {key}: comes twice, under two prefixes or names")
+        prefixes.setdefault(prefix, key)
+        rank, (fan_in, fan_out) = config.lora.rank, slot.row.shape
+        expected = [rank, fan_in] if factor == "A" else [fan_out, rank]
+        if list(array.shape) != expected:
+            raise ValueError(f"{file}: {key}: shape {list(array.shape)}, expected {expected}")
+        found[slot, factor] = check_finite(array, f"{file}: {key}").T
+    if not found:
         raise ValueError(f"{file}: holds no LoRA factors")
-    return Adapter(lora, values)
+    if len(prefixes) > 1:
+        some, other = list(prefixes.values())[:2]
+        raise ValueError(f"{file}: {some} and {other} are of two kinds of model")
+    (prefix,) = prefixes
+    for slot in table.slots:
+        if not slot.row.lora:
+            continue
+        have = [factor for factor in "AB" if (slot, factor) in found]
+        module = prefix + _module(slot)
+        if len(have) == 1:
+            where = f"layer {slot.layer} {slot.row.path.split('.')[-2]}"
+            raise ValueError(f"{file}: {where} has lora_{have[0]} but not its partner")
+        if have and not config.targets(module):
+            raise ValueError(
+                f"{file}: {_HEAD}{module} has factors, but is not among the modules that "
+                "adapter_config.json targets: peft would leave them out"
+            )
+        if not have and config.targets(module):
+            raise ValueError(
+                f"{file}: no factors of {_HEAD}{module}, which adapter_config.json targets: the "
+                "file is not whole; fetch it again"
+            )
+    return found
 
 
-def _read_config(file: Path) -> LoRAConfig:
-    try:
-        config = json.loads(file.read_text())
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
-        dropout = float(config.get("lora_dropout", 0.0))
-    except KeyError as error:
-        raise ValueError(f"{file}: no {error.args[0]!r}; expected a PEFT LoRA config") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file}: not a PEFT LoRA config ({error})") from error
-    for key, accepted in _ACCEPTED.items():
-        if key in config and config[key] not in accepted:
-            raise ValueError(f"{file}: {key} {config[key]!r} is not supported")
-    if config.get("use_rslora"):
-        alpha *= rank**0.5  # rank-stabilised: scale is alpha / sqrt(r)
-    return LoRAConfig(rank=rank, alpha=alpha, dropout=dropout)
+def _read_key(key: str, table: ParameterTable, file: Path) -> tuple[Slot, str]:
+    """The linear map and the factor, "A" or "B", that a key of an adapter names."""
+    match = _KEY.fullmatch(key)
+    places = [(row.section, prefix) for row in table.adapted for prefix in table.adapter_prefixes]
+    slot = match and find_slot(f"{match['name']}.weight", table, dict.fromkeys(places))
+    if not match or not slot or not slot.row.lora:
+        known = f"{_HEAD}{table.adapter_prefix}layers.0.mlp.up_proj.lora_A.weight"
+        raise ValueError(
+            f"{file}: {key}: only LoRA on the decoder's linear maps is supported, such as {known}"
+        )
+    if (slot.layer or 0) >= (slot.row.layers or 0):
+        raise ValueError(f"{file}: {key}: the model has only {slot.row.layers} layers")
+    return slot, match["factor"]
+
+
+def _module(slot: Slot) -> str:
+    """The module of a kernel: its name inside its section, such as layers.0.mlp.up_proj."""
+    return slot.row.hf.removesuffix(".weight").replace("{i}", str(slot.layer))
 
 
 def write_adapter(
@@ -128,13 +142,12 @@ def write_adapter(
 ) -> None:
     """Write a PEFT LoRA folder that ``PeftModel.from_pretrained`` loads on transformers 5."""
     folder.mkdir(parents=True, exist_ok=True)
-    head = f"base_model.model.{table.adapter_prefix}"
+    head = f"{_HEAD}{table.adapter_prefix}"
     tensors: dict[str, np.ndarray] = {}
     for row in table.adapted:
-        module = row.hf.removesuffix(".weight")
         for factor in "AB":
             for i, array in enumerate(adapter.values[_path(row, factor)]):
-                key = f"{head}{module.replace('{i}', str(i))}.lora_{factor}.weight"
+                key = f"{head}{_module(Slot(row, i))}.lora_{factor}.weight"
                 tensors[key] = np.ascontiguousarray(array.T.astype(np.float32))
     config = {
         "peft_type": "LORA",
@@ -157,7 +170,10 @@ def write_adapter(
 def read_merged(
     source: WeightSource, names: Sequence[str], adapter: Adapter | None, dtype: np.dtype[Any]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """The named arrays in ``dtype``, with their update if there is an adapter, added in fp32."""
+    """The named arrays in ``dtype``, with their update if there is an adapter, added in fp32.
+
+    Raises ValueError: a value is too large for ``dtype``; names the array.
+    """
     for name, array in zip(names, source.read(names), strict=True):
         row, layer = source.table.stored[name]
         if adapter is not None and row.lora:
@@ -166,5 +182,5 @@ def read_merged(
             array *= np.float32(adapter.lora.scale)
             array += kernel
             del kernel
-        yield name, array.astype(dtype, copy=False)
+        yield name, cast(array, dtype, name)
         del array  # before the next one is read

@@ -16,6 +16,8 @@ import ml_dtypes  # ships with jax; gives NumPy its bfloat16
 import numpy as np
 import safetensors
 
+from e5v_jax.checkpoints.json_file import read_json
+
 # Dtypes of weights, by their safetensors names.
 DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32),
@@ -100,6 +102,47 @@ def write_model(
         write_index(folder, shards)
 
 
+def _read_index(index: Path) -> dict[str, str]:
+    """The shard of each key, empty without an index. Raises ValueError: it is damaged."""
+    if not index.exists():
+        return {}
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f'{index}: damaged, no "weight_map" of keys and files; fetch it again')
+    for key, name in weight_map.items():
+        if not isinstance(name, str) or Path(name).name != name:  # nothing beyond the folder
+            raise ValueError(f"{index}: damaged, {key} is in {name!r}; fetch it again")
+    return weight_map
+
+
+def read_tensors(file: Path) -> dict[str, np.ndarray]:
+    """All tensors of a small file, here or in a bucket, by name in order.
+
+    Raises ValueError: damaged, or a dtype that weights do not have.
+    """
+    try:
+        # the library's own numpy.load knows no bfloat16
+        entries = sorted(safetensors.deserialize(file.read_bytes()), key=lambda entry: entry[0])
+    except safetensors.SafetensorError as error:
+        raise _damaged(file, error) from error
+    return {
+        name: np.frombuffer(entry["data"], _dtype(entry["dtype"], f"{file}: {name}")).reshape(
+            entry["shape"]
+        )
+        for name, entry in entries
+    }
+
+
+def _damaged(file: Path, error: Exception) -> ValueError:
+    return ValueError(f"{file}: damaged or truncated ({error}); fetch it again")
+
+
+def _dtype(kind: str, name: str) -> np.dtype[Any]:
+    if kind not in DTYPES:  # as old files keep position_ids, which nobody reads
+        raise ValueError(f"{name}: dtype {kind}, expected one of {sorted(DTYPES)}")
+    return DTYPES[kind]
+
+
 class SafetensorsFolder:
     """A folder with one or several ``*.safetensors``, whose tensors are read one at a time."""
 
@@ -111,13 +154,7 @@ class SafetensorsFolder:
             ValueError: a damaged shard or index, a key in two shards or not in the one that the
                 index names, only pickled ``.bin`` weights.
         """
-        index, weight_map = folder / INDEX, {}
-        try:
-            if index.is_file():
-                names = json.loads(index.read_text())["weight_map"]
-                weight_map = {str(key): str(name) for key, name in names.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{index}: damaged ({error!r}); fetch it again") from error
+        weight_map = _read_index(folder / INDEX)
         if weight_map:
             files = sorted({folder / name for name in weight_map.values()})
         elif (folder / "model.safetensors").is_file():
@@ -140,8 +177,9 @@ class SafetensorsFolder:
                 raise ValueError(f"{folder / name}: {key} is not in this file, but {INDEX} says so")
 
     def _open(self, file: Path) -> None:
-        if not file.is_file():
-            raise FileNotFoundError(f"{file}: missing, but {INDEX} names it")
+        if not file.is_file():  # opening a pipe would wait for ever
+            what = "not a file" if file.exists() else f"missing, but {INDEX} names it"
+            raise FileNotFoundError(f"{file}: {what}")
         try:
             with safetensors.safe_open(file, framework="numpy") as handle:
                 for key in handle.keys():  # noqa: SIM118 (safe_open is no mapping)
@@ -151,7 +189,7 @@ class SafetensorsFolder:
                     self._files[key] = file
                     self._specs[key] = tuple(view.get_shape()), view.get_dtype()
         except safetensors.SafetensorError as error:
-            raise ValueError(f"{file}: damaged or truncated ({error}); fetch it again") from error
+            raise _damaged(file, error) from error
 
     def keys(self) -> list[str]:
         """Hugging Face names."""
@@ -163,13 +201,14 @@ class SafetensorsFolder:
 
     def dtype(self, key: str) -> np.dtype[Any]:
         """Dtype of one tensor. Raises ValueError: not a dtype of weights."""
-        kind = self._specs[key][1]
-        if kind not in DTYPES:  # as old files keep position_ids, which nobody reads
-            raise ValueError(f"{key}: dtype {kind}, expected one of {sorted(DTYPES)}")
-        return DTYPES[kind]
+        return _dtype(self._specs[key][1], key)
 
     def read(self, key: str) -> np.ndarray:
-        """One tensor; only its bytes are read."""
-        # opened anew each time: an open file would keep all pages it has read in memory
-        with safetensors.safe_open(self._files[key], framework="numpy") as handle:
-            return np.asarray(handle.get_tensor(key))
+        """One tensor; only its bytes are read. Raises ValueError: the file has become shorter."""
+        file = self._files[key]
+        try:
+            # opened anew each time: an open file would keep all pages it has read in memory
+            with safetensors.safe_open(file, framework="numpy") as handle:
+                return np.asarray(handle.get_tensor(key))
+        except safetensors.SafetensorError as error:
+            raise _damaged(file, error) from error

@@ -16,6 +16,7 @@ from e5v_jax import cli
 from e5v_jax.atomic import check_new, new_folder
 from e5v_jax.checkpoints.adapters import load_adapter
 from e5v_jax.checkpoints.converted import ConvertedFolder
+from e5v_jax.checkpoints.json_file import read_json
 from e5v_jax.checkpoints.peft import Adapter, read_merged, write_adapter
 from e5v_jax.checkpoints.safetensors_file import SafetensorsFolder, TensorSpec, write_model
 from e5v_jax.checkpoints.tokenizer import copy_named
@@ -64,7 +65,7 @@ def write_hf(
         specs += [TensorSpec(key, unused.shape(key), unused.dtype(key)) for key in unused.keys()]  # noqa: SIM118 (no mapping)
         arrays = chain(arrays, map(unused.read, unused.keys()))
     write_model(folder, specs, arrays, shard_bytes)
-    raw = json.loads((source.folder / "hf_config.json").read_text())
+    raw = read_json(source.folder / "hf_config.json", todo="convert the model again")
     config = source.family.hf_config(raw, source.config)
     for part in (config, config.get("text_config"), config.get("vision_config")):
         for key in ("dtype", "torch_dtype"):  # transformers 5 and 4
@@ -97,7 +98,7 @@ def convert(args: Args) -> None:
     if args.merge and args.peft:
         raise cli.UsageError("--merge, --peft: choose one")
     check_new(args.dst)
-    source = ConvertedFolder(args.src)
+    source = ConvertedFolder(args.src, any_preprocessor=True)
     carried = source.folder / "adapter"
     path = args.adapter or (carried if carried.is_dir() else None)
     if path is None and (args.merge or args.peft):

@@ -15,7 +15,7 @@ from rich.progress import Progress
 
 from e5v_jax.checkpoints.adapters import load_adapter
 from e5v_jax.checkpoints.converted import ConvertedFolder, WeightSource, is_converted
-from e5v_jax.checkpoints.hf_source import check_preprocessor, open_source, resolve
+from e5v_jax.checkpoints.hf_source import open_source, resolve
 from e5v_jax.checkpoints.loading import load_model
 from e5v_jax.checkpoints.tokenizer import load_tokenizer
 from e5v_jax.data.inputs import Input, InputError
@@ -90,10 +90,10 @@ class E5V:
         if adapter is None and is_converted(folder) and (folder / "adapter").is_dir():
             adapter = folder / "adapter"
         lora = None if adapter is None else load_adapter(as_path(adapter), source)
+        processor = source.family.processor(source.config, load_tokenizer(folder), template)
         precision = Precision(jnp.dtype(dtype), jnp.dtype(dtype), quantize)
         build = Build(precision, runtime, None if lora is None else lora.lora)
         model = load_model(source, build, lora_values=None if lora is None else lora.values)
-        processor = source.family.processor(source.config, load_tokenizer(folder), template)
         return cls(model, processor)
 
     @staticmethod
@@ -198,8 +198,4 @@ class E5V:
 
 def _open(folder: Path) -> WeightSource:
     """The weights in a folder or file, unread, with their family and configuration."""
-    if not is_converted(folder):
-        return open_source(folder)
-    source = ConvertedFolder(folder)
-    check_preprocessor(folder, source.family, source.config)
-    return source
+    return ConvertedFolder(folder) if is_converted(folder) else open_source(folder)

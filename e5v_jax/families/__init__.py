@@ -25,11 +25,12 @@ FAMILIES: dict[str, Family] = {
 def find_family(raw: dict[str, Any]) -> Family:
     """The family of a parsed ``config.json``. Raises UnsupportedModelError: there is none."""
     model_type = raw.get("model_type")
-    if model_type not in FAMILIES:
-        names = raw.get("architectures") or [model_type]
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        names = raw.get("architectures")
+        name = names[0] if isinstance(names, list) and names else model_type
         raise UnsupportedModelError(
-            f"unsupported architecture {names[0]!r} (model_type {model_type!r}): expected one of "
-            f"the model types {', '.join(FAMILIES)}"
+            f"unsupported architecture {name!r} (model_type {model_type!r}): expected one of the "
+            f"model types {', '.join(FAMILIES)}"
         )
     return FAMILIES[model_type]
 

@@ -148,8 +148,8 @@ class Family:
     """``(config, tokenizer, template=None) -> Processor``."""
     example_batch: Callable[[Any, BatchShape], Batch]
     """A batch of zeros of that shape; through ``jax.eval_shape`` its shapes, in no memory."""
-    match_tokenizer: Callable[[Any, PreTrainedTokenizerFast | None], Any] = lambda config, _: config
-    """The configuration as the tokenizer, if any, has it; tokens that it lacks are added to it."""
+    match_tokenizer: Callable[[Any, PreTrainedTokenizerFast], Any] = lambda config, _: config
+    """The configuration as the tokenizer has it; tokens that it lacks are added to it."""
     hf_config: Callable[[dict[str, Any], Any], dict[str, Any]] = lambda raw, _: copy.deepcopy(raw)
     """The ``config.json`` to export, for a source whose layout transformers has no class for."""
     check_preprocessor: Callable[[Any, dict[str, Any]], None] = lambda *_: None

@@ -102,7 +102,8 @@ class ParameterTable:
 
     rows: tuple[Parameter, ...]
     sections: Mapping[str, Section]
-    adapter_prefix: str  # before ``layers.`` in a PEFT adapter that transformers 5 loads
+    adapter_prefixes: tuple[str, ...]
+    """Before ``layers.`` in PEFT adapters: of transformers 5, which we write, then others'."""
     adapter_task: str | None = None  # the ``task_type`` of such an adapter
 
     @cached_property
@@ -128,6 +129,11 @@ class ParameterTable:
     def export_prefixes(self) -> dict[str, str]:
         """The prefix of each section that we write."""
         return {name: section.export for name, section in self.sections.items()}
+
+    @property
+    def adapter_prefix(self) -> str:
+        """The prefix of adapters that we write."""
+        return self.adapter_prefixes[0]
 
     @property
     def adapted(self) -> list[Parameter]:

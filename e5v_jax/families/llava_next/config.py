@@ -2,10 +2,20 @@
 
 import copy
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
-from e5v_jax.nn.config import TextConfig, UnsupportedModelError, VisionConfig, transformers_config
+from e5v_jax.families.llava_next.original import check_original
+from e5v_jax.nn.config import (
+    LARGEST,
+    TextConfig,
+    UnsupportedModelError,
+    VisionConfig,
+    from_fields,
+    transformers_config,
+)
 
 # Checkpoints of the original LLaVA code name the vision tower instead of describing it.
 KNOWN_VISION_TOWERS: dict[str, dict[str, Any]] = {
@@ -35,6 +45,26 @@ class LlavaNextConfig:
     image_token_id: int  # of the `<image>` placeholder; ORIGINAL_IMAGE_TOKEN asks the tokenizer
     image_grid_pinpoints: tuple[tuple[int, int], ...]  # (height, width) in pixels
 
+    def __post_init__(self) -> None:
+        """Check what every source of a configuration must hold. Raises ValueError: names it."""
+        layers, layer = self.vision.num_hidden_layers, self.vision_feature_layer
+        if type(layer) is not int or not 1 <= self.num_vision_layers <= layers:
+            raise ValueError(
+                f"vision_feature_layer is {layer!r}: expected 1 to {layers}, or {-layers} to -1"
+            )
+        token = self.image_token_id
+        if type(token) is not int or not (0 <= token <= LARGEST or token == ORIGINAL_IMAGE_TOKEN):
+            raise ValueError(f"image_token_id is {token!r}: expected the id of a token")
+        size, pinpoints = self.vision.image_size, self.image_grid_pinpoints
+        sides = [side for pinpoint in pinpoints for side in pinpoint]
+        if not sides or any(
+            type(side) is not int or not 0 < side <= LARGEST or side % size for side in sides
+        ):
+            raise ValueError(
+                f"image_grid_pinpoints is {[list(x) for x in pinpoints]}: expected at least one "
+                f"[height, width], multiples of the tower's image_size {size}"
+            )
+
     @property
     def modalities(self) -> tuple[str, ...]:
         """What the model embeds."""
@@ -48,15 +78,13 @@ class LlavaNextConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """The inverse of ``dataclasses.asdict``; unknown or missing fields raise TypeError."""
-        return cls(
-            **{
-                **data,
-                "text": TextConfig(**data["text"]),
-                "vision": VisionConfig(**data["vision"]),
-                "image_grid_pinpoints": _pinpoints(data),
-            }
-        )
+        """The inverse of ``dataclasses.asdict``. Raises ValueError: names the field."""
+        parts: dict[str, Callable[[Any], Any]] = {
+            "text": partial(from_fields, TextConfig, name="model.text"),
+            "vision": partial(from_fields, VisionConfig, name="model.vision"),
+            "image_grid_pinpoints": _pinpoints,
+        }
+        return from_fields(cls, data, "model", parts)
 
     @classmethod
     def from_hf(cls, raw: dict[str, Any]) -> Self:
@@ -68,10 +96,9 @@ class LlavaNextConfig:
             return cls._from_transformers(raw)
         if is_original(raw):
             return cls._from_original(raw)
-        names = raw.get("architectures") or [raw["model_type"]]
         raise UnsupportedModelError(
-            f"unsupported architecture {names[0]!r} (model_type {raw['model_type']!r}): expected "
-            "LLaVA-NeXT or a Llama or Mistral text model"
+            f"model_type is {raw['model_type']!r}, but it has neither LLaVA-NeXT's layout nor the "
+            "mm_vision_tower of the original LLaVA code"
         )
 
     @classmethod
@@ -82,50 +109,42 @@ class LlavaNextConfig:
                 f"vision_feature_select_strategy {hf.vision_feature_select_strategy!r}: "
                 "only 'default' (class token dropped) is supported"
             )
-        if not isinstance(hf.vision_feature_layer, int):
-            raise UnsupportedModelError(
-                f"vision_feature_layer {hf.vision_feature_layer!r}: expected one integer"
-            )
-        if hf.projector_hidden_act != "gelu" or not hf.multimodal_projector_bias:
-            raise UnsupportedModelError("the projector must use gelu and biases")
+        for key, value in (("projector_hidden_act", "gelu"), ("multimodal_projector_bias", True)):
+            if getattr(hf, key) != value:
+                raise UnsupportedModelError(
+                    f"{key} is {getattr(hf, key)!r}: only {value!r} is supported"
+                )
         return cls(
             text=TextConfig.from_hf(hf.text_config),
             vision=VisionConfig.from_hf(hf.vision_config),
             vision_feature_layer=hf.vision_feature_layer,
             image_token_id=hf.image_token_id,
-            image_grid_pinpoints=_pinpoints({"image_grid_pinpoints": hf.image_grid_pinpoints}),
+            image_grid_pinpoints=_pinpoints(hf.image_grid_pinpoints),
         )
 
     @classmethod
     def _from_original(cls, raw: dict[str, Any]) -> Self:
         """The original layout: a Llama or Mistral config with ``mm_*`` fields."""
-        expected = {
-            "mm_projector_type": "mlp2x_gelu",
-            "mm_patch_merge_type": "spatial_unpad",
-            "mm_vision_select_feature": "patch",
-        }
-        for key, value in expected.items():
-            if raw.get(key, value) != value:
-                raise UnsupportedModelError(f"{key} is {raw[key]!r}: only {value!r} is supported")
+        check_original(raw)
         tower = raw["mm_vision_tower"]
-        vision = raw.get("vision_config") or KNOWN_VISION_TOWERS.get(tower)
+        vision = KNOWN_VISION_TOWERS.get(str(tower)) or raw.get("vision_config")
         if vision is None:
             raise UnsupportedModelError(
                 f"mm_vision_tower {tower!r} is not known; expected one of "
                 f"{sorted(KNOWN_VISION_TOWERS)} or a vision_config in config.json"
             )
-        for key in ("mm_vision_select_layer", "image_grid_pinpoints"):
-            if key not in raw:
-                raise UnsupportedModelError(f"config.json has no {key!r}")
+        hf_vision = transformers_config(vision, vision.get("model_type", "clip_vision_model"))
+        if raw["mm_hidden_size"] != (width := hf_vision.hidden_size):
+            raise UnsupportedModelError(
+                f"mm_hidden_size is {raw['mm_hidden_size']!r}: the tower's vectors have {width}"
+            )
         decoder = "mistral" if raw["model_type"] == "llava_mistral" else "llama"
         return cls(
             text=TextConfig.from_hf(transformers_config(raw, decoder)),
-            vision=VisionConfig.from_hf(
-                transformers_config(vision, vision.get("model_type", "clip_vision_model"))
-            ),
+            vision=VisionConfig.from_hf(hf_vision),
             vision_feature_layer=raw["mm_vision_select_layer"],
             image_token_id=raw.get("image_token_id", ORIGINAL_IMAGE_TOKEN),
-            image_grid_pinpoints=_pinpoints(raw),
+            image_grid_pinpoints=_pinpoints(raw["image_grid_pinpoints"]),
         )
 
 
@@ -165,5 +184,10 @@ def transformers_layout(raw: dict[str, Any], config: LlavaNextConfig) -> dict[st
     }
 
 
-def _pinpoints(data: dict[str, Any]) -> tuple[tuple[int, int], ...]:
-    return tuple((int(h), int(w)) for h, w in data["image_grid_pinpoints"])
+def _pinpoints(value: Any) -> tuple[tuple[int, int], ...]:
+    """The pairs of a file's list; what they hold is checked with the configuration."""
+    if not isinstance(value, list | tuple) or any(
+        not isinstance(pair, list | tuple) or len(pair) != 2 for pair in value
+    ):
+        raise ValueError(f"image_grid_pinpoints is {value!r}: expected a list of [height, width]")
+    return tuple((height, width) for height, width in value)

@@ -38,6 +38,14 @@ _SECTIONS = {
     "newline": Section(prefixes=("", "model."), anchors=("image_newline",), export=""),
 }
 
+_ADAPTER_PREFIXES = (
+    "model.language_model.",
+    "language_model.",  # the same without the head
+    "language_model.model.",  # transformers 4
+    "model.",  # the original LLaVA code, or trained on the decoder taken out
+    "",
+)
+
 
 def parameters(config: LlavaNextConfig) -> ParameterTable:
     """The rows of ``LlavaNextForConditionalGeneration``."""
@@ -52,4 +60,4 @@ def parameters(config: LlavaNextConfig) -> ParameterTable:
         *linear(second, bias=P(None)),
         Parameter("newline", "image_newline", "image_newline", (d,), P(None)),
     )
-    return ParameterTable(rows, _SECTIONS, adapter_prefix="model.language_model.")
+    return ParameterTable(rows, _SECTIONS, _ADAPTER_PREFIXES)

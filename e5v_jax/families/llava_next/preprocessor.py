@@ -9,11 +9,14 @@ from e5v_jax.nn.clip import IMAGE_MEAN, IMAGE_STD
 from e5v_jax.nn.config import UnsupportedModelError
 from e5v_jax.prompts import IMAGE_PLACEHOLDER
 
+# transformers' names for what is computed here; the original LLaVA code keeps CLIP's
+_KINDS = ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "FeatureExtractor")
+_CLASSES = (
+    *(f"{name}{kind}" for name in ("LlavaNext", "CLIP") for kind in (*_KINDS, "Processor")),
+    None,
+)
+_TYPES = ("image_processor_type", "feature_extractor_type")
 _IGNORED_SETTINGS = {
-    **dict.fromkeys(
-        ("image_processor_type", "processor_class", "feature_extractor_type", "_processor_class"),
-        "the name of transformers' class for the same computation",
-    ),
     **dict.fromkeys(
         ("data_format", "input_data_format", "return_tensors", "device", "disable_grouping"),
         "how transformers holds its arrays",
@@ -23,7 +26,9 @@ _IGNORED_SETTINGS = {
     "default_to_square": "the size is square in any case",
     "chat_template": "prompts are those of prompts.py",
 }
-_SIZE_OF_TRANSFORMERS = 224  # what a file means that leaves the sizes out
+# What a file means that leaves them out: the defaults of transformers' classes.
+_SIZES = {"size": 224, "crop_size": 224}
+_PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
 
 
 def check_preprocessor(config: LlavaNextConfig, settings: dict[str, Any]) -> None:
@@ -50,9 +55,12 @@ def check_preprocessor(config: LlavaNextConfig, settings: dict[str, Any]) -> Non
         "num_additional_image_tokens": (1,),
         "pad_size": (None,),
         "size_divisor": (None,),
+        **dict.fromkeys((*_TYPES, "processor_class", "_processor_class"), _CLASSES),
     }
-    if "image_mean" in settings:  # the image processor's, not only those of the processor around it
-        settings = {**dict.fromkeys(("size", "crop_size"), _SIZE_OF_TRANSFORMERS), **settings}
+    if any(name in settings for name in _TYPES):  # not those of the processor around it
+        settings = {**_SIZES, **settings}
+        if not any("CLIP" in str(settings.get(name)) for name in _TYPES):  # which has none
+            settings.setdefault("image_grid_pinpoints", _PINPOINTS)
     for name, value in settings.items():
         if name in _IGNORED_SETTINGS:
             continue

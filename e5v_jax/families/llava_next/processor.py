@@ -121,9 +121,7 @@ def load(item: Measured, config: LlavaNextConfig) -> Prepared | list[int]:
     return Prepared(expanded, image_index, tiled.tiles)
 
 
-def match_tokenizer(
-    config: LlavaNextConfig, tokenizer: PreTrainedTokenizerFast | None
-) -> LlavaNextConfig:
+def match_tokenizer(config: LlavaNextConfig, tokenizer: PreTrainedTokenizerFast) -> LlavaNextConfig:
     """``config`` with ``image_token_id`` the tokenizer's ``<image>``.
 
     The original LLaVA code tokenises around the image, so its tokenizers do not know ``<image>``.
@@ -132,9 +130,6 @@ def match_tokenizer(
     Raises ValueError: config and tokenizer do not agree on its id.
     """
     original = config.image_token_id == ORIGINAL_IMAGE_TOKEN
-    if tokenizer is None:  # weights alone: the first id after the table serves
-        first_free = config.text.vocab_size if original else config.image_token_id
-        return dataclasses.replace(config, image_token_id=first_free)
     found: int | None = tokenizer.added_tokens_encoder.get(IMAGE_PLACEHOLDER)
     if found is None:
         tokenizer.add_tokens([AddedToken(IMAGE_PLACEHOLDER, special=True)], special_tokens=True)

@@ -1,9 +1,10 @@
 """The architecture of a model that is a decoder alone."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Self
 
-from e5v_jax.nn.config import TextConfig, transformers_config
+from e5v_jax.nn.config import TextConfig, from_fields, transformers_config
 
 
 @dataclass(frozen=True)
@@ -29,5 +30,6 @@ class TextModelConfig:
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """The inverse of ``dataclasses.asdict``; unknown or missing fields raise TypeError."""
-        return cls(**{**data, "text": TextConfig(**data["text"])})
+        """The inverse of ``dataclasses.asdict``. Raises ValueError: names the field."""
+        text = partial(from_fields, TextConfig, name="model.text")
+        return from_fields(cls, data, "model", {"text": text})

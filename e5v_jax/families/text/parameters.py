@@ -8,4 +8,5 @@ from e5v_jax.nn.parameters import ParameterTable
 def parameters(config: TextModelConfig) -> ParameterTable:
     """The rows of ``AutoModelForCausalLM``."""
     rows = tuple(decoder_parameters(config.text))
-    return ParameterTable(rows, TEXT_SECTIONS, adapter_prefix="model.", adapter_task="CAUSAL_LM")
+    # without a prefix: trained on AutoModel, as embedding models are
+    return ParameterTable(rows, TEXT_SECTIONS, ("model.", ""), adapter_task="CAUSAL_LM")

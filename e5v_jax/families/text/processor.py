@@ -94,7 +94,15 @@ class TextProcessor:
     def _measure(
         self, position: int, image: tuple[ImageSource | str, Size] | None, ids: list[int]
     ) -> Measured:
-        length, shape_key = len(ids), 0
+        length, shape_key, rows = len(ids), 0, self.config.text.vocab_size
+        if max(ids) >= rows:  # on the device it would be another token's vector
+            for token in set(ids) - {self.config.image_token_id}:
+                if token >= rows:
+                    name = self.tokenizer.convert_ids_to_tokens(token)
+                    raise ValueError(
+                        f"token {name!r} has id {token}, but the embedding table has {rows} rows: "
+                        "the tokenizer is of another model"
+                    )
         if image is not None:
             tokens, shape_key = self.measure_image(image[1])
             length += tokens - 1
