@@ -1,8 +1,6 @@
 """``python -m convert.to_hf SRC DST``: a converted folder -> Hugging Face or PEFT folder."""
 
-from e5v_jax.checkpoints.to_hf import Args, convert, main
-
-__all__ = ["Args", "convert", "main"]
+from e5v_jax.checkpoints.commands import export
 
 if __name__ == "__main__":
-    main()
+    export()

@@ -6,6 +6,7 @@ indices, not for the arrays.
 
 import hashlib
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 from e5v_jax.atomic import write_whole
@@ -26,13 +27,17 @@ def write_checksums(folder: Path) -> None:
 
 
 def verify_checksums(
-    folder: Path, *, only: str | None = None, part: int = 0, parts: int = 1
+    folder: Path, *, only: Collection[str] = (), part: int = 0, parts: int = 1
 ) -> bool:
-    """Compare every file with its sum, ``only`` one, or every ``parts``-th from the ``part``-th on.
+    """Compare every file with its sum, or every ``parts``-th from the ``part``-th on.
 
-    False if the folder has no sums, as one of an earlier version. Files beside those that have one
-    are passed over. Raises DamagedFileError: a file differs, is missing or has no readable sum;
-    OSError: one cannot be read.
+    ``only`` names the files to compare, of those that have a sum.
+
+    It is False if the folder has no sums, as one of an earlier version. Files beside those that
+    have one are passed over.
+
+    Raises DamagedFileError: a file differs, is missing or has no readable sum; OSError: one cannot
+    be read.
     """
     try:
         sums = json.loads((folder / CHECKSUMS).read_bytes())
@@ -42,8 +47,9 @@ def verify_checksums(
         raise DamagedFileError(f"{folder / CHECKSUMS}: not JSON ({error})") from error
     if not isinstance(sums, dict):
         raise DamagedFileError(f"{folder / CHECKSUMS}: expected an object of names and sums")
-    for name in sorted(sums)[part::parts] if only is None else [only]:
-        _verify(folder / name, sums.get(name))
+    for name in sorted(sums)[part::parts]:
+        if not only or name in only:
+            _verify(folder / name, sums[name])
     return True
 
 

@@ -240,7 +240,8 @@ def test_vision_is_neither_read_nor_placed(
 def test_full_fine_tuning_leaves_a_model(folder: Path, tmp_path: Path) -> None:
     cfg = config(folder, tmp_path / "run", lora=None, max_steps=3)
     train(cfg)
-    trained = E5V.from_pretrained(tmp_path / "run" / "model", dtype="float32").encode(SENTENCES)
+    model = E5V.from_pretrained(tmp_path / "run" / "model", dtype="float32", verify=True)
+    trained = model.encode(SENTENCES)
     base = E5V.from_pretrained(folder / "base", dtype="float32").encode(SENTENCES)
     assert np.abs(trained - base).max() > 1e-3
     with pytest.raises(ValueError, match="trained all weights"):

@@ -12,6 +12,7 @@ from orbax.checkpoint import v1 as ocp
 from e5v_jax.checkpoints.converted import WeightSource
 from e5v_jax.checkpoints.loading import dotted
 from e5v_jax.checkpoints.peft import ADAPTER_FILES, Adapter, read_adapter, zero_factors
+from e5v_jax.checksums import verify_checksums
 from e5v_jax.nn.layers import LoRAConfig, LoRAParam
 from e5v_jax.storage import absolute, without_wildcards
 
@@ -44,7 +45,7 @@ def lora_of(run: Path, config: dict[str, Any]) -> LoRAConfig | None:
 def read_run_adapter(run: Path, step: int | None, base: WeightSource) -> Adapter:
     """LoRA factors of a run's checkpoint after ``step`` (None: the newest), on the host.
 
-    Raises ValueError: the run trained all weights, or there is no such checkpoint.
+    Raises ValueError: the run trained all weights, there is no such checkpoint, or it is damaged.
     """
     lora = lora_of(run, read_run_info(run)["config"])
     if lora is None:
@@ -60,9 +61,11 @@ def read_run_adapter(run: Path, step: int | None, base: WeightSource) -> Adapter
         if not steps or (step is not None and step not in steps):
             wanted = "" if step is None else f" of step {step}"
             raise ValueError(f"{folder}: no checkpoint{wanted}; found steps {steps}")
+        step = steps[-1] if step is None else step
+        verify_checksums(folder / str(step))
         zeros = zero_factors(base.table, lora)
         like = nnx.from_flat_state([(tuple(p.split(".")), LoRAParam(x)) for p, x in zeros.items()])
-        state = checkpointer.load(steps[-1] if step is None else step, {"trainable": like})
+        state = checkpointer.load(step, {"trainable": like})
     values = nnx.to_flat_state(state["trainable"])
     return Adapter(lora, {dotted(path): np.asarray(leaf[...]) for path, leaf in values})
 

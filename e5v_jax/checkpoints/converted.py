@@ -29,6 +29,7 @@ from e5v_jax.checkpoints.finite import check_finite
 from e5v_jax.checkpoints.json_file import read_json
 from e5v_jax.checkpoints.preprocessor import check_preprocessor
 from e5v_jax.checkpoints.safetensors_file import DTYPES
+from e5v_jax.checksums import CHECKSUMS, DamagedFileError, verify_checksums
 from e5v_jax.families import FAMILIES
 from e5v_jax.families.base import Family, ModelConfig
 from e5v_jax.nn.config import from_fields
@@ -157,17 +158,22 @@ def read_info(folder: Path) -> ConvertedInfo:
 class ConvertedFolder:
     """A converted folder as a :class:`WeightSource`."""
 
-    def __init__(self, folder: Path, *, any_preprocessor: bool = False) -> None:
+    def __init__(
+        self, folder: Path, *, any_preprocessor: bool = False, verify: bool = False
+    ) -> None:
         """Read ``config.json``; parameters are read on demand.
 
+        ``verify`` compares every file with its checksum first, which reads all of them.
         ``any_preprocessor`` takes a folder whose image processor does something else than is
         computed here: so it may be exported, but neither encode nor train.
 
-        Raises ValueError: not a converted folder, a field of it that cannot be, or as
-        :func:`check_preprocessor`.
+        Raises ValueError: not a converted folder, a field of it that cannot be, a file that is not
+        what was written, or as :func:`check_preprocessor`.
         """
         self.folder = as_path(folder)
         self.info = read_info(self.folder)
+        if verify:
+            _verify(self.folder)
         self.family = FAMILIES[self.info.model_type]
         try:
             self.config = self.family.config_from_dict(self.info.model)
@@ -200,6 +206,16 @@ class ConvertedFolder:
         arrays = flatten_dict(tree, sep=".")
         for name in names:
             yield check_finite(np.asarray(arrays[name]), f"{self.folder}/params: {name}")
+
+
+def _verify(folder: Path) -> None:
+    try:
+        has_sums = verify_checksums(folder)
+    except DamagedFileError as error:
+        raise ValueError(f"{error}; copy it again, or {_AGAIN}") from error
+    if not has_sums:
+        reason = f"no {CHECKSUMS} to verify it by: an earlier version made it"
+        raise ValueError(f"{folder}: {reason}; {_AGAIN}")
 
 
 def _check_parameters(shapes: dict[str, Any], table: ParameterTable) -> None:

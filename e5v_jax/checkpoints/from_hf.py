@@ -20,6 +20,7 @@ from e5v_jax.checkpoints.hf_source import HfSource, open_source, resolve
 from e5v_jax.checkpoints.peft import ADAPTER_FILES, Adapter, read_adapter, read_merged
 from e5v_jax.checkpoints.safetensors_file import TensorSpec, write_file
 from e5v_jax.checkpoints.tokenizer import copy_named, load_tokenizer
+from e5v_jax.checksums import write_checksums
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,6 @@ def convert(args: Args) -> None:
             parameters=shapes,
         )
         converted.write_info(folder, info)
+        write_checksums(folder)
     count = sum(math.prod(shape) for shape in shapes.values())
     print(f"{args.dst}: {count / 1e6:.1f} M parameters in {dtype.name}, hash {content_hash[:12]}")
-
-
-def main() -> None:
-    """Run the command."""
-    cli.run(convert, Args)

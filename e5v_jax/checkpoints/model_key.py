@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 from e5v_jax.checkpoints.converted import is_converted
+from e5v_jax.checksums import CHECKSUMS
 from e5v_jax.storage import size_and_time, walk_files
 
 _LARGE = 64 * 2**20  # bytes; larger files are known by size and time, as reading them takes minutes
@@ -20,7 +21,7 @@ def model_key(folder: Path, adapter: Path | None) -> str:
         converted = root.is_dir() and is_converted(root)  # its config.json has the weights' hash
         for path in [root] if root.is_file() else walk_files(root):
             name = path.relative_to(root)
-            skipped = ("params", "unused.safetensors") if converted else _NO_WEIGHTS
+            skipped = ("params", "unused.safetensors", CHECKSUMS) if converted else _NO_WEIGHTS
             if name.parts and name.parts[0] in skipped:
                 continue
             size, written = size_and_time(path)

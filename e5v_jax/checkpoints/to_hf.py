@@ -114,8 +114,3 @@ def convert(args: Args) -> None:
             notes += write_hf(folder, source, adapter)
     for note in notes:
         print(f"{args.dst}: {note}")
-
-
-def main() -> None:
-    """Run the command."""
-    cli.run(convert, Args)

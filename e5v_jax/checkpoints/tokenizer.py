@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from e5v_jax.checkpoints.gguf_tokenizer import build_tokenizer
 from e5v_jax.checkpoints.json_file import read_json
+from e5v_jax.checksums import CHECKSUMS, verify_checksums
 from e5v_jax.storage import copy_file, in_bucket
 
 TOKENIZER_FILES = (
@@ -39,6 +39,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     Raises FileNotFoundError: there is none; ValueError: it cannot be read, or is a slow one.
     """
     if folder.is_file():
+        from e5v_jax.checkpoints.gguf_tokenizer import build_tokenizer  # takes 0.4 s
+
         return build_tokenizer(folder)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES[:2]):
         raise FileNotFoundError(
@@ -46,7 +48,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         )
     if in_bucket(folder):  # transformers reads files of this machine only
         with tempfile.TemporaryDirectory() as local:
-            copy_named(folder, Path(local))
+            copy_named(folder, Path(local), (*TOKENIZER_FILES, CHECKSUMS))
+            verify_checksums(Path(local), only=TOKENIZER_FILES)  # a copy may be damaged
             return load_tokenizer(Path(local))
     settings: dict[str, Any] = {}
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):

@@ -59,6 +59,7 @@ class E5V:
         template: str | None = None,
         revision: str | None = None,
         quantize: Quantization | None = None,
+        verify: bool = False,
         attn_implementation: Implementation = "auto",
     ) -> Self:
         """Load a converted folder (here or ``gs://``), a Hugging Face one, GGUF file or hub id.
@@ -71,6 +72,7 @@ class E5V:
             template: a name in ``e5v_jax.prompts.TEMPLATES``; None chooses.
             revision: branch, tag or commit of a hub id.
             quantize: "int8" or "nf4" stores the decoder's kernels so; arithmetic stays in dtype.
+            verify: compare the files of a converted folder with their checksums first.
             attn_implementation: "xla", "cudnn" (GPU) or "splash" (TPU); "auto" chooses.
 
         Raises FileNotFoundError, ValueError: one line that names the file, key or option.
@@ -86,7 +88,7 @@ class E5V:
         runtime = Runtime.on(mesh or make_mesh(data=-1, fsdp=1), attn_implementation)
         check_reachable(str(adapter))
         folder = resolve(str(path), revision)
-        source = _open(folder)
+        source = _open(folder, verify=verify)
         if adapter is None and is_converted(folder) and (folder / "adapter").is_dir():
             adapter = folder / "adapter"
         lora = None if adapter is None else load_adapter(as_path(adapter), source)
@@ -196,6 +198,10 @@ class E5V:
         return a @ b.T
 
 
-def _open(folder: Path) -> WeightSource:
+def _open(folder: Path, *, verify: bool = False) -> WeightSource:
     """The weights in a folder or file, unread, with their family and configuration."""
-    return ConvertedFolder(folder) if is_converted(folder) else open_source(folder)
+    if is_converted(folder):
+        return ConvertedFolder(folder, verify=verify)
+    if verify:
+        raise ValueError(f"{folder}: only a converted folder has checksums to verify")
+    return open_source(folder)

@@ -28,6 +28,8 @@ class ModelArgs:
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # Of weights and arithmetic.
     quantize: Literal["int8", "nf4"] | None = None
     """Store the decoder's weights in 8 or 4 bits: less memory, slightly other vectors."""
+    verify: bool = False
+    """First compare every file of the converted folder with its checksum, as after a copy."""
     attn_implementation: Literal["auto", "xla", "cudnn", "splash"] = "auto"
     """Attention: cudnn is for GPUs, splash for TPUs; auto chooses."""
     fsdp: int = 1  # Devices over which weights and batch are split; the rest share batches.
@@ -71,7 +73,7 @@ class ModelArgs:
         from e5v_jax.encode.compilation import use_compilation_cache
 
         use_compilation_cache()
-        return E5V.from_pretrained(self.model, mesh=mesh, **self._options())
+        return E5V.from_pretrained(self.model, mesh=mesh, verify=self.verify, **self._options())
 
     def runtime(self, devices: "Sequence[jax.Device] | None" = None) -> "Runtime":
         """Make the mesh of ``devices``, by default all.

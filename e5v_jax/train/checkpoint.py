@@ -21,7 +21,7 @@ from orbax.checkpoint import v1 as ocp
 from e5v_jax.checkpoints.adapters import CHECKPOINTS
 from e5v_jax.checksums import DamagedFileError, verify_checksums, write_checksums
 from e5v_jax.distributed import is_first, wait_for_all
-from e5v_jax.storage import absolute, as_path, remove_folder
+from e5v_jax.storage import absolute, in_bucket, remove_folder, without_wildcards
 from e5v_jax.train.config import TrainConfig
 
 _logger = logging.getLogger(__name__)
@@ -33,14 +33,10 @@ _METADATA = "_CHECKPOINT_METADATA"  # Orbax's: scores, position in the data
 class Checkpoints:
     """The checkpoints of a run, of which one at a time is being written in the background."""
 
+    folder: Path  # RUN/checkpoints
     orbax: ocp.training.Checkpointer
     _hashing: ThreadPoolExecutor
     _hashed: list[Future[None]] = field(default_factory=list)
-
-    @property
-    def folder(self) -> Path:
-        """RUN/checkpoints."""
-        return as_path(self.orbax.directory)
 
     @property
     def steps(self) -> list[int]:
@@ -126,13 +122,17 @@ def open_checkpoints(cfg: TrainConfig) -> Iterator[Checkpoints]:
     best = kept.BestN(n=1, get_metric_fn=itemgetter(SCORE), keep_checkpoints_without_metrics=False)
     scored = [] if cfg.evaluation.data is None else [best]
     every = ocp.training.save_decision_policies.FixedIntervalPolicy(cfg.checkpoint_every)
+    folder = absolute(cfg.output / CHECKPOINTS)
     if is_first():
-        _set_aside_unreadable(as_path(cfg.output / CHECKPOINTS))
+        _set_aside_unreadable(folder)
+        if not in_bucket(folder):
+            folder.mkdir(parents=True, exist_ok=True)
     wait_for_all("checkpoints have metadata")
-    with ThreadPoolExecutor(1) as hashing:
+    with without_wildcards(folder) as place, ThreadPoolExecutor(1) as hashing:
         checkpoints = Checkpoints(
+            folder,
             ocp.training.Checkpointer(
-                absolute(cfg.output / CHECKPOINTS),
+                place,
                 save_decision_policy=every,
                 preservation_policy=kept.AnyPreservationPolicy([latest, *scored]),
                 cleanup_tmp_directories=True,
@@ -142,12 +142,12 @@ def open_checkpoints(cfg: TrainConfig) -> Iterator[Checkpoints]:
         try:
             yield checkpoints
             checkpoints.wait()
-            with _told(checkpoints.folder):
+            with _told(folder):
                 checkpoints.orbax.close()
         except BaseException:
             with suppress(Exception):  # the first error says more
                 checkpoints.orbax.close()
-            for unfinished in checkpoints.folder.glob("*.orbax-checkpoint-tmp"):
+            for unfinished in folder.glob("*.orbax-checkpoint-tmp"):
                 remove_folder(unfinished)  # on a full disk, it would keep it full
             raise
 
@@ -163,7 +163,7 @@ def _set_aside_unreadable(folder: Path) -> None:
     for checkpoint in folder.glob("[0-9]*") if folder.is_dir() else ():
         try:
             with suppress(OSError):  # out of reach is no damage: who restores it says so
-                verify_checksums(checkpoint, only=_METADATA)
+                verify_checksums(checkpoint, only=[_METADATA])
         except DamagedFileError as error:
             _logger.warning("checkpoint of step %s is damaged (%s)", checkpoint.name, error)
             _set_aside(checkpoint, "damaged")

@@ -87,6 +87,8 @@ class TrainConfig:
     output: BucketPath
     """Run folder to write: checkpoints, metrics.jsonl, TensorBoard events, the final adapter. Like
     model and data.path it may be in a bucket, gs://BUCKET/FOLDER."""
+    verify: bool = False
+    """First compare every file of the model with its checksum, as after a copy."""
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     loss: LossConfig = field(default_factory=LossConfig)

@@ -13,6 +13,7 @@ from e5v_jax.atomic import new_folder
 from e5v_jax.checkpoints.converted import ConvertedFolder, write_info, write_params
 from e5v_jax.checkpoints.loading import dotted
 from e5v_jax.checkpoints.peft import Adapter, write_adapter
+from e5v_jax.checksums import CHECKSUMS, write_checksums
 from e5v_jax.distributed import is_first
 from e5v_jax.nn.layers import LoRAConfig
 from e5v_jax.storage import copy_file, remove_folder
@@ -60,6 +61,7 @@ def _write_model(
     arrays = ({name: array(name) for name in layer} for layer in base.table.groups(base.shapes()))
     digest, shapes = write_params(folder, arrays)
     for file in base.folder.iterdir():
-        if file.is_file() and file.name != "config.json":
+        if file.is_file() and file.name not in ("config.json", CHECKSUMS):
             copy_file(file, folder / file.name)
     write_info(folder, dataclasses.replace(base.info, content_hash=digest, parameters=shapes))
+    write_checksums(folder)

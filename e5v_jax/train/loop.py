@@ -48,7 +48,7 @@ def train(cfg: TrainConfig) -> None:
 
 
 def _train(cfg: TrainConfig, lock: Lock | None) -> None:
-    base = ConvertedFolder(cfg.model)
+    base = ConvertedFolder(cfg.model, verify=cfg.verify)
     check_sizes(cfg, base.config.text.hidden_size)
     triplets = load_data(cfg.data)
     info = run_info(cfg, base.info.content_hash, triplets.fingerprint)

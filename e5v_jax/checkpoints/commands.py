@@ -1,0 +1,21 @@
+"""The commands ``e5v-convert`` and ``e5v-export``, guarded from their first import on."""
+
+from e5v_jax.exits import guarded
+
+
+def convert() -> None:
+    """Run ``e5v-convert SRC DST``: any Hugging Face layout -> a converted folder."""
+    with guarded(None) as words:
+        from e5v_jax import cli  # here and below: they take seconds, and Ctrl-C may come meanwhile
+        from e5v_jax.checkpoints import from_hf
+
+        cli.run(from_hf.convert, from_hf.Args, argv=words)
+
+
+def export() -> None:
+    """Run ``e5v-export SRC DST``: a converted folder -> Hugging Face or PEFT folder."""
+    with guarded(None) as words:
+        from e5v_jax import cli
+        from e5v_jax.checkpoints import to_hf
+
+        cli.run(to_hf.convert, to_hf.Args, argv=words)
