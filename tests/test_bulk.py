@@ -519,6 +519,8 @@ def test_a_folder_of_something_else_is_refused(command: Command, texts: Path) ->
     [
         (["--text", "a"], "an output folder needs --input"),
         (["--input", "texts.txt", "--shard-size", "0"], "--shard-size: 0, expected at least 1"),
+        (["--input", "texts.txt", "--shard-size", "9" * 30], "--shard-size: 999999999999999999999"),
+        (["--input", "texts.txt", "--model", ""], "--model: empty, expected a folder, a file or"),
         (["--input", "texts.txt", "--output", "a.npy", "--on-error", "skip"], "--on-error needs"),
         (["--input", "texts.txt", "--tensor", "3"], "mesh data=-1 fsdp=1 tensor=3 does not fit"),
         (

@@ -90,10 +90,11 @@ def check_output(output: Path, manifest: dict[str, Any]) -> None:
             "that version, or choose another --output or delete it"
         )
     for key in sorted((found.keys() | manifest.keys()) - _NOT_COMPARED):
-        if found.get(key) != manifest.get(key):
+        began, now = (repr(x[key]) if key in x else "absent" for x in (found, manifest))
+        if began != now:
             raise ValueError(
-                f"{output}: begun with {key} {found.get(key)!r}, this run has "
-                f"{manifest.get(key)!r}; choose another --output or delete it"
+                f"{output}: begun with {key} {began}, this run has {now}; choose another --output "
+                "or delete it"
             )
 
 

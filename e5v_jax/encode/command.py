@@ -109,8 +109,11 @@ def encode_to_folder(args: Args) -> None:
                 f"{args.output}: {result['embedded']} of {result['rows']} rows embedded in "
                 f"{result['shards']} shard{'s' * (result['shards'] > 1)}, {progress.summary()}"
             )
+            failed = f"{result['failed']} failed: see {args.output / 'failed.jsonl'}"
+            if not result["embedded"]:
+                raise ValueError(f"{args.output}: no row could be embedded, {failed}")
             if result["failed"]:
-                print(f"{result['failed']} failed: see {args.output / 'failed.jsonl'}")
+                print(failed)
 
 
 def decoding_pool(num_workers: int) -> AbstractContextManager[Executor | None]:

@@ -1,5 +1,6 @@
 """The flags of ``python -m e5v_jax.encode``, and which of them go together."""
 
+import sys
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -69,6 +70,10 @@ class Args(ModelArgs):
         """
         super().check()
         self.require_positive("batch_size", "max_num_batched_tokens", "truncate_dim", "shard_size")
+        if not self.model:
+            raise cli.UsageError("--model: empty, expected a folder, a file or a hub id")
+        if self.shard_size > sys.maxsize:
+            raise cli.UsageError(f"--shard-size: {self.shard_size}, expected at most {sys.maxsize}")
         if self.num_workers < 0:
             raise cli.UsageError(f"--num-workers: {self.num_workers}, expected at least 0")
         if self.prompt_name is not None and self.prompt is not None:
