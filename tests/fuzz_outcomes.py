@@ -25,7 +25,7 @@ from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
 )
 
-from e5v_jax import E5V, cli
+from e5v_jax import E5V, exits
 from e5v_jax.checkpoints.converted import ConvertedFolder
 from e5v_jax.checkpoints.hf_source import HfSource, open_source
 from e5v_jax.checkpoints.peft import Adapter, read_adapter
@@ -100,7 +100,7 @@ def run(case: Bad, good: Good, work: Path) -> str:
     except Failed:
         raise
     except Exception as error:
-        line = cli._one_line(error)
+        line = exits.one_line(error)
         if "--traceback" in line or "\n" in str(error) or len(line) > 1000:
             raise Failed(f"{case.kind}: {case.name}: not one good line: {line}") from error
         if str(work) not in line and not line.startswith("input 0: "):

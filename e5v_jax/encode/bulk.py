@@ -32,12 +32,13 @@ from jax.experimental import multihost_utils
 from e5v_jax import __version__
 from e5v_jax.atomic import write_whole
 from e5v_jax.data.inputs import InputError
-from e5v_jax.distributed import is_first, wait_for_all
+from e5v_jax.distributed import from_first, is_first, wait_for_all
 from e5v_jax.encode.files import Item, Scan, iterate_items, scan_items
 from e5v_jax.encode.options import Args
 from e5v_jax.encode.progress import BulkProgress
 from e5v_jax.encode.shards import failed_lines, is_whole, read_shard, write_shard
 from e5v_jax.encode.vectors import find_unusable, to_json
+from e5v_jax.lock import Lock
 from e5v_jax.storage import as_path, in_bucket
 
 Embed = Callable[..., np.ndarray]  # E5V.encode with what does not depend on the shard
@@ -120,21 +121,13 @@ def scan_once(source: Path, *, allow_errors: bool) -> Scan:
 
     Raises OSError, ValueError: as :func:`scan_items`, or its line as ValueError.
     """
-    # Processes give up on each other after 30 s when they first connect. Once connected, they wait
-    # for as long as the scan takes.
-    wait_for_all("all processes are there")
-    scan, failure, told = None, None, b""
-    if is_first():
-        try:
-            scan = scan_items(source, allow_errors=allow_errors)
-            told = json.dumps([scan.rows, scan.fingerprint]).encode()
-        except (OSError, ValueError) as error:  # the others must not wait for ever
-            failure, told = error, b"!" + str(error).encode("utf-8", "replace")
-    message = np.frombuffer(told[:4096].ljust(4096, b"\0"), np.uint8)
-    told = bytes(multihost_utils.broadcast_one_to_all(message)).rstrip(b"\0")
-    if told.startswith(b"!"):
-        raise failure or ValueError(told[1:].decode("utf-8", "replace"))
-    rows, fingerprint = json.loads(told)
+    scan = from_first(lambda: scan_items(source, allow_errors=allow_errors))
+    if jax.process_count() == 1:
+        assert scan is not None
+        return scan
+    told = b"" if scan is None else json.dumps([scan.rows, scan.fingerprint]).encode()
+    message = np.frombuffer(told.ljust(128), np.uint8)  # a number and 64 letters fit
+    rows, fingerprint = json.loads(bytes(multihost_utils.broadcast_one_to_all(message)))
     return scan or Scan(rows, fingerprint, io.BytesIO())
 
 
@@ -174,11 +167,17 @@ def _clear(output: Path) -> None:
 
 
 def encode_shards(
-    args: Args, output: Path, manifest: dict[str, Any], embed: Embed, progress: BulkProgress
+    args: Args,
+    output: Path,
+    manifest: dict[str, Any],
+    embed: Embed,
+    progress: BulkProgress,
+    lock: Lock | None,
 ) -> None:
     """Embed this process's shards that are not in the folder ``output`` yet, or not whole.
 
-    Raises ValueError: the first bad row, unless skipped; shards before it stay; OSError: disk full.
+    Raises ValueError: the first bad row, unless skipped; shards before it stay; OSError: disk full,
+    or another program has taken the ``lock`` of the output.
     """
     assert args.input is not None
 
@@ -198,6 +197,8 @@ def encode_shards(
     for number, chunk in enumerate(iter(lambda: list(islice(rows, args.shard_size)), [])):
         if items := [item for item in chunk if item is not None]:
             shard = _embed_shard(args, items, embed, progress)
+            if lock is not None:
+                lock.check()
             if not (output / _MANIFEST).exists():
                 write_whole(output / _MANIFEST, methodcaller("write", to_json(manifest)))
             write_shard(_shard(output, number, args), *shard)

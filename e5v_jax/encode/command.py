@@ -91,7 +91,7 @@ def encode_to_folder(args: Args) -> None:
     scan = bulk.scan_once(args.input, allow_errors=args.on_error == "skip")
     manifest = bulk.describe(args, scan)
     check_folder(args.output)
-    with hold_in_first(args.output):
+    with hold_in_first(args.output) as lock:
         bulk.check_output(args.output, manifest)
         model = args.load(jax.local_devices())
         with (
@@ -101,7 +101,7 @@ def encode_to_folder(args: Args) -> None:
         ):
             embed = partial(model.encode, pool=pool, **args.encode_options())
             embed = partial(embed, on_batch=progress.encoded, show_progress_bar=False)
-            bulk.encode_shards(args, args.output, manifest, embed, progress)
+            bulk.encode_shards(args, args.output, manifest, embed, progress, lock)
         wait_for_all("all shards are written")
         if is_first():
             result = bulk.finish_output(args, args.output, scan.rows)
