@@ -21,7 +21,7 @@ from faults import file_size_limit
 from hf_models import EMBED, NORM, RECIPES, build_llava, changed, picture
 from PIL import Image
 
-from e5v_jax import E5V, cli
+from e5v_jax import E5V, cli, lock
 from e5v_jax.checkpoints import from_hf
 from e5v_jax.encode.bulk import read_embeddings
 from e5v_jax.encode.command import encode
@@ -430,6 +430,18 @@ def test_a_run_that_cannot_begin_binds_none(command: Command, texts: Path) -> No
     assert command(*flags, "--no-normalize")[0] == 0
     assert contents(Path("out")) != whole
     assert "begun with normalize_embeddings False" in command(*flags)[2]
+
+
+def test_one_program_at_a_time(
+    command: Command, texts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Into a folder and into a file; the second is told before it loads the model."""
+    for output in ("out", "out.npy"):
+        with lock.hold(Path(output)), monkeypatch.context() as patch:
+            patch.delattr(E5V, "from_pretrained")
+            code, _, err = command("--input", texts, "--output", output)
+        assert code == 1 and f"{output}: in use by process {os.getpid()} on " in err
+        assert sorted(path.name for path in Path().iterdir()) == [texts.name]
 
 
 @pytest.mark.parametrize("format", ["parquet", "npy"])

@@ -681,6 +681,31 @@ def test_wrong_usage(command: Command, words: list[str], message: str) -> None:
     assert err.startswith(f"error: {message}") and err.count("\n") == 1
 
 
+def test_wrong_usage_needs_no_jax(tmp_path: Path) -> None:
+    """Nor does a bad input: JAX takes seconds to import."""
+    code = """
+import sys
+from e5v_jax import cli
+from e5v_jax.encode.command import encode
+from e5v_jax.encode.options import Args
+
+for words in (
+    "--text a", "--text a --input b", "--text a b --prompt x", "--text a b --template x",
+    "--text a --output none/a.npy", "--text a --output a.txt", "--input none.txt --output a.npy",
+    "--input b --output c --shard-size 0", "--text a b --model ",
+):
+    try:
+        cli.run(encode, Args, argv=["--model", "m", *words.split(" ")])
+    except SystemExit as end:
+        print(end.code, "jax" in sys.modules)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    assert done.stderr.count("\n") == done.stderr.count("error: ") == 9, done.stderr
+    assert done.stdout.split() == ["2", "False"] * 4 + ["1", "False"] * 3 + ["2", "False"] * 2
+
+
 def test_the_api_names_the_position(model: E5V) -> None:
     with pytest.raises(InputError, match="input 1: the text is empty") as error:
         model.encode(["a dog", ""])

@@ -145,6 +145,12 @@ def test_batches_are_joined_in_order(encoder: MtebEncoder) -> None:
     np.testing.assert_allclose(vectors, encoder.model.encode(texts), atol=1e-5)
 
 
+def test_a_bad_input_is_counted_over_all_batches(encoder: MtebEncoder) -> None:
+    batches = [{"text": [f"text {i}" if i != 100 else " "]} for i in range(150)]
+    with pytest.raises(ValueError, match="input 100: the text is empty"):
+        encoder.encode(batches)  # type: ignore[arg-type]
+
+
 def test_blank_text_beside_an_image_is_no_text() -> None:
     image = pictures(1)[0]
     rows = split_batch({"text": ["a", " "], "image": [image, image]})  # type: ignore[typeddict-item]

@@ -19,6 +19,7 @@ import scipy.stats
 
 import e5v_jax
 from e5v_jax import cli
+from e5v_jax.data.inputs import InputError
 from e5v_jax.evaluate.command import evaluate
 from e5v_jax.evaluate.config import EvaluateConfig
 from e5v_jax.evaluate.files import any_text
@@ -248,9 +249,14 @@ def not_a_number(sentences: list[str]) -> np.ndarray:
     return vectors
 
 
+def refusing(sentences: list[str]) -> np.ndarray:
+    raise InputError(1, "its vector is not finite")
+
+
 @pytest.mark.parametrize(
     ("encode", "message"),
     [
+        (refusing, r"'d e\.': its vector is not finite$"),
         (no_vector, r"1 of 4 sentences are zero or not finite, first that of 'd e\.'"),
         (not_a_number, r"1 of 4 sentences are zero or not finite, first that of 'd e\.'"),
         (lambda s: bag_of_words(s)[1:], r"shape \(3, 256\), expected \(4, dimensions\)"),
