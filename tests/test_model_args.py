@@ -93,7 +93,9 @@ def test_all_is_passed_on_and_described(monkeypatch: pytest.MonkeyPatch) -> None
         dtype="float16",
         quantize="nf4",
         attn_implementation="xla",
+        verify=True,
     )
     assert isinstance(args.load(jax.devices()[:1]), Fake)
     assert dict(loaded.pop("mesh").shape) == {"data": 1, "fsdp": 1, "tensor": 1}
+    assert loaded.pop("verify")  # which changes no vector
     assert {**loaded, "adapter": "run"} == args.describe()
