@@ -104,6 +104,7 @@ def ours(args: Args, cfg: LlavaNextConfig) -> dict[Kind, float]:
     from e5v_jax.encode.batching import Batch
     from e5v_jax.encode.encoder import Encoder
     from e5v_jax.families.base import BatchShape, Measured
+    from e5v_jax.families.llava_next.config import ORIGINAL_IMAGE_TOKEN
     from e5v_jax.families.llava_next.processor import LlavaNextProcessor, Prepared
     from e5v_jax.families.llava_next.tiling import NEWLINE
     from e5v_jax.nn.layers import Build, Precision
@@ -118,7 +119,7 @@ def ours(args: Args, cfg: LlavaNextConfig) -> dict[Kind, float]:
     # nothing is tokenised: the inputs are random ids
     words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"x": 0}, unk_token="x")))
     processor = LlavaNextProcessor(
-        dataclasses.replace(cfg, image_token_id=None), words, template="llama3"
+        dataclasses.replace(cfg, image_token_id=ORIGINAL_IMAGE_TOKEN), words, template="llama3"
     )
     encoder = Encoder(graphdef, processor, runtime)
     rng = np.random.default_rng(0)

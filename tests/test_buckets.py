@@ -268,6 +268,20 @@ def test_no_network_and_no_credentials(
     storage.check_reachable.cache_clear()
 
 
+@pytest.mark.parametrize("where", ["model", "output", "data"])
+def test_training_without_a_network(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    path, cfg = as_path(f"{BUCKET}/unseen.csv"), config(folder, tmp_path / "run")
+    value = DataConfig(path=(path,)) if where == "data" else path
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", closed_port())
+    storage.check_reachable.cache_clear()
+    with pytest.raises(ConnectionError, match=r"unseen\.csv: .* does not answer"):
+        train(dataclasses.replace(cfg, **{where: value}))
+    storage.check_reachable.cache_clear()
+    assert not list(tmp_path.iterdir())
+
+
 def test_images_of_training_rows(folder: Path) -> None:
     rows = put_rows("pairs.jsonl", [{"image0": "a.jpg", "sent1": f"Dog {i}."} for i in range(9)])
     data = DataConfig(path=(as_path(rows),))
