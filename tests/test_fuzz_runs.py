@@ -26,6 +26,7 @@ FREE = [
     "model",
     "output",
     "resume",
+    "verify",
     "allow_change",
     "distributed",
     "wandb_project",

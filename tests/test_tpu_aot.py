@@ -56,8 +56,12 @@ def assert_estimate_agrees(report: dict[str, Any], *flags: str) -> None:
     assert estimate["flops"] == pytest.approx(report["flops"], rel=0.01)
 
 
+# A compilation takes minutes: one training step and one encoder in `make test`, the rest is slow.
 @DROPOUT
-@pytest.mark.parametrize(("topology", "chips"), [("v5p:2x2x4", 16), ("v5e:4x8", 32)])
+@pytest.mark.parametrize(
+    ("topology", "chips"),
+    [("v5p:2x2x4", 16), pytest.param("v5e:4x8", 32, marks=pytest.mark.slow)],
+)
 def test_paper_recipe_on_a_slice(topology: str, chips: int, dropout: str) -> None:
     flags = ["--lora.dropout", dropout]
     report = dry_run(TRAIN, "--topology", topology, *flags)
@@ -76,6 +80,7 @@ def test_paper_recipe_on_a_slice(topology: str, chips: int, dropout: str) -> Non
     assert_estimate_agrees(report, *flags)
 
 
+@pytest.mark.slow
 @DROPOUT
 def test_paper_recipe_with_nf4_base_on_one_v5e_chip(dropout: str) -> None:
     """All 768 triplets of a step, on 16 GB."""
@@ -90,7 +95,7 @@ def test_paper_recipe_with_nf4_base_on_one_v5e_chip(dropout: str) -> None:
     assert_estimate_agrees(report, *flags)
 
 
-@pytest.mark.parametrize("topology", ["v5p:1x1x1", "v5e:1x1"])
+@pytest.mark.parametrize("topology", ["v5p:1x1x1", pytest.param("v5e:1x1", marks=pytest.mark.slow)])
 def test_encoding_square_images(topology: str) -> None:
     """Sequences of 3,072 positions, five at a time: bf16 on v5p, int8 on 16 GB."""
     quantize = ["--quantize", "int8"] if "v5e" in topology else []

@@ -157,7 +157,8 @@ def run_ours(
     for batch in batches_of(tokens, steps=steps, groups=groups):
         trainable, state, result = step(trainable, state, frozen, batch, jax.random.key(0))
         metrics.append([float(x) for x in result])
-    loss, accuracy, grad_norm = (list(column) for column in zip(*metrics, strict=True))
+    loss, accuracy, grad_norm, finite = (list(column) for column in zip(*metrics, strict=True))
+    assert all(finite)
     return Trace(loss, accuracy, grad_norm, flat(trainable))
 
 
