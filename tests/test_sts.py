@@ -424,6 +424,7 @@ def test_command_writes_the_results(
     )
     assert dict(fake_model.loaded.pop("mesh").shape) == {"data": 1, "fsdp": 1, "tensor": 1}
     assert fake_model.loaded == {
+        "verify": False,
         "path": "a-model",
         "dtype": "float32",
         "adapter": Path("run"),
