@@ -65,6 +65,7 @@ def new_folder(dst: Path) -> Iterator[Path]:
     try:
         with naming(dst):
             yield temporary
+        check_new(dst)  # another program may have been faster
         temporary.rename(dst)  # replaces an empty folder
     finally:
         remove_folder(temporary)

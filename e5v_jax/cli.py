@@ -15,7 +15,7 @@ import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
 from e5v_jax.exits import UsageError, exit_on_error
-from e5v_jax.storage import as_path
+from e5v_jax.storage import as_path, check_reachable
 
 Args = TypeVar("Args")
 # transformers warns of what it would do with a model; what concerns a user of ours is an error
@@ -117,7 +117,13 @@ def _quiet_libraries() -> None:
 
 
 def refuse_remote_paths(args: object) -> None:
-    """Raise UsageError on a URL (``gs://``) where a path is meant, at any depth of a dataclass."""
+    """Refuse what is no path of this machine and cannot be used, at any depth of a dataclass.
+
+    Raises UsageError: a URL (``gs://``) where a path is meant; OSError: a bucket that cannot be
+    reached.
+    """
+    if isinstance(args, os.PathLike):
+        check_reachable(os.fspath(args))
     # as a Path it would be a relative one, and be written here
     if isinstance(args, Path) and args.parts and re.fullmatch(r"[a-z][a-z0-9]+:", args.parts[0]):
         url = str(args).replace(":/", "://", 1)

@@ -268,18 +268,25 @@ def test_no_network_and_no_credentials(
     storage.check_reachable.cache_clear()
 
 
-@pytest.mark.parametrize("where", ["model", "output", "data"])
-def test_training_without_a_network(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+@pytest.mark.parametrize("flag", ["--model", "--output", "--data.path", "convert"])
+def test_no_network_for_the_other_commands(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flag: str
 ) -> None:
-    path, cfg = as_path(f"{BUCKET}/unseen.csv"), config(folder, tmp_path / "run")
-    value = DataConfig(path=(path,)) if where == "data" else path
+    path = f"{BUCKET}/unseen"
+    given = {"--model": "base", "--output": "run", "--data.path": "a.csv", flag: path}
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", closed_port())
+    monkeypatch.chdir(tmp_path)
     storage.check_reachable.cache_clear()
-    with pytest.raises(ConnectionError, match=r"unseen\.csv: .* does not answer"):
-        train(dataclasses.replace(cfg, **{where: value}))
+    start = time.monotonic()
+    with pytest.raises(SystemExit) as exit_:
+        if flag == "convert":
+            cli.run(from_hf.convert, from_hf.Args, argv=["hf", path])
+        main([word for pair in given.items() for word in pair])
     storage.check_reachable.cache_clear()
-    assert not list(tmp_path.iterdir())
+    assert exit_.value.code == 1
+    line = capsys.readouterr().err
+    assert line.startswith(f"error: {path}: ") and "does not answer" in line
+    assert time.monotonic() - start < 5 and not list(tmp_path.iterdir())
 
 
 def test_images_of_training_rows(folder: Path) -> None:

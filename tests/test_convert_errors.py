@@ -18,6 +18,7 @@ from test_convert import save
 from test_to_hf import random_adapter
 
 from e5v_jax import E5V, cli
+from e5v_jax.atomic import new_folder
 from e5v_jax.checkpoints import converted, from_hf, to_hf
 from e5v_jax.checkpoints.converted import ConvertedFolder, write_params
 from e5v_jax.checkpoints.hf_source import open_source
@@ -326,6 +327,12 @@ def test_output_that_exists(
     assert f"{tmp_path / 'dst'}: already exists" in line
 
 
+def test_of_two_at_once_one_is_told(tmp_path: Path) -> None:
+    with pytest.raises(FileExistsError, match="dst: already exists"), new_folder(tmp_path / "dst"):
+        (tmp_path / "dst" / "params").mkdir(parents=True)  # the other was faster
+    assert [f.name for f in tmp_path.iterdir()] == ["dst"]
+
+
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small text model, converted, and its Hugging Face folder beside it."""
@@ -409,6 +416,7 @@ def test_nan_in_a_converted_folder(text: Path, tmp_path: Path) -> None:
         ("tokenizer.json", 3000, "tokenizer.json: damaged"),
         ("tokenizer_config.json", "[1]", "tokenizer_config.json: damaged, expected a JSON object"),
         ("special_tokens_map.json", "{", "special_tokens_map.json: damaged, not JSON"),
+        ("tokenizer_config.json", None, "the tokenizer adds ['<s>'] before the prompt, expected"),
     ],
 )
 def test_broken_tokenizers(
@@ -429,6 +437,26 @@ def test_broken_tokenizers(
         (tmp_path / "src" / file).write_text(content)
     line = refuse(tmp_path / "src", tmp_path / "out", capsys)
     assert f"{tmp_path / 'src'}" in line and expected in line
+
+
+def test_what_the_libraries_take_for_damage(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder's name, and a file that may not be read, are told as what they are."""
+    odd = tmp_path / os.fsdecode(b"mod\xe9l")
+    shutil.copytree(text / "hf", odd)
+    assert "the folder's name is not UTF-8: rename it" in refuse(odd, tmp_path / "out", capsys)
+
+    opened = Path.open
+
+    def deny(path: Path, *args: Any, **options: Any) -> Any:
+        if path.name == "model.safetensors":
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, *args, **options)
+
+    monkeypatch.setattr(Path, "open", deny)  # root may read everything
+    line = refuse(text / "hf", tmp_path / "other", capsys)
+    assert line.endswith("model.safetensors: Permission denied")
 
 
 def test_a_token_without_a_row(text: Path, tmp_path: Path) -> None:

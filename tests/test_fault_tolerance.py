@@ -105,7 +105,8 @@ def test_nothing_whole_is_refused(folder: Path, cache: Path) -> None:
     warning, error = done.stderr.splitlines()
     assert "checkpoint of step 3 is damaged" in warning and "state/" in warning
     assert error.startswith("error: ") and error.endswith(
-        "none of the checkpoints of steps [3] can be read"
+        "none of the checkpoints of steps [3] can be read: bring one back from a copy, or start "
+        "again with another output"
     )
     assert (run / "checkpoints" / "3").is_dir()
 

@@ -21,6 +21,7 @@ from e5v_jax.checkpoints.peft import ADAPTER_FILES, Adapter, read_adapter, read_
 from e5v_jax.checkpoints.safetensors_file import TensorSpec, write_file
 from e5v_jax.checkpoints.tokenizer import copy_named, load_tokenizer
 from e5v_jax.checksums import write_checksums
+from e5v_jax.data.text import encode_batch
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,10 @@ def convert(args: Args) -> None:
     tokenizer = load_tokenizer(path)  # before the weights: what is bad is found in seconds
     size = len(tokenizer)
     config = source.match_tokenizer(tokenizer)
+    try:
+        encode_batch(tokenizer, ["A dog."])  # what it puts around a prompt
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     adapter = None if args.adapter is None else read_adapter(args.adapter, source.table)
     dtype = source.dtype() if args.dtype == "auto" else np.dtype(args.dtype)
     with new_folder(args.dst) as folder:

@@ -180,6 +180,7 @@ class SafetensorsFolder:
         if not file.is_file():  # opening a pipe would wait for ever
             what = "not a file" if file.exists() else f"missing, but {INDEX} names it"
             raise FileNotFoundError(f"{file}: {what}")
+        file.open("rb").close()  # safetensors says of one without permission that it is not there
         try:
             with safetensors.safe_open(file, framework="numpy") as handle:
                 for key in handle.keys():  # noqa: SIM118 (safe_open is no mapping)

@@ -55,6 +55,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     for name in ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"):
         if (folder / name).exists():
             settings = {**read_json(folder / name), **settings}  # the first says most
+    if any("\ud800" <= c <= "\udfff" for c in str(folder)):  # tokenizers takes no such path
+        raise ValueError(f"{str(folder)!a}: the folder's name is not UTF-8: rename it")
     try:
         return _load(folder, settings)
     except Exception as error:  # transformers and tokenizers raise many types

@@ -44,7 +44,8 @@ def encode_batch(tokenizer: PreTrainedTokenizerFast, filled: Sequence[str]) -> l
     if before not in ([], [tokenizer.bos_token_id]):
         raise ValueError(
             f"the tokenizer adds {tokenizer.convert_ids_to_tokens(before)} before the prompt, "
-            f"expected nothing or the BOS token {tokenizer.bos_token!r}"
+            f"expected nothing or the BOS token {tokenizer.bos_token!r}, as bos_token in "
+            "tokenizer_config.json says"
         )
     return ids
 

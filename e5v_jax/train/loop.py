@@ -11,7 +11,7 @@ from e5v_jax.data.pairs import TrainingPairs
 from e5v_jax.distributed import initialize, is_first, wait_for_all
 from e5v_jax.encode.encoder import Encoder
 from e5v_jax.lock import Lock, hold_in_first
-from e5v_jax.storage import check_reachable, remove_folder
+from e5v_jax.storage import remove_folder
 from e5v_jax.train.checkpoint import Checkpoints, open_checkpoints
 from e5v_jax.train.config import TrainConfig, check_sizes, check_values
 from e5v_jax.train.export import export
@@ -40,8 +40,6 @@ def train(cfg: TrainConfig) -> None:
     OSError: another program works on ``cfg.output``, or the disk is full.
     """
     check_values(cfg)
-    for path in (cfg.model, *cfg.data.path, cfg.output):
-        check_reachable(str(path))
     initialize(distributed=cfg.distributed)
     check_run_folder(cfg)
     with hold_in_first(cfg.output) as lock, naming(cfg.output):

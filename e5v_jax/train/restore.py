@@ -80,7 +80,10 @@ def restore(
         return Restored(step, stored["trainable"], carried, position["iterator"])
     if damaged:
         tried = sorted(damaged)
-        raise ValueError(f"{folder}: none of the checkpoints of steps {tried} can be read")
+        raise ValueError(
+            f"{folder}: none of the checkpoints of steps {tried} can be read: bring one back from "
+            "a copy, or start again with another output"
+        )
     return None
 
 
