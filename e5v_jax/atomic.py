@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
+from e5v_jax.exits import FULL
 from e5v_jax.storage import absolute, in_bucket, remove_folder, upload
 
 
@@ -28,12 +29,20 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Give an error of a write, such as a full disk's, the name of the file, which it lacks."""
+    """Give an error of a write, such as a full disk's, the name of the file, which it lacks.
+
+    Of what TensorStore says on many lines it makes such an OSError too.
+    """
     try:
         yield
     except OSError as error:
         if error.errno is not None and error.filename is None:
             error.filename = str(path)
+        raise
+    except ValueError as error:
+        for number in FULL:
+            if os.strerror(number) in str(error):
+                raise OSError(number, os.strerror(number), str(path)) from error
         raise
 
 

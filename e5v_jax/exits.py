@@ -16,7 +16,7 @@ from types import FrameType
 from typing import NoReturn
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 GRACE = 10.0  # seconds that tidying up may take after Ctrl-C
 
 
@@ -135,7 +135,7 @@ def _leave(code: int) -> NoReturn:
 def one_line(error: Exception) -> str:
     """Say what an error says to the user in one line."""
     if isinstance(error, OSError) and error.strerror:
-        todo = ": free some space there, then start it again" if error.errno in _FULL else ""
+        todo = ": free some space there, then start it again" if error.errno in FULL else ""
         where = f"{error.filename}: " if error.filename is not None else ""
         return f"{where}{error.strerror}{todo}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]

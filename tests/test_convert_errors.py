@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+from faults import file_size_limit
 from hf_models import TEXT_RECIPES, Case, build_text, build_tokenizer
 from test_convert import save
 from test_to_hf import random_adapter
@@ -325,6 +326,17 @@ def test_output_that_exists(
     capsys.readouterr()
     line = run(to_hf, capsys, tmp_path / "empty", tmp_path / "dst")
     assert f"{tmp_path / 'dst'}: already exists" in line
+
+
+def test_a_full_disk_is_one_line(
+    text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A limit of the size of files stands for it; no file of the arrays fits in."""
+    (tmp_path / "out").mkdir()
+    with file_size_limit(16_000):
+        line = run(from_hf, capsys, text / "hf", tmp_path / "out" / "ours")
+    assert line.startswith(f"error: {tmp_path / 'out' / 'ours'}: File too large: free some space")
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_of_two_at_once_one_is_told(tmp_path: Path) -> None:
