@@ -6,6 +6,7 @@ import os
 import re
 import runpy
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
@@ -112,6 +113,8 @@ def _quiet_libraries() -> None:
     from absl import logging as absl_logging  # Orbax's; here, for its import takes a while
 
     absl_logging.set_verbosity(absl_logging.FATAL)
+    # a full disk again: the run goes on without what JAX could not keep
+    warnings.filterwarnings("ignore", message="Error writing persistent compilation cache entry")
     for name in ("asyncio", "concurrent.futures"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 

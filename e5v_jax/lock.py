@@ -64,6 +64,8 @@ def hold(folder: Path) -> Iterator[Lock]:
     content = _identify()
     if not in_bucket(file):
         file.parent.mkdir(parents=True, exist_ok=True)
+    if file.is_dir():
+        raise LockedError(f"{file}: a folder has the name of the lock: delete or rename it")
     try:
         while not _take(file, content) or not _stays(file, content):
             found = _read(file)

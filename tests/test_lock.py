@@ -122,6 +122,12 @@ def test_a_holder_on_another_machine_is_heard(
             pass
 
 
+def test_a_folder_of_that_name(folder: Path) -> None:
+    file_of(folder).mkdir(parents=True)
+    with pytest.raises(LockedError, match="a folder has the name of the lock"), hold(folder):
+        pass
+
+
 def test_a_lock_that_was_taken_over_is_noticed(folder: Path, impatient: None) -> None:
     with hold(folder) as held:
         file_of(folder).write_text(json.dumps(elsewhere(folder)))

@@ -121,6 +121,7 @@ def test_model_that_is_not_there(
         ("seed", "-1", "0 or more and at most 4.29497e+09"),
         ("mesh.data", "0", "at least 1, or -1 for what is left"),
         ("batch-size", "0", "at least 1"),
+        ("allow-change", "seed", "pass --resume with it"),
     ],
 )
 def test_impossible_values(

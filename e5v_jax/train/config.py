@@ -157,6 +157,10 @@ def check_values(cfg: TrainConfig) -> None:
 
     Raises ValueError: names the field that has another value.
     """
+    if cfg.allow_change and not cfg.resume:
+        raise ValueError(
+            "allow_change: a new run has nothing to differ from; pass --resume with it"
+        )
     for name in _COUNTS:
         value = _value(cfg, name)
         if value is not None and value < 1:
