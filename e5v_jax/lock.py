@@ -26,6 +26,7 @@ from e5v_jax.storage import absolute, create_new, in_bucket
 
 BEAT = 20.0  # seconds between renewals
 _MOMENT = 0.1  # seconds; far more than from reading a file to deleting it
+_DYING = 1.0  # seconds that a process may take to end after it was killed
 SILENCE = 90.0  # seconds without one, after which the holder is taken for dead
 _logger = logging.getLogger(__name__)
 
@@ -193,13 +194,10 @@ def _start_of(process: int) -> str | None:
 def _is_alive(file: Path, found: dict[str, Any] | None) -> bool:
     """Whether the holder of a lock still runs."""
     if found is not None and found.get("machine") == _machine():
-        try:
-            os.kill(int(found["process"]), 0)
-        except ProcessLookupError:
-            return False
-        except (PermissionError, KeyError, ValueError, TypeError):
-            return True
-        return _start_of(found["process"]) == found.get("started")
+        end = time.monotonic() + _DYING
+        while (alive := _runs(found)) and time.monotonic() < end:
+            time.sleep(_MOMENT)
+        return alive
     _logger.warning("%s: held by %s; waiting for a sign of life", file, describe(found))
     end = time.monotonic() + SILENCE
     while time.monotonic() < end:
@@ -207,6 +205,17 @@ def _is_alive(file: Path, found: dict[str, Any] | None) -> bool:
         if _read(file) != found or not file.exists():
             return file.exists()  # renewed or changed hands; else it has just been released
     return False
+
+
+def _runs(found: dict[str, Any]) -> bool:
+    """Whether a process of this machine is there, and is no later one of the same number."""
+    try:
+        os.kill(int(found["process"]), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, KeyError, ValueError, TypeError):
+        return True
+    return _start_of(found["process"]) == found.get("started")
 
 
 def _read(file: Path) -> dict[str, Any] | None:
