@@ -148,9 +148,11 @@ def test_ctrl_c_while_a_checkpoint_is_saved(folder: Path, finished: Path, cache:
         signal_number=signal.SIGINT,
     )
     assert (done.returncode, without_steps(done.stderr)) == (130, ["interrupted"])
-    assert not list((run / "checkpoints").glob("*tmp")) and not (run / "adapter").exists()
+    assert not (run / "adapter").exists()
     done = command([*words(folder, run), "--resume"], cache=cache)
     assert done.returncode == 0, done.stderr
+    # where tidying up takes over ten seconds, it is the next start that does it
+    assert not list((run / "checkpoints").glob("*tmp"))
     assert_same_end(run, finished, STEPS)
 
 
