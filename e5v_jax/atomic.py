@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from e5v_jax.exits import FULL
+from e5v_jax.exits import full_disk
 from e5v_jax.storage import absolute, in_bucket, remove_folder, upload
 
 
@@ -40,10 +40,9 @@ def naming(path: Path) -> Iterator[None]:
             error.filename = str(path)
         raise
     except ValueError as error:
-        for number in FULL:
-            if os.strerror(number) in str(error):
-                raise OSError(number, os.strerror(number), str(path)) from error
-        raise
+        if (number := full_disk(error)) is None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
 
 
 def check_new(dst: Path) -> None:

@@ -58,10 +58,8 @@ def run(
         default=tyro.MISSING_NONPROP if default is None else _Command(default),
         args=argv,
     )
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(
-            errors="backslashreplace"
-        )  # a path that is not UTF-8, after the work
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a path that is not UTF-8, after the work
+        sys.stdout.reconfigure(errors="backslashreplace")
     with exit_on_error(show_traceback=command.traceback):
         refuse_remote_paths(command.args)
         if not command.traceback:

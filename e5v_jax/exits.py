@@ -24,6 +24,11 @@ class UsageError(ValueError):
     """The command line itself is wrong, in a way that only the command can tell: exit code 2."""
 
 
+def full_disk(error: Exception) -> int | None:
+    """The one of ``FULL`` that an error speaks of, whatever its class; None of any other."""
+    return next((number for number in FULL if os.strerror(number) in str(error)), None)
+
+
 @contextmanager
 def exit_on_error(*, show_traceback: bool) -> Iterator[None]:
     """Turn an error into a line on stderr and SystemExit: 1, 2 (UsageError), 130 (Ctrl-C)."""

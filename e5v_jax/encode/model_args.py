@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from e5v_jax.cli import BucketPath, UsageError
-from e5v_jax.storage import check_reachable
 
 if TYPE_CHECKING:
     import jax
@@ -36,10 +35,7 @@ class ModelArgs:
     tensor: int = 1  # Devices over which heads and MLP columns are split.
 
     def check(self) -> None:
-        """Refuse bad values before anything is read.
-
-        Raises UsageError: names the flag; OSError: a bucket that cannot be reached.
-        """
+        """Refuse bad values before anything is read. Raises UsageError: names the flag."""
         self.require_positive("fsdp", "tensor")
         if self.template is not None:
             from e5v_jax.prompts import TEMPLATES  # loads transformers
@@ -48,12 +44,6 @@ class ModelArgs:
                 raise UsageError(
                     f"--template: unknown {self.template!r}, expected one of {', '.join(TEMPLATES)}"
                 )
-
-    def check_paths(self, *names: str) -> None:
-        """Refuse paths of these fields in buckets that cannot be reached. Raises OSError: why."""
-        for name in names:
-            if (path := getattr(self, name)) is not None:
-                check_reachable(str(path))
 
     def require_positive(self, *names: str) -> None:
         """Refuse counts below 1 in these fields; None passes. Raises UsageError: names the flag."""

@@ -9,7 +9,7 @@ import tyro
 from e5v_jax import cli
 from e5v_jax.cli import BucketPath
 from e5v_jax.encode.model_args import ModelArgs
-from e5v_jax.storage import in_bucket
+from e5v_jax.storage import check_reachable, in_bucket
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +48,9 @@ class Args(ModelArgs):
     @property
     def is_bulk(self) -> bool:
         """Whether ``output`` is a folder of shards."""
-        if self.output is None or in_bucket(self.output):  # which has no folders to look for
-            return self.output is not None and not self.output.suffix
-        return not self.output.suffix or self.output.is_dir()
+        if self.output is None or not self.output.suffix:
+            return self.output is not None
+        return not in_bucket(self.output) and self.output.is_dir()  # a bucket has no folders
 
     def encode_options(self) -> dict[str, Any]:
         """Give the arguments of :meth:`e5v_jax.E5V.encode` that all inputs share."""
@@ -95,4 +95,4 @@ class Args(ModelArgs):
         for flag in ("format", "embedding_dtype", "shard_size", "on_error", "distributed"):
             if not self.is_bulk and getattr(self, flag) != getattr(defaults, flag):
                 raise cli.UsageError(f"--{flag.replace('_', '-')} needs --output with a folder")
-        self.check_paths("model", "adapter", "input", "output")
+        check_reachable(self.model)  # no path to the command line, which asks for those of paths

@@ -6,6 +6,7 @@ names it by content hash.
 """
 
 import logging
+import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -21,6 +22,7 @@ from orbax.checkpoint import v1 as ocp
 from e5v_jax.checkpoints.adapters import CHECKPOINTS
 from e5v_jax.checksums import DamagedFileError, verify_checksums, write_checksums
 from e5v_jax.distributed import is_first, wait_for_all
+from e5v_jax.exits import full_disk
 from e5v_jax.storage import absolute, in_bucket, remove_folder, without_wildcards
 from e5v_jax.train.config import TrainConfig
 
@@ -169,20 +171,18 @@ def _set_aside_unreadable(folder: Path) -> None:
             _set_aside(checkpoint, "damaged")
 
 
-_FULL = ("No space left on device", "Disk quota exceeded", "File too large")
-
-
 @contextmanager
 def _told(folder: Path) -> Iterator[None]:
     """Say in one line what Orbax and TensorStore say in many: OSError, if a file is at fault."""
     try:
         yield
     except Exception as error:
-        found = " ".join(str(error).split()) or type(error).__name__
-        reason = next((words for words in _FULL if words in found), None)
-        if reason is None and not isinstance(error, OSError):
+        number = full_disk(error)
+        if number is None and not isinstance(error, OSError):
             raise
+        found = " ".join(str(error).split()) or type(error).__name__
+        reason = found[:300] if number is None else os.strerror(number)
         raise OSError(
-            f"{folder}: cannot write a checkpoint: {reason or found[:300]}; those before it are "
-            "whole: mend that, then --resume"
+            f"{folder}: cannot write a checkpoint: {reason}; those before it are whole: mend that, "
+            "then --resume"
         ) from error
