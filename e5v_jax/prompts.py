@@ -6,8 +6,10 @@ strings are byte-exact, misspellings included: a changed byte is another embeddi
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from transformers import PreTrainedTokenizerBase
+if TYPE_CHECKING:  # which takes a second: what only names presets does not wait for it
+    from transformers import PreTrainedTokenizerBase
 
 # Chat templates: the instruction goes where `{}` stands.
 LLAMA3 = (
@@ -24,7 +26,7 @@ VICUNA = (
 )
 TEMPLATES = dict(llama3=LLAMA3, mistral=MISTRAL, phi3=PHI3, chatml=CHATML, vicuna=VICUNA)
 
-# Instructions: `<sent>` is the user's text, `{type}` a kind of garment, `<image>` the image itself.
+# Prompts: `<sent>` is the user's text, `{type}` a kind of garment, `<image>` the image itself.
 TEXT = "<sent>\nSummary above sentence in one word: "
 IMAGE = "<image>\nSummary above image in one word: "
 STS = " <sent>\nSummary above sentence in one word:"
@@ -49,7 +51,12 @@ PROMPTS = {
 }
 
 IMAGE_PLACEHOLDER = "<image>"
-_SLOTS = {"<sent>": "text", IMAGE_PLACEHOLDER: "image", "{type}": "type"}
+_SLOTS = {
+    "<sent>": "text",
+    IMAGE_PLACEHOLDER: "image",
+    "{type}": "type",
+    "<instruction>": "instruction",
+}
 _SLOT = re.compile("|".join(map(re.escape, _SLOTS)))
 _CONTROL = re.compile(r"<\|[^|]+\|>|\[/?INST\]")
 _SURROGATE = r"[\ud800-\udfff]"
@@ -60,41 +67,66 @@ class TextError(ValueError):
 
 
 def slots(prompt: str) -> frozenset[str]:
-    """What ``prompt`` asks for: any of "text", "image" and "type"."""
+    """What ``prompt`` asks for: any of "text", "image", "type" and "instruction"."""
     return frozenset(_SLOTS[slot] for slot in _SLOT.findall(prompt))
 
 
 @dataclass(frozen=True)
-class PromptChoice:
-    """Which instruction each input of a call gets: by kind, or one for all."""
+class Prompts:
+    """What is said with a text, with an image, and with a text and an image."""
 
-    instruction: str | None = None
-    """One for all; None takes TEXT, IMAGE or, for a text with an image, CIRR_QUERY."""
+    text: str
+    image: str
+    text_image: str | None
+    """None: text and image are embedded apart, and their vectors are added."""
+
+
+E5V_PROMPTS = Prompts(TEXT, IMAGE, CIRR_QUERY)
+
+
+@dataclass(frozen=True)
+class PromptChoice:
+    """Which prompt each input of a call gets: by kind, or one for all."""
+
+    prompt: str | None = None
+    """One for all; None takes that of the input's kind from ``prompts``."""
     released: bool = False
     """Fill it as the authors' training script does (:func:`fill_released`); for texts only."""
+    prompts: Prompts = E5V_PROMPTS
+    instruction: str | None = None
+    """What stands at ``<instruction>``; None takes ``default_instruction``, where there is one."""
+    default_instruction: str | None = None
 
     def __post_init__(self) -> None:
-        """Raise ValueError on an instruction with a lone surrogate: no tokenizer can read it."""
-        if self.instruction is not None and (half := re.search(_SURROGATE, self.instruction)):
-            raise ValueError(
-                f"prompt {self.instruction!a}: not Unicode at character {half.start()}"
-            )
+        """Raise ValueError on a prompt with a lone surrogate: no tokenizer can read it."""
+        if self.prompt is not None and (half := re.search(_SURROGATE, self.prompt)):
+            raise ValueError(f"prompt {self.prompt!a}: not Unicode at character {half.start()}")
+
+    @property
+    def adds(self) -> bool:
+        """Whether an input with text and image is embedded as two, whose vectors are added."""
+        return self.prompt is None and self.prompts.text_image is None
 
     def fill(self, text: str | None, *, has_image: bool, template: str, image: str) -> str:
         """The string to tokenise for one input; ``image`` is what stands for an image in it.
 
-        Raises ValueError: the instruction has no place for what the input has, or lacks it.
+        Raises ValueError: the prompt has no place for what the input has, or lacks it.
         """
-        instruction = self.instruction
-        if instruction is None:
+        prompt = self.prompt
+        if prompt is None:
             kind = "text" if not has_image else "image" if text is None else "text_image"
-            instruction = PROMPTS[kind]
-        if has_image != ("image" in slots(instruction)):
+            prompt = getattr(self.prompts, kind)
+        if prompt is None:
+            raise ValueError("the prompts have none for a text with an image: embed them apart")
+        if has_image != ("image" in slots(prompt)):
             have, want = ("an image", "none") if has_image else ("no image", "one")
-            raise ValueError(f"the input has {have}, the prompt {instruction!r} takes {want}")
+            raise ValueError(f"the input has {have}, the prompt {prompt!r} takes {want}")
         if self.released:
-            return fill_released(instruction, template=template, text=text or "")
-        return fill(instruction, template=template, text=text, image=image)
+            return fill_released(prompt, template=template, text=text or "")
+        instruction = self.instruction
+        if instruction is None and "instruction" in slots(template + prompt):
+            instruction = self.default_instruction
+        return fill(prompt, template=template, text=text, image=image, instruction=instruction)
 
 
 def choose_prompt(prompt_name: str | None, prompt: str | None) -> PromptChoice:
@@ -105,7 +137,8 @@ def choose_prompt(prompt_name: str | None, prompt: str | None) -> PromptChoice:
     if prompt_name is not None and prompt is not None:
         raise ValueError("give prompt_name or prompt, not both")
     if prompt_name is not None and prompt_name not in PROMPTS:
-        raise ValueError(f"prompt_name {prompt_name!r}: expected one of {sorted(PROMPTS)}")
+        names = sorted({*PROMPTS, "query", "document"})  # the last two are a preset's
+        raise ValueError(f"prompt_name {prompt_name!r}: expected one of {names}")
     prompt = prompt if prompt_name is None else PROMPTS[prompt_name]
     if prompt is not None and not slots(prompt) & {"text", "image"}:
         raise ValueError(f"prompt {prompt!r} has no slot: put <sent> for the text, <image> or both")
@@ -123,11 +156,13 @@ def fill(
     text: str | None = None,
     type: str | None = None,
     image: str = IMAGE_PLACEHOLDER,
+    instruction: str | None = None,
 ) -> str:
-    """The string to tokenise: ``prompt`` inside ``template`` with its slots filled.
+    """The string to tokenise: ``prompt`` inside ``template`` with the slots of both filled.
 
     ``image`` is what a model family puts where an image goes. Filling is one pass: ``<sent>``,
-    ``{type}`` or ``{}`` inside ``text``, which must have passed :func:`check_text`, stay.
+    ``{type}`` or ``{}`` inside ``text`` and ``instruction``, which must have passed
+    :func:`check_text`, stay.
 
     Raises ValueError: a slot without value, a value without slot, a template without one ``{}``.
     """
@@ -136,14 +171,16 @@ def fill(
     head, tail = template.split("{}")
     if prompt.endswith(" ") and tail.startswith(" "):
         tail = tail[1:]  # the authors write "word: [/INST]", with one space
-    values = {"text": text, "type": type, "image": image}
-    wanted = slots(prompt)
-    for name in ("text", "type"):
+    values = {"text": text, "type": type, "image": image, "instruction": instruction}
+    whole = head + prompt + tail
+    wanted = slots(whole)
+    for name in ("text", "type", "instruction"):
         if name in wanted and values[name] is None:
-            raise ValueError(f"the prompt {prompt!r} needs a {name}, but none was given")
+            article = "an" if name == "instruction" else "a"
+            raise ValueError(f"the prompt {prompt!r} needs {article} {name}, but none was given")
         if name not in wanted and values[name] is not None:
             raise ValueError(f"the prompt {prompt!r} has no place for the {name} {values[name]!r}")
-    return head + _SLOT.sub(lambda match: values[_SLOTS[match.group()]] or "", prompt) + tail
+    return _SLOT.sub(lambda match: values[_SLOTS[match.group()]] or "", whole)
 
 
 def fill_released(prompt: str, *, template: str, text: str) -> str:
@@ -158,7 +195,7 @@ def fill_released(prompt: str, *, template: str, text: str) -> str:
 
 
 def detect_template(
-    tokenizer: PreTrainedTokenizerBase, model_type: str, *, override: str | None = None
+    tokenizer: "PreTrainedTokenizerBase", model_type: str, *, override: str | None = None
 ) -> str:
     """The name in :data:`TEMPLATES` of the template that a checkpoint was trained on.
 
@@ -189,7 +226,7 @@ def detect_template(
     )
 
 
-def forbidden_pattern(tokenizer: PreTrainedTokenizerBase, template: str) -> re.Pattern[str]:
+def forbidden_pattern(tokenizer: "PreTrainedTokenizerBase", template: str) -> re.Pattern[str]:
     """The strings no user text may contain, compiled once for :func:`check_text`.
 
     They are ``<image>``, every special token of ``tokenizer``, the control strings of ``template``

@@ -37,6 +37,7 @@ FLOORS = (  # from low to high; a file imports from its own floor and those belo
     "distributed",
     "lock",
     "prompts",
+    "presets",
     "sharding",
     "runtime",
     "nn",

@@ -1,6 +1,6 @@
 """The converted folder: what ``e5v-convert`` writes and every other command reads.
 
-    config.json          format version, model config, source, dtype, content hash
+    config.json          format version, model config, source, dtype, content hash, preset
     hf_config.json       the source's config.json, for export
     tokenizer and preprocessor files, as Hugging Face wrote them
     params/              Orbax; one leaf per parameter and layer: language_model.layers.17.mlp...
@@ -34,6 +34,7 @@ from e5v_jax.families import FAMILIES
 from e5v_jax.families.base import Family, ModelConfig
 from e5v_jax.nn.config import from_fields
 from e5v_jax.nn.parameters import ParameterTable
+from e5v_jax.presets import check_preset
 from e5v_jax.storage import as_path, in_bucket, without_wildcards
 
 FORMAT_VERSION = 2
@@ -47,6 +48,8 @@ class WeightSource(Protocol):
     family: Family
     config: ModelConfig
     table: ParameterTable
+    known_as: tuple[str, ...]
+    """What may tell its preset: names, paths and a class, the surest first."""
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every parameter's name (layers unstacked) and shape in our layout."""
@@ -67,6 +70,7 @@ class ConvertedInfo:
     dtype: str
     content_hash: str
     parameters: dict[str, list[int]]  # name -> shape
+    preset: str | None = None  # how its authors call it; folders of before had none
 
 
 def write_params(
@@ -150,6 +154,8 @@ def read_info(folder: Path) -> ConvertedInfo:
             raise ValueError(f"model_type is {info.model_type!r}, not one of {', '.join(FAMILIES)}")
         if info.dtype not in (known := [dtype.name for dtype in DTYPES.values()]):
             raise ValueError(f"dtype is {info.dtype!r}, not one of {', '.join(known)}")
+        if info.preset is not None:
+            check_preset(info.preset)
     except ValueError as error:
         raise ValueError(f"{file}: {error}; {_AGAIN}") from error
     return info
@@ -172,6 +178,11 @@ class ConvertedFolder:
         """
         self.folder = as_path(folder)
         self.info = read_info(self.folder)
+        self.known_as: tuple[str, ...] = (
+            self.info.preset or "",
+            self.info.source,
+            str(self.folder),
+        )
         if verify:
             _verify(self.folder)
         self.family = FAMILIES[self.info.model_type]

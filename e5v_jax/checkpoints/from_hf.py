@@ -22,6 +22,7 @@ from e5v_jax.checkpoints.safetensors_file import TensorSpec, write_file
 from e5v_jax.checkpoints.tokenizer import copy_named, load_tokenizer
 from e5v_jax.checksums import write_checksums
 from e5v_jax.data.text import encode_batch
+from e5v_jax.presets import check_preset, find_preset
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,9 @@ class Args:
     """Merge the adapter into the weights instead of carrying it."""
     revision: str | None = None
     """Branch, tag or commit, for a hub id."""
+    preset: str | None = None
+    """How its authors call the model, kept for all commands (`e5v-encode --help` lists them); by
+    default told from SRC."""
 
 
 def _read_groups(
@@ -65,6 +69,11 @@ def convert(args: Args) -> None:
     """Convert; ``args.dst`` appears only when whole. Raises ValueError or OSError, saying why."""
     if args.merge and args.adapter is None:
         raise cli.UsageError("--merge: needs --adapter")
+    if args.preset is not None:
+        try:
+            check_preset(args.preset)
+        except ValueError as error:
+            raise cli.UsageError(f"--preset: {error}") from error
     check_new(args.dst)
     path = resolve(args.src, args.revision)
     if converted.is_converted(path):
@@ -99,6 +108,7 @@ def convert(args: Args) -> None:
             dtype=dtype.name,
             content_hash=content_hash,
             parameters=shapes,
+            preset=find_preset(args.preset, args.src, *source.known_as).name,
         )
         converted.write_info(folder, info)
         write_checksums(folder)

@@ -33,6 +33,8 @@ class HfSource:
                 a missing key or a wrong shape or dtype, by its name in the checkpoint.
         """
         self.path, self.tensors, self.raw_config = path, tensors, raw_config
+        classes = raw_config.get("architectures")
+        self.known_as = (str(path), *(map(str, classes) if isinstance(classes, list) else ()))
         file = path / "config.json" if path.is_dir() else path
         try:
             self.family = find_family(raw_config)

@@ -7,6 +7,7 @@ import re
 import stat
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -41,8 +42,10 @@ class ImageError(ValueError):
     """An image that cannot be used; the message is one line and names the image."""
 
 
-def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
+def load_image(source: str | Path | bytes | Image.Image, resize: Size | None = None) -> Image.Image:
     """Read a file, its bytes or a Pillow image (left unchanged) as RGB.
+
+    ``resize`` makes it so large before that conversion, by Pillow's own filter for its mode.
 
     Other modes go through ``convert("RGB")``, as in the code of E5-V and the transformers that it
     pins (4.41.2; so do all of transformers 4): transparency is dropped, be it a band, a palette's
@@ -56,7 +59,7 @@ def load_image(source: str | Path | bytes | Image.Image) -> Image.Image:
             nothing is decoded for it.
         TypeError: ``source`` is none of these.
     """
-    return _open(source, _to_rgb)
+    return _open(source, partial(_to_rgb, resize=resize))
 
 
 def image_size(source: str | Path | bytes | Image.Image) -> Size:
@@ -64,7 +67,9 @@ def image_size(source: str | Path | bytes | Image.Image) -> Size:
     return _open(source, lambda image: (image.height, image.width))
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def _to_rgb(image: Image.Image, resize: Size | None) -> Image.Image:
+    if resize is not None:
+        image = image.resize(resize[::-1])
     if isinstance(image.info.get("transparency"), bytes):
         image = image.copy()  # the caller's is left unchanged
         del image.info["transparency"]  # else Pillow warns that it is dropped

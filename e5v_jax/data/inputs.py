@@ -42,3 +42,10 @@ def split_input(item: Input) -> tuple[str | None, ImageSource | str | None]:
         f"unsupported input of type {type(item).__name__}: expected str, PIL image, Path, bytes or "
         "a mapping with 'text' and/or 'image'"
     )
+
+
+def split_modalities(item: Input) -> tuple[Input, ...]:
+    """An input with text and image as two; any other, also a bad one, as it is."""
+    if not isinstance(item, Mapping) or None in (item.get("text"), item.get("image")):
+        return (item,)
+    return tuple({k: v for k, v in item.items() if k != other} for other in ("image", "text"))

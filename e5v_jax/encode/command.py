@@ -30,6 +30,8 @@ def encode(args: Args) -> None:
     naming the file and line, or the flag.
     """
     args.check()
+    if args.instruction is not None:  # before the weights, which may take minutes to load
+        args.load_processor().preset.choose(args.prompt_name, args.prompt, args.instruction)
     # Pillow's two lines about an image that is then refused in one
     with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
         (encode_to_folder if args.is_bulk else encode_in_memory)(args)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -24,7 +24,7 @@ from e5v_jax.encode.stream import BatchLimits, encode_stream
 from e5v_jax.families.base import Model, Processor
 from e5v_jax.nn.layers import Build, Precision
 from e5v_jax.nn.quantized import Quantization
-from e5v_jax.prompts import choose_prompt
+from e5v_jax.presets import Preset, check_preset, find_preset
 from e5v_jax.runtime import Implementation, Runtime
 from e5v_jax.sharding import make_mesh
 from e5v_jax.storage import as_path, check_reachable
@@ -61,6 +61,7 @@ class E5V:
         quantize: Quantization | None = None,
         verify: bool = False,
         attn_implementation: Implementation = "auto",
+        preset: str | None = None,
     ) -> Self:
         """Load a converted folder (here or ``gs://``), a Hugging Face one, GGUF file or hub id.
 
@@ -69,11 +70,13 @@ class E5V:
             mesh: devices to place the model on; None uses all of them for data parallelism.
             adapter: a PEFT LoRA folder or a run folder of ``python -m e5v_jax.train``; None applies
                 the adapter that the converted folder carries, if any.
-            template: a name in ``e5v_jax.prompts.TEMPLATES``; None chooses.
+            template: a name in ``e5v_jax.prompts.TEMPLATES``; None takes the preset's.
             revision: branch, tag or commit of a hub id.
             quantize: "int8" or "nf4" stores the decoder's kernels so; arithmetic stays in dtype.
             verify: compare the files of a converted folder with their checksums first.
             attn_implementation: "xla", "cudnn" (GPU) or "splash" (TPU); "auto" chooses.
+            preset: how the model's authors call it, a name in ``e5v_jax.presets.PRESETS``; None is
+                what the converted folder says, else told from the name, else "e5-v".
 
         Raises FileNotFoundError, ValueError: one line that names the file, key or option.
         """
@@ -85,6 +88,8 @@ class E5V:
             if value not in choices:
                 expected = ", ".join(filter(None, choices))
                 raise ValueError(f"{name} {value!r}: expected one of {expected}")
+        if preset is not None:
+            check_preset(preset)  # before anything is fetched
         runtime = Runtime.on(mesh or make_mesh(data=-1, fsdp=1), attn_implementation)
         check_reachable(str(adapter))
         folder = resolve(str(path), revision)
@@ -92,7 +97,8 @@ class E5V:
         if adapter is None and is_converted(folder) and (folder / "adapter").is_dir():
             adapter = folder / "adapter"
         lora = None if adapter is None else load_adapter(as_path(adapter), source)
-        processor = source.family.processor(source.config, load_tokenizer(folder), template)
+        how = find_preset(preset, *source.known_as, str(path))
+        processor = source.family.processor(source.config, load_tokenizer(folder), template, how)
         precision = Precision(jnp.dtype(dtype), jnp.dtype(dtype), quantize)
         build = Build(precision, runtime, None if lora is None else lora.lora)
         model = load_model(source, build, lora_values=None if lora is None else lora.values)
@@ -100,12 +106,17 @@ class E5V:
 
     @staticmethod
     def load_processor(
-        path: str | Path, *, template: str | None = None, revision: str | None = None
+        path: str | Path,
+        *,
+        template: str | None = None,
+        revision: str | None = None,
+        preset: str | None = None,
     ) -> Processor:
         """What makes a model's inputs, without its weights; arguments of ``from_pretrained``."""
         folder = resolve(str(path), revision)
         source = _open(folder)
-        return source.family.processor(source.config, load_tokenizer(folder), template)
+        how = find_preset(preset, *source.known_as, str(path))
+        return source.family.processor(source.config, load_tokenizer(folder), template, how)
 
     def encode(
         self,
@@ -117,6 +128,7 @@ class E5V:
         truncate_dim: int | None = None,
         show_progress_bar: bool | None = None,
         *,
+        instruction: str | None = None,
         max_num_batched_tokens: int | None = None,
         pool: Executor | None = None,
         on_error: Callable[[InputError], None] | None = None,
@@ -128,8 +140,10 @@ class E5V:
         ``text`` and/or ``image``. Argument names follow sentence-transformers.
 
         Args:
-            prompt_name: a name in ``e5v_jax.prompts.PROMPTS``; None chooses by input kind.
-            prompt: an instruction of your own with ``<sent>`` and/or ``<image>``.
+            prompt_name: "query" or "document" for the preset's prompts, chosen by input kind; or
+                a name in ``e5v_jax.prompts.PROMPTS``. None is "document".
+            prompt: one of your own with ``<sent>`` and/or ``<image>``.
+            instruction: what to look for, in the words of the preset's authors, where it takes one.
             batch_size: most items per device batch; None leaves it to max_num_batched_tokens.
             normalize_embeddings: L2-normalise, after truncation to ``truncate_dim`` dimensions.
             show_progress_bar: None shows it on a terminal when there are many inputs.
@@ -141,7 +155,7 @@ class E5V:
             on_batch: hears how many inputs each finished batch had.
 
         Raises ValueError: a bad input, "input 3: ...", without on_error, and so is one whose vector
-        is not finite or zero, as of a broken model; a bad prompt.
+        is not finite or zero, as of a broken model; a bad prompt or instruction.
         """
         single = isinstance(inputs, str | bytes) or not isinstance(inputs, Sequence)
         items: Sequence[Input] = [inputs] if single else inputs  # type: ignore[list-item, assignment]
@@ -152,7 +166,12 @@ class E5V:
         for name, value in limits.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} {value}: expected at least 1")
-        prompts = choose_prompt(prompt_name, prompt)
+        prompts = self.preset.choose(prompt_name, prompt, instruction)
+        if instruction is not None:
+            try:
+                self.processor.check_text(instruction)
+            except ValueError as error:
+                raise ValueError(f"instruction: {error}") from error
         if show_progress_bar is None:
             show_progress_bar = sys.stderr.isatty() and len(items) > 32
         with (
@@ -180,9 +199,38 @@ class E5V:
             vectors = vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         return vectors[0] if single else vectors
 
+    def encode_query(
+        self,
+        inputs: Input | Sequence[Input],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        **options: Any,
+    ) -> np.ndarray:
+        """:meth:`encode`, by default as the preset's authors embed what is searched by."""
+        if prompt_name is None and prompt is None:
+            prompt_name = "query"
+        return self.encode(inputs, prompt_name, prompt, **options)
+
+    def encode_document(
+        self,
+        inputs: Input | Sequence[Input],
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        **options: Any,
+    ) -> np.ndarray:
+        """:meth:`encode`, by default as the preset's authors embed what is searched for."""
+        if prompt_name is None and prompt is None:
+            prompt_name = "document"
+        return self.encode(inputs, prompt_name, prompt, **options)
+
+    @property
+    def preset(self) -> Preset:
+        """How the model's authors call it, and so do we."""
+        return self.processor.preset
+
     @property
     def template(self) -> str:
-        """The name of the model's chat template in ``e5v_jax.prompts.TEMPLATES``."""
+        """Whose chat template it is: a name in ``prompts.TEMPLATES``, or the preset's own."""
         return self.processor.template
 
     @property

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from e5v_jax.cli import BucketPath, UsageError
+from e5v_jax.presets import PRESETS
+from e5v_jax.prompts import TEMPLATES
 
 if TYPE_CHECKING:
     import jax
@@ -22,8 +24,11 @@ class ModelArgs:
     revision: str | None = None  # Branch, tag or commit of a hub id.
     adapter: BucketPath | None = None
     """LoRA to apply: a run folder of e5v_jax.train, one of its checkpoints, or a PEFT folder."""
+    preset: str | None = None
+    """How the model's authors call it, by default told from the model: e5-v, unime-llava-1.6 (MMEB
+    66.6), vlm2vec-llava-next (62.9) or bge-vl-mllm (64.1, zero-shot 44.0); see docs/models.md."""
     template: str | None = None
-    """Chat template: llama3, mistral, phi3, chatml or vicuna; by default told from the model."""
+    """Chat template: llama3, mistral, phi3, chatml or vicuna; by default the preset's."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # Of weights and arithmetic.
     quantize: Literal["int8", "nf4"] | None = None
     """Store the decoder's weights in 8 or 4 bits: less memory, slightly other vectors."""
@@ -37,13 +42,13 @@ class ModelArgs:
     def check(self) -> None:
         """Refuse bad values before anything is read. Raises UsageError: names the flag."""
         self.require_positive("fsdp", "tensor")
-        if self.template is not None:
-            from e5v_jax.prompts import TEMPLATES  # loads transformers
-
-            if self.template not in TEMPLATES:
-                raise UsageError(
-                    f"--template: unknown {self.template!r}, expected one of {', '.join(TEMPLATES)}"
-                )
+        for flag, value, known in (
+            ("preset", self.preset, PRESETS),
+            ("template", self.template, TEMPLATES),
+        ):
+            if value is not None and value not in known:
+                expected = ", ".join(known)
+                raise UsageError(f"--{flag}: unknown {value!r}, expected one of {expected}")
 
     def require_positive(self, *names: str) -> None:
         """Refuse counts below 1 in these fields; None passes. Raises UsageError: names the flag."""
@@ -84,7 +89,8 @@ class ModelArgs:
         """What makes the model's inputs, without its weights; raises what :meth:`load` does."""
         from e5v_jax import E5V
 
-        return E5V.load_processor(self.model, template=self.template, revision=self.revision)
+        options = {name: getattr(self, name) for name in ("template", "preset", "revision")}
+        return E5V.load_processor(self.model, **options)
 
     def describe(self) -> dict[str, str | None]:
         """Name all that a vector depends on here; how many devices share the work is not of it."""
@@ -92,8 +98,8 @@ class ModelArgs:
         return {"model": self.model, **self._options(), "adapter": adapter}
 
     def _options(self) -> dict[str, Any]:
-        names = ("revision", "adapter", "template", "dtype", "quantize", "attn_implementation")
-        return {name: getattr(self, name) for name in names}
+        names = ("revision", "adapter", "preset", "template", "dtype", "quantize")
+        return {name: getattr(self, name) for name in (*names, "attn_implementation")}
 
     def content_hash(self) -> str:
         """Hash model and adapter as they are on disk. Raises FileNotFoundError: no such model."""

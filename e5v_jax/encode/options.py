@@ -9,6 +9,7 @@ import tyro
 from e5v_jax import cli
 from e5v_jax.cli import BucketPath
 from e5v_jax.encode.model_args import ModelArgs
+from e5v_jax.presets import find_preset
 from e5v_jax.storage import check_reachable, in_bucket
 
 
@@ -28,10 +29,12 @@ class Args(ModelArgs):
     for many inputs a folder of shards, with which a killed run goes on. Without it, the cosine
     similarities of at most 20 inputs are shown."""
     prompt_name: str | None = None
-    """Instruction by name: text, image, sts, plain, text_image, cirr_gallery or cirr_query;
-    by default chosen by what an input has."""
+    """Prompt by name: query or document for the preset's, chosen by what an input has; or text,
+    image, sts, plain, text_image, cirr_gallery or cirr_query; by default document."""
     prompt: str | None = None
-    """Instruction of your own, with <sent> where the text goes and <image> for the image."""
+    """Prompt of your own, with <sent> where the text goes and <image> for the image."""
+    instruction: str | None = None
+    """What to look for, in words that the preset's authors use, where it takes an instruction."""
     batch_size: int | None = None  # Most inputs per device batch; by default only the tokens count.
     max_num_batched_tokens: int | None = None
     """Most tokens per device batch, padding included; by default 1024 on a CPU, else 16384."""
@@ -57,6 +60,7 @@ class Args(ModelArgs):
         return {
             "prompt_name": self.prompt_name,
             "prompt": self.prompt,
+            "instruction": self.instruction,
             "batch_size": self.batch_size,
             "max_num_batched_tokens": self.max_num_batched_tokens,
             "normalize_embeddings": self.normalize,
@@ -78,13 +82,10 @@ class Args(ModelArgs):
             raise cli.UsageError(f"--num-workers: {self.num_workers}, expected at least 0")
         if self.prompt_name is not None and self.prompt is not None:
             raise cli.UsageError("give --prompt-name or --prompt, not both")
-        if self.prompt_name is not None or self.prompt is not None:
-            from e5v_jax.prompts import choose_prompt  # loads transformers
-
-            try:
-                choose_prompt(self.prompt_name, self.prompt)
-            except ValueError as error:
-                raise cli.UsageError(str(error)) from error
+        try:
+            find_preset(None).choose(self.prompt_name, self.prompt)
+        except ValueError as error:
+            raise cli.UsageError(str(error)) from error
         if (self.input is None) == (not self.text and not self.image):
             raise cli.UsageError("give --input, or --text and --image: one of the two")
         if self.is_bulk and self.input is None:

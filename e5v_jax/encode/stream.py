@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from PIL import Image
 
-from e5v_jax.data.inputs import Input, InputError
+from e5v_jax.data.inputs import Input, InputError, split_modalities
 from e5v_jax.encode.batching import Batch, plan_batches
 from e5v_jax.encode.encoder import Encoder, delayed
 from e5v_jax.encode.vectors import find_unusable
@@ -53,6 +53,7 @@ def encode_stream(
 ) -> np.ndarray:
     """Embed ``inputs``, equal ones once, as fp32 [N, D], not normalised, in their order.
 
+    Where ``prompts`` say so, an input with text and image is the sum of two vectors.
     ``state`` has the parameters of the model. ``on_error`` hears of each bad input, whose vector is
     zero; without it the first one raises. An input that the model gives no finite vector or a zero
     one is bad, too. ``on_batch`` hears how many inputs each finished batch had. ``pool`` decodes
@@ -62,21 +63,26 @@ def encode_stream(
     """
     processor, runtime = encoder.processor, encoder.runtime
     max_tokens = limits.max_tokens or _MAX_TOKENS[runtime.platform]
-    positions: dict[Hashable, list[int]] = {}  # of equal inputs
+    parts: dict[Hashable, tuple[Input, list[int]]] = {}  # what is embedded, and of which inputs
+    missing = [0] * len(inputs)  # parts of each
     for position, item in enumerate(inputs):
-        positions.setdefault(identity(item), []).append(position)
-    groups = list(positions.values())
+        for part in split_modalities(item) if prompts.adds else (item,):
+            parts.setdefault(identity(part), (part, []))[1].append(position)
+            missing[position] += 1
+    groups = list(parts.values())
+    bad: set[int] = set()
 
     def fail(error: InputError, start: int = 0) -> None:
-        equal = groups[start + error.position]
+        _, equal = groups[start + error.position]
         if on_error is None:
             raise InputError(equal[0], error.reason) from error
-        for position in equal:
+        for position in (position for position in equal if position not in bad):
+            bad.add(position)
             on_error(InputError(position, error.reason))
 
     def batches() -> Iterator[Batch]:
         for start in range(0, len(groups), WINDOW):
-            window = [inputs[group[0]] for group in groups[start : start + WINDOW]]
+            window = [part for part, _ in groups[start : start + WINDOW]]
             measured = processor.measure(window, prompts, on_error=partial(fail, start=start))
             yield from plan_batches(
                 [replace(item, position=start + item.position) for item in measured],
@@ -94,9 +100,14 @@ def encode_stream(
             embedded, vector = kept.pop(row)
             flaw = "of no length" if np.abs(vector).max() < 1 else "not finite"
             fail(_error(embedded, f"its vector is {flaw}: {_REMEDY}"))
+        finished = 0
         for embedded, vector in kept.values():
-            vectors[groups[embedded.position]] = vector
-        on_batch(sum(len(groups[embedded.position]) for embedded, _ in kept.values()))
+            for position in groups[embedded.position][1]:
+                vectors[position] += vector
+                missing[position] -= 1
+                finished += missing[position] == 0
+        on_batch(finished)
+    vectors[list(bad)] = 0
     return vectors
 
 

@@ -14,6 +14,7 @@ from e5v_jax.data.inputs import ImageSource, Input, InputError
 from e5v_jax.nn.decoder import Remat
 from e5v_jax.nn.parameters import ParameterTable
 from e5v_jax.nn.text_config import TextConfig
+from e5v_jax.presets import Preset
 from e5v_jax.prompts import PromptChoice
 from e5v_jax.runtime import Runtime
 
@@ -95,7 +96,8 @@ class Processor(Protocol):
 
     config: ModelConfig
     tokenizer: PreTrainedTokenizerFast
-    template: str  # its name in prompts.TEMPLATES
+    preset: Preset
+    template: str  # its name in prompts.TEMPLATES, or that of the preset whose own it is
     shape_unit: str  # what shape keys count, for messages
 
     def check_text(self, text: str) -> None:
@@ -145,7 +147,7 @@ class Family:
     """``(config, build: nn.layers.Build, *, rngs, load_vision=True) -> Model``."""
     parameters: Callable[[Any], ParameterTable]
     processor: Callable[..., Any]
-    """``(config, tokenizer, template=None) -> Processor``."""
+    """``(config, tokenizer, template=None, preset=E5_V) -> Processor``."""
     example_batch: Callable[[Any, BatchShape], Batch]
     """A batch of zeros of that shape; through ``jax.eval_shape`` its shapes, in no memory."""
     match_tokenizer: Callable[[Any, PreTrainedTokenizerFast], Any] = lambda config, _: config

@@ -22,6 +22,7 @@ from e5v_jax.families.llava_next.tiling import (
     tile_image,
 )
 from e5v_jax.families.text.processor import TextProcessor
+from e5v_jax.presets import E5_V, Preset
 from e5v_jax.prompts import IMAGE_PLACEHOLDER
 
 
@@ -45,16 +46,18 @@ class LlavaNextProcessor(TextProcessor):
         config: LlavaNextConfig,
         tokenizer: PreTrainedTokenizerFast,
         template: str | None = None,
+        preset: Preset = E5_V,
     ) -> None:
         """A tokenizer that does not know ``<image>`` learns it here.
 
         Raises ValueError: the template cannot be told, or as :func:`match_tokenizer`.
         """
-        super().__init__(match_tokenizer(config, tokenizer), tokenizer, template)
+        super().__init__(match_tokenizer(config, tokenizer), tokenizer, template, preset)
 
     def measure_image(self, size: Size) -> tuple[int, int]:
         """(tokens, tiles) of an image of ``size`` (height, width) pixels."""
         vision, grid = self.config.vision, self.config.image_grid_pinpoints
+        size = self.preset.resize or size
         height, width = select_best_resolution(size, grid)
         tiles = 1 + (height // vision.image_size) * (width // vision.image_size)
         tokens = num_image_tokens(
@@ -65,7 +68,7 @@ class LlavaNextProcessor(TextProcessor):
     @property
     def load(self) -> Callable[[Measured], Any]:
         """See :attr:`e5v_jax.families.base.Processor.load`."""
-        return partial(load, config=self.config)
+        return partial(load, config=self.config, resize=self.preset.resize)
 
     def padded_length(self, length: int, shape_key: int) -> int:
         """See :meth:`e5v_jax.families.base.Processor.padded_length`."""
@@ -94,15 +97,15 @@ class LlavaNextProcessor(TextProcessor):
         return ImageBatch(input_ids, last_index, image_index, tiles.reshape(-1, size, size, 3))
 
 
-def load(item: Measured, config: LlavaNextConfig) -> Prepared | list[int]:
-    """Decode and tile the image of an input, if any. Raises ValueError: it cannot be decoded."""
+def load(item: Measured, config: LlavaNextConfig, resize: Size | None) -> Prepared | list[int]:
+    """Decode, resize and tile an input's image, if any. Raises ValueError: it cannot be decoded."""
     if item.image is None:
         return item.ids
     vision, pinpoints = config.vision, config.image_grid_pinpoints
     tiled = tile_image(
-        load_image(item.image), image_size=vision.image_size, grid_pinpoints=pinpoints
+        load_image(item.image, resize), image_size=vision.image_size, grid_pinpoints=pinpoints
     )
-    if tiled.original_size != item.image_size:
+    if resize is None and tiled.original_size != item.image_size:
         raise ValueError(
             f"the image's header says {item.image_size} (height, width), its data "
             f"{tiled.original_size}: save it again"

@@ -11,6 +11,7 @@ from e5v_jax.data.inputs import ImageSource, Input, InputError, split_input
 from e5v_jax.data.text import TEXT_BUCKETS, bucket_length, encode_batch, pad_right, truncate_texts
 from e5v_jax.families.base import Batch, BatchShape, Measured, ModelConfig
 from e5v_jax.families.text.model import TextBatch
+from e5v_jax.presets import E5_V, Preset
 from e5v_jax.prompts import (
     IMAGE_PLACEHOLDER,
     TEMPLATES,
@@ -27,18 +28,27 @@ class TextProcessor:
     image_text = IMAGE_PLACEHOLDER
     """What stands for an image in a filled prompt; it holds one placeholder token."""
     shape_unit = "images"
+    preset: Preset = E5_V
 
     def __init__(
-        self, config: ModelConfig, tokenizer: PreTrainedTokenizerFast, template: str | None = None
+        self,
+        config: ModelConfig,
+        tokenizer: PreTrainedTokenizerFast,
+        template: str | None = None,
+        preset: Preset = E5_V,
     ) -> None:
-        """``template`` names the chat template, None asks the tokenizer.
+        """``template`` names the chat template, None takes the preset's or asks the tokenizer.
 
         Raises ValueError: the template cannot be told.
         """
         self.config: Any = config
-        self.tokenizer = tokenizer
-        self.template = detect_template(tokenizer, config.text.model_type, override=template)
-        self._forbidden = forbidden_pattern(tokenizer, TEMPLATES[self.template])
+        self.tokenizer, self.preset = tokenizer, preset
+        if template is None and preset.template is not None:
+            self.template, self._chat = preset.name, preset.template
+        else:
+            self.template = detect_template(tokenizer, config.text.model_type, override=template)
+            self._chat = TEMPLATES[self.template]
+        self._forbidden = forbidden_pattern(tokenizer, self._chat)
 
     def measure(
         self,
@@ -86,9 +96,8 @@ class TextProcessor:
     def _fill(
         self, prompts: PromptChoice, position: int, text: str | None, image: Any
     ) -> tuple[int, Any, str]:
-        template = TEMPLATES[self.template]
         has_image = image is not None
-        string = prompts.fill(text, has_image=has_image, template=template, image=self.image_text)
+        string = prompts.fill(text, has_image=has_image, template=self._chat, image=self.image_text)
         return position, (image, image_size(image)) if has_image else None, string
 
     def _measure(
