@@ -71,8 +71,8 @@ class Preset:
     ) -> PromptChoice:
         """The prompts of a call: for a role, by name, or a text with slots; default: documents.
 
-        Raises ValueError: as :func:`e5v_jax.prompts.choose_prompt`, or an ``instruction`` that the
-        preset takes none of there, is empty or no Unicode.
+        An ``instruction`` must have passed :func:`e5v_jax.prompts.check_text`.
+        Raises ValueError: as :func:`e5v_jax.prompts.choose_prompt`, or there is no place for it.
         """
         if prompt is not None or prompt_name not in (None, *ROLES):
             choice = choose_prompt(prompt_name, prompt)

@@ -655,5 +655,8 @@ def test_training_says_what_encode_says() -> None:
             for choice in (_prompts("text", preset), preset.choose())
         ]
         assert filled == 2 * [STRINGS[name, "document", None][0]]
+    with pytest.raises(ValueError, match="none for a text with an image: embed them apart"):
+        choice = PRESETS["unime-llava-1.6"].choose()
+        choice.fill(DOG, has_image=True, template="{}", image="<image>")
     own = _prompts("<sent> means", PRESETS["unime-llava-1.6"])
     assert own == dataclasses.replace(own, prompt="<sent> means")
