@@ -117,8 +117,9 @@ def changed_folder(folder: Path, out: Path, change: dict[str, Any], file: str) -
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layer", [-1, -2, 1, 2])
-@pytest.mark.parametrize("name", ["siglip", "dinov2"])
+@pytest.mark.parametrize(
+    ("name", "layer"), [("siglip", -2), ("siglip", 1), ("dinov2", -1), ("dinov2", 1)]
+)
 def test_feature_layers(name: str, layer: int, llava: Llava, tmp_path: Path) -> None:
     """What the projector makes of the layer asked for, the class token left out if there is one."""
     case = llava(name)
@@ -276,6 +277,26 @@ def test_refused_by_name(
         open_source(changed_folder(llava(name).folder, tmp_path, change, file))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_original_layout_has_clip_alone(llava: Llava) -> None:
+    """Its code deletes SigLIP's last block and resizes tiles in ways of its own."""
+    raw = json.loads((llava("siglip").folder / "config.json").read_text())
+    original = {
+        **raw["text_config"],
+        "model_type": "llava_llama",
+        "image_aspect_ratio": "anyres",
+        "image_grid_pinpoints": raw["image_grid_pinpoints"],
+        "mm_hidden_size": 144,
+        "mm_patch_merge_type": "spatial_unpad",
+        "mm_projector_type": "mlp2x_gelu",
+        "mm_vision_select_layer": -1,
+        "mm_vision_tower": "google/siglip-so400m-patch14-384",
+        "vision_config": raw["vision_config"],
+    }
+    message = "^vision_config.model_type 'siglip_vision_model': beside mm_vision_tower only 'clip"
+    with pytest.raises(ValueError, match=message):
+        LlavaNextConfig.from_hf(original)
 
 
 def test_settings_around_the_image_processor(llava: Llava, tmp_path: Path) -> None:
