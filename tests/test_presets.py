@@ -11,6 +11,7 @@ import pytest
 import torch
 from hf_models import RECIPES, build_tokenizer, picture
 from PIL import Image
+from qwen_strings import QWEN_STRINGS
 
 from e5v_jax import E5V, cli
 from e5v_jax.checkpoints import from_hf
@@ -107,6 +108,7 @@ STRINGS: dict[tuple[str, str, str | None], tuple[str, str, str | None]] = {
         "using both the provided image and the image retrieval instructions:  <query>  A cat and "
         "a dog \n <image> [/INST]",
     ),
+    **QWEN_STRINGS,
 }
 
 
