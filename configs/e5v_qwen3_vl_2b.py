@@ -1,7 +1,7 @@
 """E5-V's text-only recipe on Qwen3-VL-2B-Instruct: LoRA on a bf16 base, 768 NLI triplets a step.
 
-    python -m convert.from_hf Qwen/Qwen3-VL-2B-Instruct models/qwen3-vl-2b
-    python -m e5v_jax.train --config configs/e5v_qwen3_vl_2b.py
+python -m convert.from_hf Qwen/Qwen3-VL-2B-Instruct models/qwen3-vl-2b
+python -m e5v_jax.train --config configs/e5v_qwen3_vl_2b.py
 """
 
 from pathlib import Path

@@ -1,7 +1,7 @@
 """E5-V's text-only recipe on Qwen3-VL-8B-Instruct: LoRA on an NF4 base, 768 NLI triplets a step.
 
-    python -m convert.from_hf Qwen/Qwen3-VL-8B-Instruct models/qwen3-vl-8b
-    python -m e5v_jax.train --config configs/e5v_qwen3_vl_8b.py
+python -m convert.from_hf Qwen/Qwen3-VL-8B-Instruct models/qwen3-vl-8b
+python -m e5v_jax.train --config configs/e5v_qwen3_vl_8b.py
 """
 
 from pathlib import Path

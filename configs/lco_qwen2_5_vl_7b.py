@@ -1,7 +1,7 @@
 """LCO-Embedding's text-only recipe (arXiv 2510.11693) on Qwen2.5-VL-7B: 60.4 on MIEB-lite.
 
-    python -m convert.from_hf Qwen/Qwen2.5-VL-7B-Instruct models/qwen2.5-vl-7b
-    python -m e5v_jax.train --config configs/lco_qwen2_5_vl_7b.py
+python -m convert.from_hf Qwen/Qwen2.5-VL-7B-Instruct models/qwen2.5-vl-7b
+python -m e5v_jax.train --config configs/lco_qwen2_5_vl_7b.py
 """
 
 from pathlib import Path
