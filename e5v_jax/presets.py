@@ -32,7 +32,7 @@ class Preset:
     checkpoints: str
     """Pattern of hub names and folder names, compared without regard to case."""
     about: str
-    """Dimensions, published scores with their source, and licence: for people."""
+    """Checkpoints, published score and its source: for people; more is in docs/models.md."""
     document: Prompts
     """What is said with what is searched for, and where nobody says what an input is."""
     query: Prompts
@@ -82,8 +82,8 @@ class Preset:
     ) -> PromptChoice:
         """The prompts of a call: for a role, by name, or a text with slots; default: documents.
 
-        Raises ValueError: as :func:`e5v_jax.prompts.choose_prompt`, or an ``instruction`` that the
-        preset takes none of there, is empty or no Unicode.
+        An ``instruction`` must have passed :func:`e5v_jax.prompts.check_text`.
+        Raises ValueError: as :func:`e5v_jax.prompts.choose_prompt`, or there is no place for it.
         """
         if prompt is not None or prompt_name not in (None, *ROLES):
             choice = choose_prompt(prompt_name, prompt)
@@ -115,8 +115,7 @@ class Preset:
 E5_V = Preset(
     name="e5-v",
     checkpoints="e5-v.*",
-    about="royokong/e5-v, 4096 dimensions: MMEB 37.5 (arXiv 2504.17432), Flickr30K text to image "
-    "R@1 79.5, COCO 52.0 (arXiv 2407.12580); also any other model",
+    about="E5-V, and whatever tells of no other (MMEB 37.5, arXiv 2504.17432)",
     document=E5V_PROMPTS,
     query=E5V_PROMPTS,
 )
@@ -126,8 +125,7 @@ _UNIME = Prompts(TEXT, IMAGE, text_image=None)
 _UNIME_LLAVA = Preset(
     name="unime-llava-1.6",
     checkpoints=r"unime-llava-1\.6.*",
-    about="DeepGlint-AI/UniME-LLaVA-1.6-7B, 4096 dimensions: MMEB 66.6, Flickr30K text to image "
-    "R@1 81.9, COCO 53.7 (arXiv 2504.17432)",
+    about="UniME-LLaVA-1.6-7B (MMEB 66.6, arXiv 2504.17432)",
     document=_UNIME,
     query=_UNIME,
     template=MISTRAL,
@@ -148,8 +146,7 @@ _VLM2VEC_INSTRUCTED = Prompts(
 _VLM2VEC_LLAVA = Preset(
     name="vlm2vec-llava-next",
     checkpoints="vlm2vec-llava-?next.*",
-    about="TIGER-Lab/VLM2Vec-LLaVa-Next, 4096 dimensions: MMEB 62.9 (its model card), Flickr30K "
-    "text to image R@1 80.2 (the authors' script)",
+    about="VLM2Vec-LLaVa-Next (MMEB 62.9 to 63.3, by table)",
     document=_VLM2VEC,
     query=_VLM2VEC,
     instructed_query=_VLM2VEC_INSTRUCTED,
@@ -163,8 +160,8 @@ _VLM2VEC_LLAVA = Preset(
 _BGE_VL = Preset(
     name="bge-vl-mllm",
     checkpoints=r"bge-vl-(mllm-s[12]|v1\.5-(zs|mmeb)).*",
-    about="BAAI/BGE-VL-MLLM-S1 and -S2, BGE-VL-v1.5-zs and -mmeb, 4096 dimensions, MIT: MMEB 44.0 "
-    "(S1, zero-shot), 64.1 (S2) (arXiv 2412.14475)",
+    about="BGE-VL-MLLM-S1 and -S2, BGE-VL-v1.5-zs and -mmeb (MMEB 44.0 zero-shot, 64.1 "
+    "trained on it, arXiv 2412.14475)",
     document=Prompts(" <sent> \n", " <image>", " <sent> \n <image>"),
     query=Prompts(
         text="\n <instruct>  <query> <sent> \n",
@@ -207,6 +204,13 @@ PRESETS = {
     preset.name: preset
     for preset in (E5_V, _UNIME_LLAVA, _VLM2VEC_LLAVA, _BGE_VL, _QWEN3_VL_EMBEDDING)
 }
+HELP = (
+    "How the model's authors call it: prompts, size of images, pooled token. By default told from "
+    "the converted folder or the name: "
+    + "; ".join(f"{preset.name}, {preset.about}" for preset in PRESETS.values())
+    + ". More: docs/models.md."
+)
+"""Of the flag ``--preset``."""
 
 
 def check_preset(name: str) -> None:
