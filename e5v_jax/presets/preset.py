@@ -56,6 +56,17 @@ class Preset:
     """Of images of any size; None: what the checkpoint's preprocessor file says."""
     transparency: Literal["drop", "white"] = "drop"
 
+    def with_pixels(self, min_pixels: int | None, max_pixels: int | None) -> "Preset":
+        """The same with other limits, where they are given. Raises ValueError: names a bad one."""
+        least = self.min_pixels if min_pixels is None else min_pixels
+        most = self.max_pixels if max_pixels is None else max_pixels
+        for name, value in (("min_pixels", least), ("max_pixels", most)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} {value}: expected at least 1")
+        if least is not None and most is not None and least > most:
+            raise ValueError(f"min_pixels {least}: expected at most max_pixels, {most}")
+        return replace(self, min_pixels=least, max_pixels=most)
+
     def choose(
         self,
         prompt_name: str | None = None,

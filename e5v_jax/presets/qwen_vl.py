@@ -20,8 +20,7 @@ _PLAIN = Prompts("<sent>", "<image>", "<image><sent>")
 _QWEN3_VL_EMBEDDING = Preset(
     name="qwen3-vl-embedding",
     checkpoints="qwen3-vl-embedding.*",
-    about="Qwen/Qwen3-VL-Embedding-2B and -8B, 2048 and 4096 dimensions, any prefix of 64 or more "
-    "(truncate_dim), Apache-2.0: MMEB 75.0 and 80.1, MMEB-V2 73.2 and 77.8 (arXiv 2601.04720)",
+    about="Qwen3-VL-Embedding (MMEB 75.0 and 80.1, arXiv 2601.04720)",
     document=_PLAIN,
     query=_PLAIN,
     instructed_query=_PLAIN,
@@ -40,8 +39,7 @@ _QWEN3_VL_EMBEDDING = Preset(
 _GME = Preset(
     name="gme-qwen2-vl",
     checkpoints="gme-qwen2-vl.*",
-    about="Alibaba-NLP/gme-Qwen2-VL-2B- and -7B-Instruct, 1536 and 3584 dimensions: MMEB 51.9 and "
-    "56.0 (arXiv 2601.04720)",
+    about="gme-Qwen2-VL (MMEB 51.9 and 56.0, arXiv 2601.04720)",
     document=_PLAIN,
     query=_PLAIN,
     instructed_query=_PLAIN,
@@ -59,8 +57,7 @@ _GME = Preset(
 _VLM2VEC_V2 = Preset(
     name="vlm2vec-v2.0",
     checkpoints="vlm2vec-v2.*",
-    about="VLM2Vec/VLM2Vec-V2.0 (LoRA on Qwen2-VL-2B), 1536 dimensions: MMEB 64.9, MMEB-V2 59.2 "
-    "(arXiv 2601.04720)",
+    about="VLM2Vec-V2.0, LoRA on Qwen2-VL-2B (MMEB 64.9, arXiv 2601.04720)",
     document=Prompts(
         text="<sent>",
         image="<image> Represent the given image.",
@@ -94,8 +91,7 @@ _LAMRA = Prompts(
 _LAMRA_RET = Preset(
     name="lamra-ret",
     checkpoints="lamra-ret.*",
-    about="code-kunkun/LamRA-Ret and LamRA-Ret-Pretrained (NLI alone), 3584 dimensions "
-    "(arXiv 2412.01720)",
+    about="LamRA-Ret and LamRA-Ret-Pretrained (arXiv 2412.01720)",
     document=_LAMRA,
     query=_LAMRA,
     template=_ASSISTANT,
@@ -111,8 +107,7 @@ _UNITE = Prompts(
 _UNITE_QWEN2_VL = Preset(
     name="unite-qwen2-vl",
     checkpoints="unite-.*qwen2-vl.*",
-    about="friedrichor/Unite-Base-Qwen2-VL-2B and -7B and their instructed kin, 1536 and 3584 "
-    "dimensions (arXiv 2505.19650)",
+    about="Unite-Base-Qwen2-VL and kin (arXiv 2505.19650)",
     document=_UNITE,
     query=_UNITE,
     template=_ASSISTANT + "<|endoftext|>",
@@ -131,8 +126,7 @@ _LCO = Prompts(
 _LCO_EMBEDDING = Preset(
     name="lco-embedding",
     checkpoints="lco-embedding.*",
-    about="LCO-Embedding/LCO-Embedding-Omni-3B and -7B, 2048 and 3584 dimensions: MIEB-lite 68.8 "
-    "(7B); the text-only recipe on Qwen2.5-VL-7B 60.4 (arXiv 2510.11693)",
+    about="LCO-Embedding-Omni (MIEB-lite 68.8; its text-only recipe 60.4, arXiv 2510.11693)",
     document=_LCO,
     query=_LCO,
     template=_ASSISTANT,
@@ -147,8 +141,7 @@ _NOMIC = Prompts(
 _NOMIC_MULTIMODAL = Preset(
     name="nomic-embed-multimodal",
     checkpoints="nomic-embed-multimodal.*",
-    about="nomic-ai/nomic-embed-multimodal-3b and -7b, 2048 and 3584 dimensions: for "
-    "pages of documents",
+    about="nomic-embed-multimodal, for pages of documents",
     document=_NOMIC,
     query=_NOMIC,
     template="{}",
@@ -160,8 +153,7 @@ _JINA_IMAGE = "<|im_start|>user\n<image>Describe the image.<|im_end|>\n"
 _JINA_V4 = Preset(
     name="jina-embeddings-v4",
     checkpoints="jina-embeddings-v4.*",
-    about="jinaai/jina-embeddings-v4, one of its three adapters merged, 2048 dimensions, any "
-    "prefix of 128 or more (truncate_dim), CC BY-NC",
+    about="jina-embeddings-v4 with one of its adapters",
     document=Prompts("Passage: <sent>", _JINA_IMAGE, None),
     query=Prompts("Query: <sent>", _JINA_IMAGE, None),
     template="{}",
