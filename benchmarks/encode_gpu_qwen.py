@@ -4,8 +4,8 @@
     python benchmarks/encode_gpu_qwen.py --tiny                 # any machine: does it run?
 
 Random bf16 weights, made on the device; nothing is downloaded. Texts of 64 tokens, and photographs
-of 500x375 pixels: 768 patches, 192 tokens and a prompt of 28. Each side runs in a process of its own,
-one after the other. From arrays on the host to vectors on the host, for both.
+of 500x375 pixels: 768 patches, 192 tokens and a prompt of 28. Each side runs in a process of its
+own, one after the other. From arrays on the host to vectors on the host, for both.
 """
 
 import dataclasses
