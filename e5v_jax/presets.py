@@ -65,6 +65,8 @@ class Preset:
 
     def with_pixels(self, min_pixels: int | None, max_pixels: int | None) -> "Preset":
         """The same with other limits, where they are given. Raises ValueError: names a bad one."""
+        if min_pixels is None and max_pixels is None:
+            return self
         least = self.min_pixels if min_pixels is None else min_pixels
         most = self.max_pixels if max_pixels is None else max_pixels
         for name, value in (("min_pixels", least), ("max_pixels", most)):
@@ -184,8 +186,7 @@ _QWEN3_VL = Prompts("<sent>", "<image>", "<image><sent>")
 _QWEN3_VL_EMBEDDING = Preset(
     name="qwen3-vl-embedding",
     checkpoints="qwen3-vl-embedding.*",
-    about="Qwen/Qwen3-VL-Embedding-2B and -8B, 2048 and 4096 dimensions, any prefix of 64 or more "
-    "(truncate_dim), Apache-2.0: MMEB 75.0 and 80.1, MMEB-V2 73.2 and 77.8 (arXiv 2601.04720)",
+    about="Qwen3-VL-Embedding-2B and -8B (MMEB 75.0 and 80.1, arXiv 2601.04720)",
     document=_QWEN3_VL,
     query=_QWEN3_VL,
     instructed_query=_QWEN3_VL,
