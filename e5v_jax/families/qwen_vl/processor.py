@@ -20,7 +20,7 @@ from e5v_jax.families.qwen_vl.vision import Patches
 from e5v_jax.families.text.processor import TextProcessor
 from e5v_jax.presets import E5_V, Preset
 
-PATCH_BUCKETS = (208, 384, 640, 768, 1216, 1600, 2176, 2688, 3456, 5120, 7200)
+PATCH_BUCKETS = (208, 384, 640, 768, 1216, 1728, 2432, 3456, 5120, 7200)
 """Patches that images are padded to. Fine where photographs of data sets are (224 x 224 has 196,
 500 x 375 has 768, 640 x 480 has 1200), and at both caps: 1280 and 1800 tokens."""
 _TEXT_LENGTHS = (16, 32, *(size * 2**power for power in range(4, 14) for size in (3, 4)))
