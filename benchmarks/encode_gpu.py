@@ -76,7 +76,7 @@ def model_flops(cfg: LlavaNextConfig, kind: Kind) -> float:
     tokens = TEXT_TOKENS if kind == "texts" else PROMPT_TOKENS + len(image_rows(cfg))
     tiles = 0 if kind == "texts" else 5
     return count_forward(
-        LLAVA_NEXT, cfg, rows=1, length=tokens, tiles=tiles, causal_half=True
+        LLAVA_NEXT, cfg, rows=1, length=tokens, shape_key=tiles, causal_half=True
     ).forward
 
 

@@ -80,10 +80,10 @@ def test_hand_count_is_the_cost_model() -> None:
     assert round(flops.matmul_parameters(TABLE) / 1e9, 2) == 6.98
     for tokens, tiles, expected in ((2340 + 20, 5, 36.4), (2928 + 20, 5, 45.4), (40, 0, 0.56)):
         count = flops.count_forward(
-            LLAVA_NEXT, LLAMA3, rows=1, length=tokens, tiles=tiles, causal_half=True
+            LLAVA_NEXT, LLAMA3, rows=1, length=tokens, shape_key=tiles, causal_half=True
         )
         assert count.forward / 1e12 == pytest.approx(expected, rel=0.005)
-    assert LLAVA_NEXT.image_cost(LLAMA3, 5, 2).flops / 1e12 == pytest.approx(1.8, rel=0.1)
+    assert LLAVA_NEXT.image_cost(LLAMA3, 1, 5, 2).flops / 1e12 == pytest.approx(1.8, rel=0.1)
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_flops_of_the_traced_encoder(length: int, tiles: int, platform: str) -> 
         LLAMA3,
         rows=2,
         length=length,
-        tiles=2 * tiles,
+        shape_key=tiles,
         causal_half=platform == "tpu",
         pooled_only=True,
     )

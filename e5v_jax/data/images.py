@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from PIL import Image, UnidentifiedImageError
 
@@ -42,7 +42,12 @@ class ImageError(ValueError):
     """An image that cannot be used; the message is one line and names the image."""
 
 
-def load_image(source: str | Path | bytes | Image.Image, resize: Size | None = None) -> Image.Image:
+def load_image(
+    source: str | Path | bytes | Image.Image,
+    resize: Size | None = None,
+    *,
+    transparency: Literal["drop", "white"] = "drop",
+) -> Image.Image:
     """Read a file, its bytes or a Pillow image (left unchanged) as RGB.
 
     ``resize`` makes it so large before that conversion, by Pillow's own filter for its mode.
@@ -50,7 +55,8 @@ def load_image(source: str | Path | bytes | Image.Image, resize: Size | None = N
     Other modes go through ``convert("RGB")``, as in the code of E5-V and the transformers that it
     pins (4.41.2; so do all of transformers 4): transparency is dropped, be it a band, a palette's
     or one colour's (PNG's tRNS), and what is seen is the colour under it. transformers 5 blends it
-    with white, which moves an embedding by some hundredths from those E5-V was published with. No
+    with white, which moves an embedding by some hundredths from those E5-V was published with. With
+    ``transparency`` "white", an RGBA image is pasted on white, as qwen-vl-utils 0.0.14 does it. No
     EXIF rotation is applied either. Of an animation, the first frame.
 
     Raises:
@@ -59,7 +65,7 @@ def load_image(source: str | Path | bytes | Image.Image, resize: Size | None = N
             nothing is decoded for it.
         TypeError: ``source`` is none of these.
     """
-    return _open(source, partial(_to_rgb, resize=resize))
+    return _open(source, partial(_to_rgb, resize=resize, transparency=transparency))
 
 
 def image_size(source: str | Path | bytes | Image.Image) -> Size:
@@ -67,9 +73,13 @@ def image_size(source: str | Path | bytes | Image.Image) -> Size:
     return _open(source, lambda image: (image.height, image.width))
 
 
-def _to_rgb(image: Image.Image, resize: Size | None) -> Image.Image:
+def _to_rgb(image: Image.Image, resize: Size | None, transparency: str) -> Image.Image:
     if resize is not None:
         image = image.resize(resize[::-1])
+    if transparency == "white" and image.mode == "RGBA":
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image.getchannel("A"))
+        return white
     if isinstance(image.info.get("transparency"), bytes):
         image = image.copy()  # the caller's is left unchanged
         del image.info["transparency"]  # else Pillow warns that it is dropped

@@ -81,7 +81,7 @@ def estimate_encode(
     text, rows = target.config.text, shape.rows // target.runtime.batch_devices
     tokens = rows * shape.length
     widest = 4 * text.hidden_size + 2 * text.intermediate_size
-    images = target.family.image_cost(target.config, rows * shape.shape_key, size)
+    images = target.family.image_cost(target.config, rows, shape.shape_key, size)
     pixels = [x for x in jax.tree.leaves(program.args[1]) if x.dtype == jnp.uint8]
     working = max(tokens * widest * size, images.bytes)
     working += 5 * per_device_bytes(pixels)  # as they come, and in fp32

@@ -99,13 +99,13 @@ def count_forward(
     rows: int,
     length: int,
     lora: LoRAConfig | None = None,
-    tiles: int = 0,
+    shape_key: int = 0,
     causal_half: bool = False,
     pooled_only: bool = False,
 ) -> HandCount:
     """One forward pass over ``rows`` sequences of ``length`` positions, padding included.
 
-    ``tiles`` is the sum of the images' shape keys. ``causal_half`` counts only the scores that the
+    ``shape_key`` is that of each one's image, 0 without. ``causal_half`` counts only the scores that the
     mask lets through, as a kernel that skips blocks does; a plain matmul computes all of them.
     ``pooled_only`` leaves out of the last layer what only other tokens than the pooled one need, as
     the encoder does: all but its keys and values.
@@ -122,7 +122,7 @@ def count_forward(
         decoder=decoder,
         lora=0.0 if lora is None else 2.0 * lora_parameters(table, lora) * tokens,
         attention=scores * tokens * length * (0.5 if causal_half else 1.0),
-        vision=family.image_cost(config, tiles, 2).flops,
+        vision=family.image_cost(config, rows if shape_key else 0, shape_key, 2).flops,
         down=2.0 * matmul_parameters(table, "down_proj") * tokens,
     )
 

@@ -133,9 +133,8 @@ def report_encode(args: EncodeDryRun) -> Report:
     rows, length = args.batch_size * target.runtime.batch_devices, args.length
     shape, dtype = BatchShape(rows, length, args.tiles), jnp.dtype(args.dtype)
     program = encode_program(target, shape, Precision(dtype, dtype, args.quantize))
-    tiles = rows * args.tiles
     forward = count_forward(
-        *model, rows=rows, length=length, tiles=tiles, causal_half=True, pooled_only=True
+        *model, rows=rows, length=length, shape_key=args.tiles, causal_half=True, pooled_only=True
     )
     flops = forward.forward / topology.chips
     estimate = estimate_encode(target, program, shape, flops, dtype.itemsize)

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 from e5v_jax.families.base import BatchShape, Measured
@@ -30,7 +30,8 @@ def plan_batches(
 
     So if the largest batch does not fit in memory, it fails at once. A batch has at most
     ``max_rows`` items, and at most ``max_tokens`` positions, padding included, unless ``multiple``
-    rows have more: the number of rows is a multiple of these devices that share a batch.
+    rows have more: the number of rows is a multiple of these devices that share a batch. The last
+    batch of a key keeps the shape of the one before it where it can, which is compiled already.
 
     Raises ValueError: an item is longer than the longest padded length.
     """
@@ -41,12 +42,17 @@ def plan_batches(
 
     ordered = sorted(items, key=lambda item: (-item.shape_key, -item.length))
     for key, group in groupby(ordered, key=lambda item: item.shape_key):
-        waiting, start = list(group), 0
+        waiting, start, full = list(group), 0, None
         while start < len(waiting):
             length = padded_length(waiting[start].length, key)
-            rows = round_up(min(max(1, max_tokens // length), limit))
+            shape = BatchShape(0, length, key)
+            rows = round_up(min(max(1, max_tokens // shape.size), limit))
             members = waiting[start : start + min(rows, limit)]
             start += len(members)
-            if len(members) < min(rows, limit):
-                rows = min(rows, round_up(next(n for n in _ROWS if n >= len(members))))
-            yield Batch(members, BatchShape(rows, length, key))
+            shape = replace(shape, rows=rows)
+            # few are left: fewer rows, unless that program would be one more for this length
+            if len(members) < min(rows, limit) and shape != full:
+                least = round_up(next(n for n in _ROWS if n >= len(members)))
+                shape = replace(shape, rows=min(rows, least))
+            full = shape
+            yield Batch(members, shape)

@@ -8,6 +8,7 @@ from typing import Any
 
 from e5v_jax.families.base import Family, ModelConfig
 from e5v_jax.families.llava_next import LLAVA_NEXT
+from e5v_jax.families.qwen_vl import QWEN_VL
 from e5v_jax.families.text import TEXT
 from e5v_jax.nn.config import UnsupportedModelError
 
@@ -18,6 +19,7 @@ FAMILIES: dict[str, Family] = {
     "llava": LLAVA_NEXT,
     "llava_llama": LLAVA_NEXT,
     "llava_mistral": LLAVA_NEXT,
+    "qwen3_vl": QWEN_VL,
 }
 """By the ``model_type`` of a ``config.json``."""
 
@@ -48,6 +50,6 @@ def architecture_of(folder_name: str) -> str | None:
     """The architecture that the name of a model folder says, or None."""
     for family in FAMILIES.values():
         for pattern, name in family.checkpoints.items():
-            if re.fullmatch(pattern, folder_name):
+            if re.fullmatch(pattern, folder_name, re.IGNORECASE):
                 return name
     return None

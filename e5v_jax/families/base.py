@@ -83,6 +83,11 @@ class BatchShape:
     length: int  # positions of each row
     shape_key: int = 0  # as in Measured
 
+    @property
+    def size(self) -> int:
+        """What a row counts in a batch's budget of positions: patches are positions of a tower."""
+        return max(self.length, self.shape_key)
+
 
 class ImageCost(NamedTuple):
     """What images take before the decoder: tower and projector, one forward pass."""
@@ -156,8 +161,8 @@ class Family:
     """The ``config.json`` to export, for a source whose layout transformers has no class for."""
     check_preprocessor: Callable[[Any, dict[str, Any]], None] = lambda *_: None
     """Refuses, by name, settings of an image processor that the processor does not follow."""
-    image_cost: Callable[[Any, int, int], ImageCost] = lambda config, key, itemsize: ImageCost(0, 0)
-    """``(config, sum of the shape keys of a batch, bytes of a value) -> ImageCost``."""
+    image_cost: Callable[[Any, int, int, int], ImageCost] = lambda *_: ImageCost(0, 0)
+    """``(config, images of a batch, their shape key, bytes of a value) -> ImageCost``."""
     architectures: Mapping[str, ModelConfig] = field(default_factory=dict)
     """Architectures of known checkpoints by name."""
     checkpoints: Mapping[str, str] = field(default_factory=dict)

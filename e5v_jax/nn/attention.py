@@ -19,7 +19,7 @@ from e5v_jax.sharding import BATCH_SPEC
 
 SPLASH_BLOCK = 128
 """Splash attention needs a multiple of this many positions and of head features."""
-_QUERY_BLOCK = 1024  # queries whose logits exist at a time
+QUERY_BLOCK = 1024  # queries whose logits exist at a time
 _QUERY_BLOCK_CPU = 128  # their logits stay in the cache: 2 to 3 times as fast as all at once
 _CUDNN_MIN_LENGTH = 128  # the logits of shorter texts are small: one fused XLA loop
 
@@ -56,7 +56,7 @@ def attention(
         is_causal=is_causal,
         key_lengths=key_lengths,
         precision=precision,
-        block=_QUERY_BLOCK_CPU if platform == "cpu" else _QUERY_BLOCK,
+        block=_QUERY_BLOCK_CPU if platform == "cpu" else QUERY_BLOCK,
     )
 
 

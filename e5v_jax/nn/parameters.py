@@ -15,8 +15,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-Transform = Literal["copy", "transpose", "conv"]
-"""How an array changes on the way in: torch keeps [out, in], a conv [D, 3, p, p] -> [3*p*p, D]."""
+Transform = Literal["copy", "transpose", "conv", "conv3d"]
+"""How an array changes on the way in: torch keeps [out, in], a conv [D, 3, p, p] -> [3*p*p, D], one
+over two frames [D, 3, 2, p, p] -> [3*2*p*p, D]."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,10 @@ class Parameter:
     @property
     def hf_shape(self) -> tuple[int, ...]:
         """Its shape in the checkpoint."""
-        if self.transform == "conv":
-            patch = math.isqrt(self.shape[0] // 3)
-            return (self.shape[1], 3, patch, patch)
+        if self.transform in ("conv", "conv3d"):
+            frames = () if self.transform == "conv" else (2,)
+            patch = math.isqrt(self.shape[0] // 3 // math.prod(frames))
+            return (self.shape[1], 3, *frames, patch, patch)
         return self.shape if self.transform == "copy" else self.shape[::-1]
 
     def from_hf(self, array: np.ndarray) -> np.ndarray:

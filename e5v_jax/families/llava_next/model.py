@@ -94,11 +94,12 @@ def example_batch(config: LlavaNextConfig, shape: BatchShape) -> Batch:
     return ImageBatch(*texts, image_index=jnp.full_like(texts.input_ids, -1), tiles=tiles)
 
 
-def image_cost(config: LlavaNextConfig, tiles: int, itemsize: int) -> ImageCost:
+def image_cost(config: LlavaNextConfig, images: int, tiles: int, itemsize: int) -> ImageCost:
     """See :attr:`e5v_jax.families.base.Family.image_cost`; it grows with the tiles of all images.
 
     The blocks of the tower see each patch and the class token, all else the patches only.
     """
+    tiles *= images
     vision, patches = config.vision, config.vision.num_patches
     d, positions = vision.hidden_size, vision.num_patches + 1
     flops = 4.0 * config.num_vision_layers * d * positions**2  # attention

@@ -2,11 +2,9 @@
 
 from typing import Any
 
-import numpy as np
-
 from e5v_jax.families.llava_next.config import LlavaNextConfig
+from e5v_jax.families.settings import check_settings
 from e5v_jax.nn.clip import IMAGE_MEAN, IMAGE_STD
-from e5v_jax.nn.config import UnsupportedModelError
 from e5v_jax.prompts import IMAGE_PLACEHOLDER
 
 # transformers' names for what is computed here; the original LLaVA code keeps CLIP's
@@ -61,21 +59,4 @@ def check_preprocessor(config: LlavaNextConfig, settings: dict[str, Any]) -> Non
         settings = {**_SIZES, **settings}
         if not any("CLIP" in str(settings.get(name)) for name in _TYPES):  # which has none
             settings.setdefault("image_grid_pinpoints", _PINPOINTS)
-    for name, value in settings.items():
-        if name in _IGNORED_SETTINGS:
-            continue
-        if name not in supported:
-            raise UnsupportedModelError(f"{name} is {value!r}: this setting is not known")
-        if not any(_same(value, one) for one in supported[name]):
-            raise UnsupportedModelError(
-                f"{name} is {value!r}: only {supported[name][0]!r} is supported"
-            )
-
-
-def _same(found: Any, expected: Any) -> bool:
-    if isinstance(expected, bool) or expected is None or isinstance(expected, str | dict):
-        return bool(found == expected) and type(found) is type(expected)
-    try:  # some files round what they say
-        return np.shape(found) == np.shape(expected) and np.allclose(found, expected, 1e-6, 0)
-    except (TypeError, ValueError):
-        return False
+    check_settings(settings, supported, _IGNORED_SETTINGS)

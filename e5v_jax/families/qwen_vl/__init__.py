@@ -1,0 +1,23 @@
+"""Qwen3-VL: native-resolution tower with deepstack mergers, Qwen3 decoder with M-RoPE."""
+
+from e5v_jax.families.base import Family
+from e5v_jax.families.qwen_vl.config import QwenVLConfig
+from e5v_jax.families.qwen_vl.model import build, example_batch, image_cost
+from e5v_jax.families.qwen_vl.parameters import parameters
+from e5v_jax.families.qwen_vl.preprocessor import check_preprocessor
+from e5v_jax.families.qwen_vl.presets import ARCHITECTURES, CHECKPOINTS
+from e5v_jax.families.qwen_vl.processor import QwenVLProcessor, match_tokenizer
+
+QWEN_VL = Family(
+    read_config=QwenVLConfig.from_hf,
+    config_from_dict=QwenVLConfig.from_dict,
+    build=build,
+    parameters=parameters,
+    processor=QwenVLProcessor,
+    example_batch=example_batch,
+    image_cost=image_cost,
+    match_tokenizer=match_tokenizer,
+    check_preprocessor=check_preprocessor,
+    architectures=ARCHITECTURES,
+    checkpoints=CHECKPOINTS,
+)

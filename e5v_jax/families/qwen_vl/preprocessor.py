@@ -1,0 +1,57 @@
+"""What the image processor's settings in a model folder must say: what is computed here."""
+
+from typing import Any
+
+from e5v_jax.families.qwen_vl.config import QwenVLConfig
+from e5v_jax.families.qwen_vl.vision import FRAMES, IMAGE_MEAN, IMAGE_STD
+from e5v_jax.families.settings import check_settings
+
+_KINDS = ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "Processor")
+_CLASSES = (*(f"{name}{kind}" for name in ("Qwen2VL", "Qwen3VL") for kind in _KINDS), None)
+_TYPES = ("image_processor_type", "feature_extractor_type", "processor_class", "_processor_class")
+_SIZES = ("size", "min_pixels", "max_pixels")
+_IGNORED_SETTINGS = {
+    **dict.fromkeys(
+        ("data_format", "input_data_format", "return_tensors", "device", "disable_grouping"),
+        "how transformers holds its arrays",
+    ),
+    **dict.fromkeys(_SIZES, "the cap is that of the authors' script, which does not read these"),
+    "default_to_square": "the size is an area in any case",
+    "auto_map": "code that is never run",
+    "chat_template": "prompts are those of presets.py",
+    "video_processor": "there are no videos",
+    "do_convert_rgb": "every image is made RGB, as the preset says",
+}
+# What a file means that leaves them out: the defaults of transformers' class.
+_DEFAULTS = {
+    "patch_size": 14,
+    "merge_size": 2,
+    "temporal_patch_size": 2,
+    "image_mean": [0.48145466, 0.4578275, 0.40821073],
+    "image_std": [0.26862954, 0.26130258, 0.27577711],
+}
+
+
+def check_preprocessor(config: QwenVLConfig, settings: dict[str, Any]) -> None:
+    """Raise UnsupportedModelError, naming it, on a setting other than what is computed here."""
+    vision = config.vision
+    supported: dict[str, tuple[Any, ...]] = {
+        "do_resize": (True,),
+        "resample": (3, None),  # bicubic
+        "do_rescale": (True,),
+        "rescale_factor": (1 / 255,),
+        "do_normalize": (True,),
+        "image_mean": ([IMAGE_MEAN] * 3,),
+        "image_std": ([IMAGE_STD] * 3,),
+        "patch_size": (vision.patch_size,),
+        "temporal_patch_size": (FRAMES,),
+        "merge_size": (vision.spatial_merge_size,),
+        "do_pad": (False, None),
+        "do_center_crop": (False, None),
+        "crop_size": (None,),
+        "pad_size": (None,),
+        **dict.fromkeys(_TYPES, _CLASSES),
+    }
+    if "image_processor_type" in settings:  # not those of the processor around it
+        settings = {**_DEFAULTS, **settings}
+    check_settings(settings, supported, _IGNORED_SETTINGS)

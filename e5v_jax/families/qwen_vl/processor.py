@@ -1,0 +1,161 @@
+"""Images and texts to batches: patches at an image's own resolution, and each token's position."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerFast
+
+from e5v_jax.data.images import Size, load_image
+from e5v_jax.data.text import IMAGE_BUCKETS, bucket_length, expand_image_tokens, pad_right
+from e5v_jax.families.base import Batch, BatchShape, Measured
+from e5v_jax.families.qwen_vl.config import QwenVLConfig
+from e5v_jax.families.qwen_vl.model import ImageBatch
+from e5v_jax.families.qwen_vl.patches import PatchedImage, cut_patches
+from e5v_jax.families.qwen_vl.positions import position_ids
+from e5v_jax.families.qwen_vl.resize import smart_resize
+from e5v_jax.families.qwen_vl.vision import Patches
+from e5v_jax.families.text.processor import TextProcessor
+from e5v_jax.presets import E5_V, Preset
+
+PATCH_BUCKETS = (208, 384, 640, 768, 1216, 1600, 2176, 2688, 3456, 5120, 7200)
+"""Patches that images are padded to. Fine where photographs of data sets are (224 x 224 has 196,
+500 x 375 has 768, 640 x 480 has 1200), and at both caps: 1280 and 1800 tokens."""
+MIN_TOKENS, MAX_TOKENS = 4, 1800
+"""Of an image, as the authors' scripts have it; a preset may say otherwise, in pixels."""
+_PROMPT = 48  # tokens beside the image's, for which the decoder always has room
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One input with an image, ready for the device."""
+
+    ids: list[int]  # the image's placeholder expanded
+    start: int  # of the image's tokens
+    image: PatchedImage
+
+
+class QwenVLProcessor(TextProcessor):
+    """The :class:`e5v_jax.families.base.Processor` of Qwen-VL; the shape key is the patches."""
+
+    config: QwenVLConfig
+    image_text = "<|vision_start|><|image_pad|><|vision_end|>"
+    shape_unit = "patches"
+
+    def __init__(
+        self,
+        config: QwenVLConfig,
+        tokenizer: PreTrainedTokenizerFast,
+        template: str | None = None,
+        preset: Preset = E5_V,
+    ) -> None:
+        """Raise ValueError: the template cannot be told, or as :func:`match_tokenizer`."""
+        super().__init__(match_tokenizer(config, tokenizer), tokenizer, template, preset)
+        token = config.vision.factor**2  # pixels
+        self.min_pixels = preset.min_pixels or MIN_TOKENS * token
+        self.max_pixels = preset.max_pixels or MAX_TOKENS * token
+
+    def resized(self, size: Size) -> Size:
+        """What an image of ``size`` (height, width) is resized to. Raises as smart_resize."""
+        return smart_resize(
+            size,
+            factor=self.config.vision.factor,
+            min_pixels=self.min_pixels,
+            max_pixels=self.max_pixels,
+        )
+
+    def measure_image(self, size: Size) -> tuple[int, int]:
+        """(tokens, padded patches) of an image of ``size`` (height, width) pixels."""
+        vision = self.config.vision
+        height, width = self.resized(self.preset.resize or size)
+        patches = (height // vision.patch_size) * (width // vision.patch_size)
+        if patches > PATCH_BUCKETS[-1]:
+            raise ValueError(
+                f"an image of {size[1]}x{size[0]} pixels would have {patches} patches, at most "
+                f"{PATCH_BUCKETS[-1]} are supported: give a smaller max_pixels"
+            )
+        return patches // vision.merged, bucket_length(patches, PATCH_BUCKETS)
+
+    @property
+    def load(self) -> Callable[[Measured], Any]:
+        """See :attr:`e5v_jax.families.base.Processor.load`."""
+        return partial(load, config=self.config, preset=self.preset, resized=self.resized)
+
+    def padded_length(self, length: int, shape_key: int) -> int:
+        """See :meth:`e5v_jax.families.base.Processor.padded_length`.
+
+        All images of a bucket take what its largest with a short prompt takes: one program.
+        """
+        if shape_key:
+            length = max(length, shape_key // self.config.vision.merged + _PROMPT)
+            return bucket_length(length, (128, *IMAGE_BUCKETS))
+        return super().padded_length(length, shape_key)
+
+    def stack(self, items: Sequence[Any], shape: BatchShape) -> Batch:
+        """See :meth:`e5v_jax.families.base.Processor.stack`."""
+        if not shape.shape_key:
+            return super().stack(items, shape)
+        vision, rows = self.config.vision, len(items)
+        ids = [[0] if item is None else item.ids for item in items]
+        input_ids, last_index = pad_right(ids, shape.length, pad_id=0)
+        pixels = np.zeros((rows, shape.shape_key, 3 * vision.patch_size**2), np.uint8)
+        place = np.full((rows, shape.shape_key, 2), -1, np.int16)
+        grid = np.ones((rows, 2), np.int32)
+        image_index = np.full((rows, shape.length), -1, np.int32)
+        positions = np.zeros((rows, shape.length, 3), np.int32)
+        for row, item in enumerate(items):
+            if item is None:
+                continue
+            count, image = len(item.image.pixels), item.image
+            pixels[row, :count], place[row, :count] = image.pixels, image.place
+            grid[row] = image.grid
+            tokens = count // vision.merged
+            image_index[row, item.start : item.start + tokens] = np.arange(tokens)
+            side = vision.spatial_merge_size
+            own = (image.grid[0] // side, image.grid[1] // side)
+            positions[row, : len(item.ids)] = position_ids(len(item.ids), item.start, own)
+        input_ids = np.where(image_index >= 0, 0, input_ids)  # `<|image_pad|>` may have no row
+        is_1d = self.preset.positions == "1d"
+        patches = Patches(pixels, place, grid)
+        return ImageBatch(input_ids, last_index, image_index, None if is_1d else positions, patches)
+
+
+def load(
+    item: Measured, config: QwenVLConfig, preset: Preset, resized: Callable[[Size], Size]
+) -> Prepared | list[int]:
+    """Decode, resize and cut an input's image, if any. Raises ValueError: it cannot be decoded."""
+    if item.image is None:
+        return item.ids
+    vision = config.vision
+    image = load_image(item.image, preset.resize, transparency=preset.transparency)
+    size = (image.height, image.width)
+    if preset.resize is None and size != item.image_size:
+        raise ValueError(
+            f"the image's header says {item.image_size} (height, width), its data {size}: save it "
+            "again"
+        )
+    patched = cut_patches(
+        image, resized(size), patch=vision.patch_size, merge=vision.spatial_merge_size
+    )
+    token, count = config.image_token_id, len(patched.pixels) // vision.merged
+    start = item.ids.index(token)
+    return Prepared(expand_image_tokens(item.ids, token, [count]), start, patched)
+
+
+def match_tokenizer(config: QwenVLConfig, tokenizer: PreTrainedTokenizerFast) -> QwenVLConfig:
+    """``config`` as it is. Raises ValueError: the tokenizer has other ids for its tokens."""
+    known = tokenizer.added_tokens_encoder
+    for name, string in (
+        ("image_token_id", "<|image_pad|>"),
+        ("vision_start_token_id", "<|vision_start|>"),
+        ("vision_end_token_id", "<|vision_end|>"),
+    ):
+        if (found := known.get(string)) != (expected := getattr(config, name)):
+            has = "not a token" if found is None else f"token {found}"
+            raise ValueError(
+                f"{string} is {has} of the tokenizer, but {name} in config.json is {expected}: "
+                "they belong to different models"
+            )
+    return config

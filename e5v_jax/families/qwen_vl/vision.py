@@ -1,0 +1,224 @@
+"""Qwen3-VL's tower: patches of one image a row, at its own resolution, to tokens of the decoder.
+
+Reference: transformers' ``Qwen3VLVisionModel``. Rows are padded with patches whose place is below
+zero; they come last, are no key of any attention, and are merged among themselves.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from e5v_jax.families.base import Array
+from e5v_jax.families.qwen_vl.config import QwenVisionConfig
+from e5v_jax.nn.attention import attention
+from e5v_jax.nn.clip import exact_gelu
+from e5v_jax.nn.layers import Build, LayerNorm, Linear
+from e5v_jax.nn.rope import apply_rope, rope_angles, rope_frequencies
+
+NORM_EPS = 1e-6  # of every layer norm; no field of the configuration
+FRAMES = 2  # of a patch of the reference; a still image repeats
+IMAGE_MEAN = IMAGE_STD = 0.5
+
+
+class Patches(NamedTuple):
+    """Images as the tower takes them, one a row."""
+
+    pixels: Array  # uint8 [B, P, 3*p*p]
+    place: Array  # int16 [B, P, 2], row and column of each patch; below 0 is padding
+    grid: Array  # int32 [B, 2], patches (rows, columns) of the image
+
+
+class PatchEmbedding(nnx.Module):
+    """Pixels to features: one linear map, which the reference has once for each frame."""
+
+    def __init__(self, cfg: QwenVisionConfig, build: Build, *, rngs: nnx.Rngs) -> None:
+        inputs, dtype = 3 * FRAMES * cfg.patch_size**2, jnp.dtype(build.precision.param)
+        init = jax.nn.initializers.normal(0.02)
+        self.kernel = nnx.Param(init(rngs.params(), (inputs, cfg.hidden_size), dtype))
+        self.bias = nnx.Param(jnp.zeros((cfg.hidden_size,), dtype))
+        self.precision = build.precision
+
+    def __call__(self, pixels: Array) -> jax.Array:
+        """uint8 [B, P, 3*p*p] -> [B, P, D]."""
+        dtype, d = self.precision.compute, self.bias.shape[0]
+        values = (jnp.asarray(pixels, jnp.float32) / 255.0 - IMAGE_MEAN) / IMAGE_STD
+        frames = self.kernel[...].astype(jnp.float32).reshape(3, FRAMES, -1, d)
+        kernel = frames.sum(axis=1).reshape(-1, d)  # both frames are the same pixels: fp32
+        y = jnp.matmul(
+            values.astype(dtype), kernel.astype(dtype), precision=self.precision.matmul
+        )  # [B, P, D]
+        return y + self.bias[...].astype(dtype)
+
+
+def interpolation(place: jax.Array, grid: jax.Array, side: int) -> tuple[jax.Array, jax.Array]:
+    """Which rows of a table [side * side] each patch takes, and how much: int32, fp32 [B, P, 4].
+
+    The table is stretched over the image, corner on corner, and read bilinearly (reference:
+    ``get_vision_interpolation_indices_and_weights`` with align_corners).
+    """
+    steps = jnp.maximum(grid - 1, 1)[:, None].astype(jnp.float32)  # [B, 1, 2]
+    at = place.astype(jnp.float32) * (side - 1) / steps  # [B, P, 2]
+    low = jnp.floor(at)
+    part = at - low
+    taps = jnp.clip(jnp.stack([low, low + 1], axis=-1), 0, side - 1).astype(jnp.int32)
+    weights = jnp.stack([1 - part, part], axis=-1)  # [B, P, 2 axes, 2 taps]
+    index = taps[:, :, 0, :, None] * side + taps[:, :, 1, None]  # [B, P, 2, 2]
+    weight = weights[:, :, 0, :, None] * weights[:, :, 1, None]
+    return index.reshape(*index.shape[:2], 4), weight.reshape(*weight.shape[:2], 4)
+
+
+class VisionAttention(nnx.Module):
+    """Self-attention of each image's patches, which are turned by row and column."""
+
+    def __init__(self, cfg: QwenVisionConfig, build: Build, *, rngs: nnx.Rngs) -> None:
+        d = cfg.hidden_size
+        self.qkv = Linear(d, 3 * d, build, use_bias=True, rngs=rngs)
+        self.proj = Linear(d, d, build, use_bias=True, rngs=rngs)
+        self.num_heads = cfg.num_heads
+        self.precision, self.runtime = build.precision, build.runtime
+
+    def __call__(self, x: jax.Array, angles: jax.Array, lengths: jax.Array) -> jax.Array:
+        """[B, P, D] -> [B, P, D]; ``angles`` are fp32 [B, P, H/2], ``lengths`` int32 [B]."""
+        b, p, d = x.shape
+        q, k, v = jnp.moveaxis(self.qkv(x).reshape(b, p, 3, self.num_heads, -1), 2, 0)
+        # [B, P, N, H] each; turned in fp32, as the reference
+        q, k = (apply_rope(t.astype(jnp.float32), angles).astype(v.dtype) for t in (q, k))
+        out = attention(
+            q,
+            k,
+            v,
+            is_causal=False,
+            key_lengths=lengths,
+            precision=self.precision,
+            runtime=self.runtime,
+        )
+        return self.proj(out.reshape(b, p, d))
+
+
+class VisionMLP(nnx.Module):
+    """Two linear maps around GELU, by tanh."""
+
+    def __init__(self, cfg: QwenVisionConfig, build: Build, *, rngs: nnx.Rngs) -> None:
+        d, f = cfg.hidden_size, cfg.intermediate_size
+        self.linear_fc1 = Linear(d, f, build, use_bias=True, rngs=rngs)
+        self.linear_fc2 = Linear(f, d, build, use_bias=True, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, P, D] -> [B, P, D]."""
+        return self.linear_fc2(jax.nn.gelu(self.linear_fc1(x), approximate=True))
+
+
+class VisionBlock(nnx.Module):
+    """Pre-norm attention and MLP, each with a residual connection."""
+
+    def __init__(self, cfg: QwenVisionConfig, build: Build, *, rngs: nnx.Rngs) -> None:
+        d, precision = cfg.hidden_size, build.precision
+        self.norm1 = LayerNorm(d, eps=NORM_EPS, precision=precision)
+        self.norm2 = LayerNorm(d, eps=NORM_EPS, precision=precision)
+        self.attn = VisionAttention(cfg, build, rngs=rngs)
+        self.mlp = VisionMLP(cfg, build, rngs=rngs)
+
+    def __call__(self, x: jax.Array, angles: jax.Array, lengths: jax.Array) -> jax.Array:
+        """[B, P, D] -> [B, P, D]."""
+        x = x + self.attn(self.norm1(x), angles, lengths)
+        return x + self.mlp(self.norm2(x))
+
+
+class PatchMerger(nnx.Module):
+    """A block of patches to one vector of the decoder."""
+
+    def __init__(
+        self, cfg: QwenVisionConfig, build: Build, *, rngs: nnx.Rngs, norm_merged: bool
+    ) -> None:
+        """``norm_merged``: the norm is over the whole block, not over each patch."""
+        wide = cfg.hidden_size * cfg.merged
+        size = wide if norm_merged else cfg.hidden_size
+        self.norm = LayerNorm(size, eps=NORM_EPS, precision=build.precision)
+        self.linear_fc1 = Linear(wide, wide, build, use_bias=True, rngs=rngs)
+        self.linear_fc2 = Linear(wide, cfg.out_hidden_size, build, use_bias=True, rngs=rngs)
+        self.norm_merged, self.merged = norm_merged, cfg.merged
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, P, D] -> [B, P / merged, out]."""
+        blocks = (x.shape[0], x.shape[1] // self.merged, self.merged * x.shape[2])
+        x = self.norm(x.reshape(blocks)) if self.norm_merged else self.norm(x).reshape(blocks)
+        return self.linear_fc2(exact_gelu(self.linear_fc1(x)))
+
+
+class QwenVision(nnx.Module):
+    """The tower with all its mergers."""
+
+    def __init__(self, cfg: QwenVisionConfig, build: Build, *, rngs: nnx.Rngs) -> None:
+        init, dtype = jax.nn.initializers.normal(0.02), jnp.dtype(build.precision.param)
+        self.patch_embed = PatchEmbedding(cfg, build, rngs=rngs)
+        table = (cfg.num_position_embeddings, cfg.hidden_size)
+        self.pos_embed = nnx.Param(init(rngs.params(), table, dtype))
+
+        def stacked(make: partial[nnx.Module], count: int) -> nnx.Module:
+            keys = jax.random.split(rngs.params(), count)
+            return jax.vmap(lambda key: make(rngs=nnx.Rngs(params=key)))(keys)
+
+        self.blocks = stacked(partial(VisionBlock, cfg, build), cfg.depth)
+        self.merger = PatchMerger(cfg, build, rngs=rngs, norm_merged=False)
+        self.num_deep = len(cfg.deepstack_visual_indexes)
+        if self.num_deep:
+            deep = partial(PatchMerger, cfg, build, norm_merged=True)
+            self.deepstack_merger_list = stacked(deep, self.num_deep)
+        self.cfg, self.precision, self.runtime = cfg, build.precision, build.runtime
+
+    def __call__(self, patches: Patches) -> tuple[jax.Array, jax.Array | None]:
+        """Tokens of each image [B, N, out]; also [B, J, N, out] for the decoder's first J layers.
+
+        N is P over the patches of a token; those of padding are no image's.
+        """
+        place = jnp.asarray(patches.place, jnp.int32)
+        lengths = jnp.sum(place[..., 0] >= 0, axis=1)  # [B]
+        x = self.embed(patches.pixels, place, jnp.asarray(patches.grid))  # [B, P, D]
+        angles = self.angles(place)
+        blocks = self.cfg.deepstack_visual_indexes
+        # where each block's output is kept; the last place is for those that nobody asks for
+        slots = np.full(self.cfg.depth, self.num_deep, np.int32)
+        slots[list(blocks)] = np.arange(self.num_deep)
+        kept = jnp.zeros((self.num_deep + 1, *x.shape), x.dtype) if self.num_deep else None
+
+        def body(
+            carry: tuple[jax.Array, jax.Array | None], block_and_slot: tuple[VisionBlock, jax.Array]
+        ) -> tuple[tuple[jax.Array, jax.Array | None], None]:
+            (h, kept), (block, slot) = carry, block_and_slot
+            split = self.runtime.split_batch
+            h = split(block(split(h), angles, lengths))
+            if kept is not None:
+                kept = jax.lax.dynamic_update_index_in_dim(kept, h, slot, 0)
+            return (h, kept), None
+
+        (x, kept), _ = jax.lax.scan(body, (x, kept), (self.blocks, jnp.asarray(slots)))
+        features = self.merger(x)  # [B, N, out]
+        if kept is None:
+            return features, None
+
+        def merge(_: None, merger_and_kept: tuple[PatchMerger, jax.Array]) -> tuple[None, jax.Array]:
+            merger, h = merger_and_kept
+            return None, merger(h)
+
+        _, deep = jax.lax.scan(merge, None, (self.deepstack_merger_list, kept[: self.num_deep]))
+        return features, jnp.moveaxis(deep, 0, 1)  # [B, J, N, out]
+
+    def embed(self, pixels: Array, place: jax.Array, grid: jax.Array) -> jax.Array:
+        """Patches with their learned position [B, P, D]."""
+        x = self.patch_embed(pixels)
+        index, weight = interpolation(place, grid, self.cfg.position_side)  # [B, P, 4]
+        table = self.pos_embed[...]
+        # tap by tap: all four at once would be four times the activations, in fp32
+        taps = (table[index[..., t]].astype(jnp.float32) * weight[..., t, None] for t in range(4))
+        return x + sum(taps).astype(x.dtype)
+
+    def angles(self, place: jax.Array) -> jax.Array:
+        """fp32 [B, P, H/2]: the row turns one half of them, the column the other."""
+        frequency = rope_frequencies(
+            head_dim=self.cfg.hidden_size // self.cfg.num_heads // 2, theta=self.cfg.rope_theta
+        )  # [H/4]
+        return rope_angles(place, frequency).reshape(*place.shape[:2], -1)
