@@ -30,7 +30,7 @@ from e5v_jax.checkpoints.converted import ConvertedFolder
 from e5v_jax.checkpoints.hf_source import HfSource, open_source
 from e5v_jax.checkpoints.peft import Adapter, read_adapter
 from e5v_jax.checkpoints.tokenizer import load_tokenizer
-from e5v_jax.nn.config import TextConfig
+from e5v_jax.nn.text_config import TextConfig
 
 TEXTS = ["A dog sits.", "Snow falls on the roofs: 3 cm!"]
 IMAGE = picture(40, 60)

@@ -26,6 +26,10 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
@@ -94,11 +98,20 @@ def build_tokenizer(template: str, *, with_image: bool = True) -> PreTrainedToke
     return tokenizer
 
 
+TextConfig = LlamaConfig | MistralConfig | Qwen2Config | Qwen3Config
+TEXT_MODELS: dict[type[TextConfig], Any] = {
+    LlamaConfig: LlamaForCausalLM,
+    MistralConfig: MistralForCausalLM,
+    Qwen2Config: Qwen2ForCausalLM,
+    Qwen3Config: Qwen3ForCausalLM,
+}
+
+
 @dataclass(frozen=True)
 class Recipe:
     """One random model. Small numbers that all differ, so that no two axes can be mixed up."""
 
-    text_class: type[LlamaConfig] | type[MistralConfig] = LlamaConfig
+    text_class: type[TextConfig] = LlamaConfig
     template: str = "llama3"
     text: dict[str, Any] = field(default_factory=dict)
     vision: dict[str, Any] = field(default_factory=dict)
@@ -106,7 +119,7 @@ class Recipe:
     pinpoints: tuple[tuple[int, int], ...] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # in tiles
     seed: int = 0
 
-    def text_config(self) -> LlamaConfig | MistralConfig:
+    def text_config(self) -> TextConfig:
         options: dict[str, Any] = {
             "vocab_size": 277,
             "hidden_size": 64,
@@ -204,6 +217,8 @@ TEXT_RECIPES = {
     "llama": Recipe(template="chatml", text={"vocab_size": 261}, seed=6),
     "llama-tied": Recipe(template="chatml", tied=True, seed=7),
     "mistral": Recipe(MistralConfig, "mistral", text={"head_dim": 24}, seed=8),
+    "qwen2": Recipe(Qwen2Config, "chatml", seed=14),
+    "qwen3-tied": Recipe(Qwen3Config, "chatml", text={"head_dim": 24}, tied=True, seed=15),
 }
 
 
@@ -299,8 +314,8 @@ def build_llava(recipe: Recipe, folder: Path) -> Case:
 def build_text(recipe: Recipe, folder: Path) -> Case:
     """Make, save and wrap a random text-only model."""
     config = recipe.text_config()
-    cls = LlamaForCausalLM if isinstance(config, LlamaConfig) else MistralForCausalLM
-    return _save(cls(config).eval(), recipe, folder, with_image=False)
+    model = TEXT_MODELS[recipe.text_class](config).eval()
+    return _save(model, recipe, folder, with_image=False)
 
 
 def _save(model: Any, recipe: Recipe, folder: Path, *, with_image: bool) -> Case:

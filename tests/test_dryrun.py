@@ -31,8 +31,8 @@ from e5v_jax.families.base import BatchShape, Family
 from e5v_jax.families.llava_next import LLAVA_NEXT
 from e5v_jax.families.text import TEXT
 from e5v_jax.families.text.config import TextModelConfig
-from e5v_jax.nn.config import TextConfig
 from e5v_jax.nn.layers import LoRAConfig, Precision
+from e5v_jax.nn.text_config import TextConfig
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh
 from e5v_jax.train import loop, setup

@@ -16,7 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from e5v_jax.families.base import BatchShape
 from e5v_jax.families.llava_next.model import ImageBatch
 from e5v_jax.families.llava_next.tiling import NEWLINE, image_token_index, tile_image
-from e5v_jax.nn.layers import apply_rope, rope_angles
+from e5v_jax.nn.rope import apply_rope, rope_angles, rope_frequencies
 from e5v_jax.prompts import choose_prompt
 
 NAMES = ("llama-gqa", "mistral", "wide-heads", "vicuna")
@@ -176,7 +176,8 @@ def test_each_decoder_layer(trace: Trace) -> None:
     decoder = trace.case.module.language_model
     cfg = decoder.cfg
     positions = jnp.arange(trace.inputs_embeds.shape[1])
-    angles = rope_angles(positions, head_dim=cfg.head_dim, theta=cfg.rope_theta)
+    frequency = rope_frequencies(head_dim=cfg.head_dim, theta=cfg.rope_theta)
+    angles = rope_angles(positions, frequency)
     before = trace.inputs_embeds
     for i, expected in enumerate(trace.layers):
         found = run_layer(decoder.layers, i, before.numpy(), angles, None)
@@ -213,7 +214,8 @@ def test_rope_at_long_positions(theta: float, head_dim: int) -> None:
         rope_parameters={"rope_type": "default", "rope_theta": theta},
     )
     cos, sin = LlamaRotaryEmbedding(config)(torch.zeros(1), torch.arange(length)[None])
-    angles = np.asarray(rope_angles(jnp.arange(length), head_dim=head_dim, theta=theta))
+    frequency = rope_frequencies(head_dim=head_dim, theta=theta)
+    angles = np.asarray(rope_angles(jnp.arange(length), frequency))
     half = head_dim // 2
     assert np.abs(np.cos(angles) - cos[0, :, :half].numpy()).max() <= 1e-6
     assert np.abs(np.sin(angles) - sin[0, :, :half].numpy()).max() <= 1e-6

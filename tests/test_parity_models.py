@@ -32,9 +32,11 @@ from e5v_jax.checkpoints.hf_source import HfSource
 from e5v_jax.families.llava_next import model as llava_next
 from e5v_jax.families.llava_next import processor, tiling
 from e5v_jax.families.llava_next.config import LlavaNextConfig
-from e5v_jax.nn import clip, decoder, layers
+from e5v_jax.nn import clip, decoder, layers, rope
 from e5v_jax.nn.attention import attention
-from e5v_jax.nn.config import TextConfig, VisionConfig
+from e5v_jax.nn.config import VisionConfig
+from e5v_jax.nn.rope import RopeScaling
+from e5v_jax.nn.text_config import TextConfig
 
 TEXTS = [
     "A dog sits.",
@@ -155,7 +157,7 @@ def test_image_token_outside_the_table(
 Plant = Callable[[pytest.MonkeyPatch], None]
 
 
-def _interleaved_rope(x: jax.Array, angles: jax.Array) -> jax.Array:
+def _interleaved_rope(x: jax.Array, angles: jax.Array, _: float) -> jax.Array:
     cos, sin = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
     first, second = x[..., ::2], x[..., 1::2]
     rotated = [first * cos - second * sin, second * cos + first * sin]
@@ -208,12 +210,12 @@ def _scale_plus_one(norm: layers.RMSNorm, x: jax.Array) -> jax.Array:
 PLANTS: dict[str, Plant] = {
     "rope pairs neighbours": lambda m: m.setattr(decoder, "apply_rope", _interleaved_rope),
     "rope turns backwards": lambda m: m.setattr(
-        decoder, "apply_rope", lambda x, angles: layers.apply_rope(x, -angles)
+        decoder, "apply_rope", lambda x, angles, scale: rope.apply_rope(x, -angles, scale)
     ),
     "positions stretched": lambda m: m.setattr(
         decoder,
         "rope_angles",
-        lambda positions, **kw: layers.rope_angles(positions * 1.001, **kw),
+        lambda positions, frequency: rope.rope_angles(positions * 1.001, frequency),
     ),
     "newline dropped": lambda m: m.setattr(processor, "image_token_index", _without_newlines),
     "tiles swapped": lambda m: m.setattr(processor, "tile_image", _swapped_tiles),
@@ -273,6 +275,12 @@ TEXT_CHANGES: dict[str, list[Any]] = {
     "rope_theta": [400000.0],
     "max_position_embeddings": [50],
     "model_type": ["llama"],
+    "qkv_bias": [True],
+    "qk_norm": [True],
+    "rope_scaling": [RopeScaling("linear", 4.0)],
+    "mrope_section": [(3, 2, 2)],  # a right one shows only with positions: test_decoder.py
+    "mrope_interleaved": [True],
+    "sliding_window": [50],
 }
 VISION_CHANGES: dict[str, list[Any]] = {
     "hidden_size": [96],

@@ -5,7 +5,6 @@ key means what in Hugging Face terms follows transformers' ``modeling_gguf_pytor
 ``integrations.gguf``.
 """
 
-import dataclasses
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,7 +14,8 @@ from gguf import MODEL_ARCH, GGUFReader, ReaderTensor, get_tensor_name_map
 from gguf.quants import dequantize
 
 from e5v_jax.families import find_family
-from e5v_jax.nn.config import TextConfig, UnsupportedModelError
+from e5v_jax.nn.config import UnsupportedModelError
+from e5v_jax.nn.text_config import TextConfig
 from e5v_jax.storage import size_and_time
 
 # GGUF metadata -> config.json, one value each. All are required.
@@ -189,7 +189,7 @@ class GGUFTensors:
         self._config = read_config(path)
         self._file = open_gguf(path)
         layers = self._config["num_hidden_layers"]
-        text = {f.name: self._config[f.name] for f in dataclasses.fields(TextConfig)}
+        text = {name: self._config[name] for name in ("model_type", *CONFIG_KEYS.values())}
         family = find_family(self._config)
         table = family.parameters(family.config_from_dict({"text": text}))
         theirs = get_tensor_name_map(MODEL_ARCH.LLAMA, layers)

@@ -10,7 +10,7 @@ from e5v_jax.dryrun.flops import lora_parameters, matmul_parameters
 from e5v_jax.dryrun.program import COLUMNS, Program, Target, per_device_bytes
 from e5v_jax.dryrun.report import Cost
 from e5v_jax.families.base import BatchShape
-from e5v_jax.nn.config import TextConfig
+from e5v_jax.nn.text_config import TextConfig
 from e5v_jax.train.config import TrainConfig
 
 

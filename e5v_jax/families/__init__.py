@@ -15,6 +15,8 @@ from e5v_jax.nn.config import UnsupportedModelError
 FAMILIES: dict[str, Family] = {
     "llama": TEXT,
     "mistral": TEXT,
+    "qwen2": TEXT,
+    "qwen3": TEXT,
     "llava_next": LLAVA_NEXT,
     "llava": LLAVA_NEXT,
     "llava_llama": LLAVA_NEXT,

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerFast
 
 from e5v_jax.data.images import Size
 from e5v_jax.data.inputs import ImageSource, Input, InputError
-from e5v_jax.nn.config import TextConfig
 from e5v_jax.nn.decoder import Remat
 from e5v_jax.nn.parameters import ParameterTable
+from e5v_jax.nn.text_config import TextConfig
 from e5v_jax.presets import Preset
 from e5v_jax.prompts import PromptChoice
 from e5v_jax.runtime import Runtime

@@ -1,10 +1,11 @@
-"""The architecture of the parts that families share, read from Hugging Face configurations."""
+"""Reading and checking configurations, and that of the tower which families share."""
 
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from types import UnionType
+from typing import Any, Self, TypeVar, get_args
 
 import transformers
 
@@ -33,17 +34,24 @@ def from_fields(
         raise ValueError(f"{name} has no {missing[0]!r}")
     if unknown := sorted(data.keys() - fields.keys()):
         raise ValueError(f"{name} has {unknown[0]!r}, which is not known")
-    return cls(**{**data, **{field: make(data[field]) for field, make in (parts or {}).items()}})
+    made = {field: make(data[field]) for field, make in (parts or {}).items() if field in data}
+    return cls(**{**data, **made})
 
 
 def check_numbers(config: Any, section: str = "") -> None:
     """Check that each field of a configuration has its type, and each number its range.
 
-    Counts are from 1, ``rope_theta`` is too, epsilons are from 0 to 1. Raises ValueError: names the
-    field, in its ``section``.
+    Counts are from 1, ``rope_theta`` is too, epsilons are from 0 to 1; None is right where the type
+    has it. Raises ValueError: names the field, in its ``section``.
     """
     for field in dataclasses.fields(config):
         value, kind = getattr(config, field.name), field.type
+        if isinstance(kind, UnionType):
+            if value is None:
+                continue
+            kind = get_args(kind)[0]
+        if kind is bool and type(value) is not bool:
+            raise ValueError(f"{section}{field.name} is {value!r}: expected true or false")
         if kind is str and not isinstance(value, str):
             raise ValueError(f"{section}{field.name} is {value!r}: expected a string")
         if kind not in (int, float):
@@ -75,7 +83,7 @@ class VisionConfig:
         """Check what every source of a configuration must hold. Raises ValueError: names it."""
         check_numbers(self, "vision_config.")
         for whole, part in (("image_size", "patch_size"), ("hidden_size", "num_attention_heads")):
-            _check_multiple(self, whole, part, "vision_config.")
+            check_multiple(self, whole, part, "vision_config.")
         if self.hidden_act not in ("quick_gelu", "gelu"):
             raise UnsupportedModelError(
                 f"vision_config.hidden_act {self.hidden_act!r}: expected 'quick_gelu' or 'gelu'"
@@ -100,66 +108,8 @@ class VisionConfig:
         return cls(**{f.name: getattr(hf, f.name) for f in dataclasses.fields(cls)})
 
 
-@dataclass(frozen=True)
-class TextConfig:
-    """The architecture of a decoder: RMSNorm, rotary positions, grouped queries, SwiGLU."""
-
-    vocab_size: int  # rows of the embedding table
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    rms_norm_eps: float
-    rope_theta: float
-    max_position_embeddings: int
-    model_type: str  # "llama" or "mistral": the same computation, other Hugging Face classes
-
-    def __post_init__(self) -> None:
-        """Check what every source of a configuration must hold. Raises ValueError: names it."""
-        check_numbers(self)
-        _check_multiple(self, "num_attention_heads", "num_key_value_heads")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}: rotary positions need an even one")
-        _check_architecture(self.model_type)
-
-    @classmethod
-    def from_hf(cls, hf: Any) -> Self:
-        """Read a ``LlamaConfig`` or ``MistralConfig``, of transformers 4 or 5.
-
-        Raises UnsupportedModelError: the architecture or one of its options is not computed here.
-        """
-        _check_architecture(hf.model_type)  # before options that others have not
-        rope = dict(hf.rope_parameters or {})  # transformers folds an old top-level rope_theta in
-        if rope.get("rope_type", "default") != "default":
-            raise UnsupportedModelError(
-                f"rope_type {rope['rope_type']!r}: only unscaled rotary positions are supported"
-            )
-        refused = {
-            "hidden_act": (hf.hidden_act, "silu"),
-            "attention_bias": (getattr(hf, "attention_bias", False), False),
-            "mlp_bias": (getattr(hf, "mlp_bias", False), False),
-            "sliding_window": (getattr(hf, "sliding_window", None), None),
-        }
-        for key, (found, expected) in refused.items():
-            if found != expected:
-                raise UnsupportedModelError(f"{key} is {found!r}: only {expected!r} is supported")
-        given: dict[str, Any] = {f.name: getattr(hf, f.name, None) for f in dataclasses.fields(cls)}
-        if given["head_dim"] is None:
-            given["head_dim"] = hf.hidden_size // hf.num_attention_heads
-        theta = rope["rope_theta"]
-        return cls(**{**given, "rope_theta": float(theta) if type(theta) is int else theta})
-
-
-def _check_architecture(model_type: str) -> None:
-    if model_type not in ("llama", "mistral"):
-        raise UnsupportedModelError(
-            f"unsupported architecture {model_type!r}: expected 'llama' or 'mistral'"
-        )
-
-
-def _check_multiple(config: Any, whole: str, part: str, section: str = "") -> None:
+def check_multiple(config: Any, whole: str, part: str, section: str = "") -> None:
+    """Check that one number divides another. Raises ValueError: names both."""
     if getattr(config, whole) % getattr(config, part):
         raise ValueError(
             f"{section}{whole} {getattr(config, whole)} is not a multiple of {part} "

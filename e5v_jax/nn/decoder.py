@@ -1,6 +1,7 @@
-"""transformers' ``LlamaModel`` as one ``lax.scan`` over stacked layers, and its rows."""
+"""transformers' Llama, Qwen2 and Qwen3 decoders as one ``lax.scan`` over layers, and their rows."""
 
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from e5v_jax.nn.attention import attention
-from e5v_jax.nn.config import TextConfig
-from e5v_jax.nn.layers import Build, Linear, RMSNorm, apply_rope, rope_angles
+from e5v_jax.nn.layers import Build, Linear, RMSNorm
 from e5v_jax.nn.parameters import Parameter, Section, linear
+from e5v_jax.nn.rope import apply_rope, mrope_axes, rope_angles, rope_frequencies
+from e5v_jax.nn.text_config import TextConfig
 
 Remat = Literal["none", "dots", "full"]
 """What a backward pass keeps of each layer: everything, matmul outputs, or only its input."""
@@ -22,17 +24,29 @@ def take(x: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, index[:, None, None], axis=1)[:, 0]
 
 
+class Deepstack(NamedTuple):
+    """Features of images that are added after the first layers (arXiv 2406.04334)."""
+
+    features: jax.Array  # [B, J, N, D]: for layer 0 to J - 1, of N image tokens
+    image_index: jax.Array  # int32 [B, L], which of the N stands at a position; below 0 none
+
+
 class Attention(nnx.Module):
     """Causal self-attention with grouped key/value heads and rotary positions."""
 
     def __init__(self, cfg: TextConfig, build: Build, *, rngs: nnx.Rngs) -> None:
         d, h = cfg.hidden_size, cfg.head_dim
         n, k = cfg.num_attention_heads, cfg.num_key_value_heads
-        self.q_proj = Linear(d, n * h, build, rngs=rngs)
-        self.k_proj = Linear(d, k * h, build, rngs=rngs)
-        self.v_proj = Linear(d, k * h, build, rngs=rngs)
+        self.q_proj = Linear(d, n * h, build, rngs=rngs, use_bias=cfg.qkv_bias)
+        self.k_proj = Linear(d, k * h, build, rngs=rngs, use_bias=cfg.qkv_bias)
+        self.v_proj = Linear(d, k * h, build, rngs=rngs, use_bias=cfg.qkv_bias)
         self.o_proj = Linear(n * h, d, build, rngs=rngs)
-        self.head_dim = h
+        if cfg.qk_norm:
+            self.q_norm = RMSNorm(h, eps=cfg.rms_norm_eps, precision=build.precision)
+            self.k_norm = RMSNorm(h, eps=cfg.rms_norm_eps, precision=build.precision)
+        self.head_dim, self.qk_norm = h, cfg.qk_norm
+        scaling = cfg.rope_scaling
+        self.rope_scale = (scaling and scaling.attention_factor) or 1.0
         self.precision, self.runtime = build.precision, build.runtime
 
     def __call__(self, x: jax.Array, angles: jax.Array, keys: list[jax.Array | None]) -> jax.Array:
@@ -41,7 +55,9 @@ class Attention(nnx.Module):
         q = self.q_proj(x, dropout_key=keys[0]).reshape(b, t, -1, self.head_dim)  # [B, T, N, H]
         k = self.k_proj(x, dropout_key=keys[1]).reshape(b, t, -1, self.head_dim)  # [B, T, K, H]
         v = self.v_proj(x, dropout_key=keys[2]).reshape(b, t, -1, self.head_dim)  # [B, T, K, H]
-        q, k = apply_rope(q, angles), apply_rope(k, angles)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = apply_rope(q, angles, self.rope_scale), apply_rope(k, angles, self.rope_scale)
         out = attention(
             q, k, v, is_causal=True, precision=self.precision, runtime=self.runtime
         )  # [B, T, N, H]
@@ -53,8 +69,11 @@ class Attention(nnx.Module):
         q = self.q_proj(take(x, index)).reshape(1, b, -1, self.head_dim)  # [1, B, N, H]
         k = self.k_proj(x).reshape(b, t, -1, self.head_dim)  # [B, T, K, H]
         v = self.v_proj(x).reshape(b, t, -1, self.head_dim)  # [B, T, K, H]
-        q = apply_rope(q, angles[index]).swapaxes(0, 1)  # [B, 1, N, H]
-        k = apply_rope(k, angles)
+        if self.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        own = angles[index] if angles.ndim == 2 else take(angles, index)  # [B, H/2]
+        q = apply_rope(q, own, self.rope_scale).swapaxes(0, 1)  # [B, 1, N, H]
+        k = apply_rope(k, angles, self.rope_scale)
         precision, runtime = self.precision, self.runtime
         out = attention(
             q, k, v, is_causal=False, key_lengths=index + 1, precision=precision, runtime=runtime
@@ -124,39 +143,57 @@ class Decoder(nnx.Module):
         return self.embed_tokens[...][input_ids].astype(self.precision.compute)
 
     def __call__(
-        self, x: jax.Array, *, remat: Remat = "none", dropout_key: jax.Array | None = None
+        self,
+        x: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        deepstack: Deepstack | None = None,
+        remat: Remat = "none",
+        dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """Run all layers over embeddings [B, T, D] -> hidden states [B, T, D] **before** the norm.
 
-        The caller gathers the pooled token first and norms only that one.
+        The caller gathers the pooled token first and norms only that one. ``positions`` are int32
+        [B, T, 3], time, row and column of each token, where a model has them (M-RoPE); without
+        them token t is at t. Raises ValueError: ``deepstack`` is for more layers than there are.
         """
-        angles = self._angles(x.shape[1])
+        angles = self._angles(x.shape[1], positions)
+        add = self._deepstack_addition(deepstack)
         keys = None
         if dropout_key is not None:
             keys = jax.random.split(dropout_key, self.cfg.num_hidden_layers)
 
         def body(
-            h: jax.Array, layer_and_key: tuple[DecoderLayer, jax.Array | None]
+            h: jax.Array, xs: tuple[DecoderLayer, jax.Array | None, jax.Array | None]
         ) -> tuple[jax.Array, None]:
-            layer, key = layer_and_key
+            layer, key, number = xs
             split = self.runtime.split_batch
-            return split(layer(split(h), angles, key)), None
+            return split(add(layer(split(h), angles, key), number)), None
 
         if remat == "full":
             body = jax.checkpoint(body, prevent_cse=False)
         elif remat == "dots":
             keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             body = jax.checkpoint(body, prevent_cse=False, policy=keep)
-        x, _ = jax.lax.scan(body, x, (self.layers, keys))
+        numbers = None if deepstack is None else jnp.arange(self.cfg.num_hidden_layers)
+        x, _ = jax.lax.scan(body, x, (self.layers, keys, numbers))
         return x
 
-    def at(self, x: jax.Array, index: jax.Array) -> jax.Array:
+    def at(
+        self,
+        x: jax.Array,
+        index: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        deepstack: Deepstack | None = None,
+    ) -> jax.Array:
         """What ``self(x)`` has at position ``index`` [B] of each row: [B, T, D] -> [B, D].
 
         The last layer is computed for that position only. For inference: nothing is kept for a
         backward pass.
         """
-        angles = self._angles(x.shape[1])
+        angles = self._angles(x.shape[1], positions)
+        add = self._deepstack_addition(deepstack)
         last = self.cfg.num_hidden_layers - 1
 
         def layer(i: jax.Array | int) -> DecoderLayer:
@@ -168,15 +205,46 @@ class Decoder(nnx.Module):
 
         def body(i: jax.Array, h: jax.Array) -> jax.Array:
             split = self.runtime.split_batch
-            return split(layer(i)(split(h), angles, None))
+            return split(add(layer(i)(split(h), angles, None), i))
 
         x = jax.lax.fori_loop(0, last, body, x)
-        return layer(last).at(x, angles, index)
+        pooled = layer(last).at(x, angles, index)  # [B, D]
+        if deepstack is None:
+            return pooled
+        own = jnp.take_along_axis(deepstack.image_index, index[:, None], axis=1)  # [B, 1]
+        add = self._deepstack_addition(deepstack._replace(image_index=own))
+        return add(pooled[:, None], last)[:, 0]
 
-    def _angles(self, length: int) -> jax.Array:
-        return rope_angles(
-            jnp.arange(length), head_dim=self.cfg.head_dim, theta=self.cfg.rope_theta
-        )  # [T, H/2]
+    def _angles(self, length: int, positions: jax.Array | None) -> jax.Array:
+        """fp32, [T, H/2] without ``positions`` [B, T, 3], [B, T, H/2] with them."""
+        cfg = self.cfg
+        frequency = rope_frequencies(
+            head_dim=cfg.head_dim, theta=cfg.rope_theta, scaling=cfg.rope_scaling
+        )
+        if positions is None:
+            return rope_angles(jnp.arange(length), frequency)
+        section = cfg.mrope_section or (len(frequency), 0, 0)
+        axes = mrope_axes(section, interleaved=cfg.mrope_interleaved)
+        return rope_angles(jnp.asarray(positions), frequency, axes)
+
+    def _deepstack_addition(
+        self, deepstack: Deepstack | None
+    ) -> Callable[[jax.Array, Any], jax.Array]:
+        """What is done to hidden states [B, T, D] after the layer of a number."""
+        if deepstack is None:
+            return lambda h, number: h
+        features, image_index = deepstack
+        count, layers = features.shape[1], self.cfg.num_hidden_layers
+        if count > layers:
+            raise ValueError(f"deepstack features for {count} layers: the decoder has {layers}")
+        place = jnp.maximum(image_index, 0)[..., None]  # [B, T, 1]
+
+        def add(h: jax.Array, number: jax.Array) -> jax.Array:
+            own = jax.lax.dynamic_index_in_dim(features, number, axis=1, keepdims=False)
+            own = jnp.take_along_axis(own, place, axis=1).astype(h.dtype)  # [B, T, D]
+            return h + jnp.where(image_index[..., None] >= 0, own, 0)
+
+        return lambda h, number: jax.lax.cond(number < count, add, lambda h, _: h, h, number)
 
 
 TEXT_SECTIONS = {
@@ -217,7 +285,11 @@ def decoder_parameters(cfg: TextConfig) -> list[Parameter]:
     for name in ("input_layernorm", "post_attention_layernorm"):
         scale = f"{ours}{name}.scale"
         found.append(Parameter("text", f"{hf}{name}.weight", scale, (d,), P(None), layers=layers))
+    for name in ("self_attn.q_norm", "self_attn.k_norm") if cfg.qk_norm else ():
+        scale, size = f"{ours}{name}.scale", (cfg.head_dim,)
+        found.append(Parameter("text", f"{hf}{name}.weight", scale, size, P(None), layers=layers))
+    biased = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj") if cfg.qkv_bias else ()
     for name, (sizes, spec) in maps.items():
         like = Parameter("text", hf + name, ours + name, sizes, spec, layers=layers, lora=True)
-        found += linear(like)
+        found += linear(like, bias=P("tensor") if name in biased else None)
     return found

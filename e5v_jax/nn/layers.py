@@ -1,4 +1,4 @@
-"""The leaves of the model: linear maps with optional LoRA, normalisation, rotary positions.
+"""The leaves of the model: linear maps with optional LoRA, and normalisation.
 
 Modules are plain pytrees of ``nnx.Variable``; a stack of layers is the same module with one more
 leading axis on every array. Storage dtype is ``param_dtype``; arithmetic runs in ``dtype``.
@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike
 from qwix import QArray
@@ -154,25 +153,6 @@ class LayerNorm(nnx.Module):
         y = centred * jax.lax.rsqrt(jnp.mean(jnp.square(centred), -1, keepdims=True) + self.eps)
         y = y * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
         return y.astype(self.precision.compute)
-
-
-def rope_angles(positions: jax.Array, *, head_dim: int, theta: float) -> jax.Array:
-    """Rotary angles, fp32 [T, head_dim / 2] for int positions [T] (RoFormer, arXiv 2104.09864)."""
-    # The reference's fp32 frequencies to the last bit, whatever the device's own power function:
-    # one unit in the last place turns position 8000 by 5e-4 rad.
-    exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    wavelength = np.power(theta, exponent, dtype=np.float64).astype(np.float32)
-    frequency = np.float32(1) / wavelength  # [H/2]
-    # angles in fp32: bf16 rounds position 257 to 256
-    return positions.astype(jnp.float32)[:, None] * frequency  # [T, H/2]
-
-
-def apply_rope(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotate x [B, T, N, H] by angles [T, H/2]; halves are paired as in Hugging Face's Llama."""
-    cos = jnp.cos(angles)[None, :, None, :].astype(x.dtype)  # [1, T, 1, H/2]
-    sin = jnp.sin(angles)[None, :, None, :].astype(x.dtype)
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 def l2_normalize(x: jax.Array) -> jax.Array:

@@ -10,12 +10,12 @@ from typing import Any, Self
 from e5v_jax.families.llava_next.original import check_original
 from e5v_jax.nn.config import (
     LARGEST,
-    TextConfig,
     UnsupportedModelError,
     VisionConfig,
     from_fields,
     transformers_config,
 )
+from e5v_jax.nn.text_config import TextConfig
 
 # Checkpoints of the original LLaVA code name the vision tower instead of describing it.
 KNOWN_VISION_TOWERS: dict[str, dict[str, Any]] = {
@@ -80,7 +80,7 @@ class LlavaNextConfig:
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """The inverse of ``dataclasses.asdict``. Raises ValueError: names the field."""
         parts: dict[str, Callable[[Any], Any]] = {
-            "text": partial(from_fields, TextConfig, name="model.text"),
+            "text": TextConfig.from_dict,
             "vision": partial(from_fields, VisionConfig, name="model.vision"),
             "image_grid_pinpoints": _pinpoints,
         }

@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from e5v_jax.families.llava_next.config import KNOWN_VISION_TOWERS, LlavaNextConfig
-from e5v_jax.nn.config import TextConfig, VisionConfig
+from e5v_jax.nn.config import VisionConfig
+from e5v_jax.nn.text_config import TextConfig
 
 
 def _llava_next(text: TextConfig, image_token_id: int) -> LlavaNextConfig:

@@ -1,4 +1,4 @@
-"""Text-only decoders of the Llama architecture: Llama, Mistral, SmolLM2."""
+"""Text-only decoders: Llama, Mistral, SmolLM2, Qwen2, Qwen2.5, Qwen3."""
 
 from e5v_jax.families.base import Family
 from e5v_jax.families.text.config import TextModelConfig

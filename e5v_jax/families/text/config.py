@@ -1,10 +1,10 @@
 """The architecture of a model that is a decoder alone."""
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Self
 
-from e5v_jax.nn.config import TextConfig, from_fields, transformers_config
+from e5v_jax.nn.config import from_fields, transformers_config
+from e5v_jax.nn.text_config import TextConfig
 
 
 @dataclass(frozen=True)
@@ -31,5 +31,4 @@ class TextModelConfig:
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """The inverse of ``dataclasses.asdict``. Raises ValueError: names the field."""
-        text = partial(from_fields, TextConfig, name="model.text")
-        return from_fields(cls, data, "model", {"text": text})
+        return from_fields(cls, data, "model", {"text": TextConfig.from_dict})

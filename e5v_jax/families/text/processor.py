@@ -115,11 +115,11 @@ class TextProcessor:
         if image is not None:
             tokens, shape_key = self.measure_image(image[1])
             length += tokens - 1
-        longest = self.config.text.max_position_embeddings
-        if length > longest:
-            raise ValueError(
-                f"{length} tokens, the model takes at most {longest}: shorten the text"
-            )
+        text = self.config.text
+        if length > text.max_length:
+            window = text.max_length < text.max_position_embeddings
+            limit = f"{text.max_length}{' (its sliding_window)' if window else ''}"
+            raise ValueError(f"{length} tokens, the model takes at most {limit}: shorten the text")
         return Measured(position, ids, length, shape_key, *(image or ()))
 
     def measure_image(self, size: Size) -> tuple[int, int]:

@@ -1,0 +1,270 @@
+"""The decoder on its own against transformers': rope types, Qwen's biases and norms, M-RoPE."""
+
+import dataclasses
+from functools import cache, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from hf_models import randomise
+from transformers import (
+    LlamaConfig,
+    LlamaModel,
+    MistralConfig,
+    MistralModel,
+    Qwen2Config,
+    Qwen2Model,
+    Qwen3Config,
+    Qwen3Model,
+)
+from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLTextConfig
+from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLTextModel
+from transformers.models.qwen2_vl.configuration_qwen2_vl import Qwen2VLTextConfig
+from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLTextModel
+from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfig
+from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
+
+from e5v_jax.nn.decoder import Decoder, Deepstack, Remat, decoder_parameters
+from e5v_jax.nn.layers import Build, Precision
+from e5v_jax.nn.rope import mrope_axes
+from e5v_jax.nn.text_config import TextConfig
+from e5v_jax.runtime import Runtime
+from e5v_jax.sharding import make_mesh
+
+ORIGINAL, LONGEST, LENGTH = 64, 512, 200
+"""Positions first trained on, allowed, and tried: far enough that scaling shows."""
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": ORIGINAL}  # fmt: skip
+YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": ORIGINAL}
+SCALED: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "factor": 3.7},
+    "dynamic": {"rope_type": "dynamic", "factor": 4.0},
+    "llama3": LLAMA3,
+    "llama3 wide": {**LLAMA3, "low_freq_factor": 0.5, "high_freq_factor": 7, "factor": 32},
+    "yarn": YARN,
+    "yarn betas": {**YARN, "beta_fast": 16.5, "beta_slow": 0.7, "truncate": False},
+    "yarn mscale": {**YARN, "mscale": 0.7, "mscale_all_dim": 1.3},
+    "yarn one mscale": {**YARN, "mscale": 0.7},
+    "yarn attention": {**YARN, "attention_factor": 1.21, "factor": None},
+}
+MODELS: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
+    **{
+        name: (LlamaConfig, LlamaModel, {"rope_parameters": {"rope_theta": 1e4, **rope}})
+        for name, rope in SCALED.items()
+    },
+    "old spelling": (
+        LlamaConfig,
+        LlamaModel,
+        {"rope_scaling": {"type": "linear", "factor": 2}, "rope_theta": 10000},
+    ),
+    "mistral window": (MistralConfig, MistralModel, {"sliding_window": LENGTH}),
+    "qwen2": (Qwen2Config, Qwen2Model, {}),
+    "qwen2 yarn": (Qwen2Config, Qwen2Model, {"rope_parameters": {"rope_theta": 1e6, **YARN}}),
+    "qwen3": (Qwen3Config, Qwen3Model, {"head_dim": 24}),
+}
+CHUNKED = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+VISION_MODELS: dict[str, tuple[type[Any], type[Any], dict[str, Any]]] = {
+    "qwen2_vl": (
+        Qwen2VLTextConfig,
+        Qwen2VLTextModel,
+        {"rope_parameters": {**CHUNKED, "type": "mrope"}},
+    ),
+    "qwen2_5_vl": (
+        Qwen2_5_VLTextConfig,
+        Qwen2_5_VLTextModel,
+        {"rope_parameters": {**YARN, **CHUNKED, "rope_type": "yarn"}},
+    ),
+    "qwen3_vl": (
+        Qwen3VLTextConfig,
+        Qwen3VLTextModel,
+        {
+            "head_dim": 24,
+            "rope_parameters": {**CHUNKED, "mrope_section": [4, 5, 3], "mrope_interleaved": True},
+        },
+    ),
+}
+
+
+def build(cls: type[Any], text: dict[str, Any]) -> Any:
+    options: dict[str, Any] = {
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 0.02,
+        "max_position_embeddings": LONGEST,
+        "attn_implementation": "eager",
+    }
+    return cls(**{**options, **text})
+
+
+@cache
+def torch_model(name: str) -> Any:
+    config_class, model_class, text = {**MODELS, **VISION_MODELS}[name]
+    model = model_class(build(config_class, text)).eval()
+    randomise(model, seed=len(name))
+    return model
+
+
+def decoder_of(model: Any, dtype: Any = np.float32, **changes: Any) -> Decoder:
+    """Our decoder with the parameters of transformers' text model."""
+    cfg = dataclasses.replace(TextConfig.from_hf(model.config), **changes)
+    decoder = Decoder(
+        cfg, Build(Precision(dtype, dtype), Runtime.on(make_mesh())), rngs=nnx.Rngs(0)
+    )
+    rows = {row.path.removeprefix("language_model."): row for row in decoder_parameters(cfg)}
+    tensors = {key: tensor.numpy() for key, tensor in model.state_dict().items()}
+    for path, leaf in nnx.to_flat_state(nnx.state(decoder)):
+        row = rows[".".join(map(str, path))]
+        keys = [row.hf.replace("{i}", str(i)) for i in range(row.layers or 1)]
+        arrays = [row.from_hf(tensors.pop(key)) for key in keys]
+        leaf.set_value(jnp.asarray(np.stack(arrays) if row.layers else arrays[0], dtype))
+    assert not tensors
+    return decoder
+
+
+@partial(jax.jit, static_argnames="remat")
+def run(decoder: Decoder, x: Any, remat: Remat = "none", **inputs: Any) -> jax.Array:
+    """All hidden states after the final norm, fp32 [B, T, D]."""
+    return decoder.norm(decoder(x, remat=remat, **inputs)).astype(jnp.float32)
+
+
+@jax.jit
+def run_at(decoder: Decoder, x: Any, index: Any, **inputs: Any) -> jax.Array:
+    return decoder.norm(decoder.at(x, index, **inputs)).astype(jnp.float32)
+
+
+def embeddings(length: int = LENGTH, rows: int = 2) -> np.ndarray:
+    return np.random.default_rng(7).normal(size=(rows, length, 64)).astype(np.float32)
+
+
+def unit(x: Any) -> np.ndarray:
+    x = np.asarray(x, np.float64)
+    return x / np.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def difference(ours: Any, theirs: Any) -> float:
+    """Of the normalised vectors, the largest."""
+    assert ours.shape == theirs.shape
+    return float(np.abs(unit(ours) - unit(theirs)).max())
+
+
+@torch.no_grad()
+def reference(name: str, x: np.ndarray, **inputs: Any) -> np.ndarray:
+    model = torch_model(name)
+    return model(inputs_embeds=torch.from_numpy(x), **inputs).last_hidden_state.numpy()
+
+
+# --- decoders of text ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_transformers(name: str) -> None:
+    """Every position; `at` is the same; without the option it would be something else."""
+    x, decoder = embeddings(), decoder_of(torch_model(name))
+    expected = reference(name, x)
+    found = run(decoder, x)
+    assert difference(found, expected) <= 1e-5
+    index = np.array([LENGTH - 1, LENGTH // 3], np.int32)
+    assert difference(run_at(decoder, x, index), expected[[0, 1], index]) <= 1e-5
+
+
+@pytest.mark.parametrize("name", ["llama3", "yarn", "qwen2", "qwen3", "qwen3_vl"])
+def test_bf16(name: str) -> None:
+    x = embeddings()
+    cosine = unit(run(decoder_of(torch_model(name), jnp.bfloat16), x)) * unit(reference(name, x))
+    assert 0.999 <= cosine.sum(-1).min() < 1 - 1e-6
+
+
+def test_each_option_shows() -> None:
+    """What the tests above compare is far from the plain decoder."""
+    x = embeddings()
+    for name, (_, _, text) in MODELS.items():
+        decoder = decoder_of(torch_model(name))
+        if decoder.cfg.rope_scaling is not None:
+            decoder.cfg = dataclasses.replace(decoder.cfg, rope_scaling=None)
+            assert difference(run(decoder, x), reference(name, x)) > 1e-3, (name, text)
+    for change in ("q_proj.bias", "k_proj.bias", "v_proj.bias", "q_norm.scale", "k_norm.scale"):
+        name = "qwen2" if change.endswith("bias") else "qwen3"
+        decoder = decoder_of(torch_model(name))
+        part, leaf = change.split(".")
+        array = getattr(getattr(decoder.layers.self_attn, part), leaf)
+        array.set_value(jnp.full_like(array[...], leaf == "scale"))
+        assert difference(run(decoder, x), reference(name, x)) > 1e-3, change
+
+
+# --- positions and features of images ------------------------------------------------------------
+
+
+def image_positions(rows: int = 2) -> np.ndarray:
+    """int32 [B, L, 3] as of texts around images: text counts up, image tokens are on a grid."""
+    found = np.zeros((rows, LENGTH, 3), np.int32)
+    for row, (start, height, width) in enumerate([(20, 6, 9), (3, 11, 4)]):
+        tokens = height * width
+        grid = np.stack(np.mgrid[0:1, 0:height, 0:width], axis=-1).reshape(tokens, 3)
+        found[row, :start] = np.arange(start)[:, None]
+        found[row, start : start + tokens] = start + grid
+        after = start + max(height, width)
+        rest = LENGTH - start - tokens
+        found[row, start + tokens :] = after + np.arange(rest)[:, None]
+    return found
+
+
+@pytest.mark.parametrize("name", VISION_MODELS)
+def test_positions_equal_transformers(name: str) -> None:
+    x, positions = embeddings(), image_positions()
+    decoder = decoder_of(torch_model(name))
+    expected = reference(name, x, position_ids=torch.from_numpy(positions.transpose(2, 0, 1)))
+    found = run(decoder, x, positions=positions)
+    assert difference(found, expected) <= 1e-5
+    index = np.array([LENGTH - 1, 30], np.int32)
+    pooled = run_at(decoder, x, index, positions=positions)
+    assert difference(pooled, expected[[0, 1], index]) <= 1e-5
+    plain = run(decoder, x)
+    assert difference(plain, reference(name, x)) <= 1e-5
+    assert difference(plain, expected) > 1e-2
+    counted = np.broadcast_to(np.arange(LENGTH, dtype=np.int32)[None, :, None], positions.shape)
+    assert difference(run(decoder, x, positions=counted), plain) <= 1e-6
+
+
+def test_axes_are_the_published_ones() -> None:
+    chunked = [0] * 16 + [1] * 24 + [2] * 24
+    interleaved = [i % 3 if i < 60 else 0 for i in range(64)]
+    assert mrope_axes((16, 24, 24), interleaved=False).tolist() == chunked
+    assert mrope_axes((24, 20, 20), interleaved=True).tolist() == interleaved
+
+
+@pytest.mark.parametrize("count", [2, 3], ids=["two layers", "every layer"])
+def test_deepstack_equals_transformers(count: int) -> None:
+    """Both ways through the layers, also where the pooled token is an image's."""
+    name = "qwen3_vl"
+    x, positions = embeddings(), image_positions()
+    tokens = 54
+    features = np.random.default_rng(3).normal(size=(2, count, tokens, 64)).astype(np.float32)
+    image_index = np.full((2, LENGTH), -1, np.int32)
+    image_index[0, 20 : 20 + 54] = np.arange(54)
+    image_index[1, 3 : 3 + 44] = np.arange(44)
+    mask = image_index >= 0
+    expected = reference(
+        name,
+        x,
+        position_ids=torch.from_numpy(positions.transpose(2, 0, 1)),
+        visual_pos_masks=torch.from_numpy(mask),
+        deepstack_visual_embeds=[
+            torch.from_numpy(np.concatenate([features[0, j], features[1, j, :44]]))
+            for j in range(count)
+        ],
+    )
+    decoder = decoder_of(torch_model(name))
+    given = {"positions": positions, "deepstack": Deepstack(features, image_index)}
+    assert difference(run(decoder, x, **given), expected) <= 1e-5
+    for index in ([LENGTH - 1, 60], [30, 20]):
+        pooled = run_at(decoder, x, np.array(index, np.int32), **given)
+        assert difference(pooled, expected[[0, 1], index]) <= 1e-5
+    assert difference(run(decoder, x, positions=positions), expected) > 1e-2
