@@ -28,6 +28,7 @@ from e5v_jax.evaluate.analyse import (
 from e5v_jax.evaluate.files import any_text
 from e5v_jax.evaluate.plots import PROJECTIONS, Panel, draw_projection
 from e5v_jax.evaluate.space import measure_gap, project, tsne, uniformity
+from e5v_jax.presets import E5_V
 from e5v_jax.prompts import IMAGE, STS, TEXT
 
 if TYPE_CHECKING:
@@ -223,6 +224,7 @@ def test_sts_ablation(tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPa
 
     class Fake:
         template = "chatml"
+        preset = E5_V
         prompts: ClassVar[list[str]] = []
 
         @staticmethod

@@ -27,6 +27,7 @@ from e5v_jax.evaluate.composed_sets import ComposedSet, load_cirr, load_fashioni
 from e5v_jax.evaluate.config import EvaluateConfig
 from e5v_jax.evaluate.files import any_text
 from e5v_jax.evaluate.scores import Hits, Score
+from e5v_jax.presets import E5_V
 
 GALLERY = 60
 
@@ -35,6 +36,7 @@ class HashModel:
     """A vector for each (prompt, image, text), not of unit length; keeps what it was asked."""
 
     template = "llama3"
+    preset = E5_V
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, Any]] = []

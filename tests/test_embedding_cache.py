@@ -16,6 +16,7 @@ from e5v_jax.checkpoints.model_key import model_key
 from e5v_jax.evaluate.cached_encoder import CachedEncoder, VectorCache, input_key
 from e5v_jax.evaluate.command import evaluate
 from e5v_jax.evaluate.config import EvaluateConfig
+from e5v_jax.presets import E5_V
 
 if TYPE_CHECKING:
     from hf_models import Case
@@ -27,6 +28,7 @@ class Counting:
     """Counts what it is asked to embed."""
 
     template = "llama3"
+    preset = E5_V
     encoded: list[Any]
 
     def __init__(self) -> None:

@@ -180,19 +180,20 @@ def test_options_reach_the_model(
     assert code == 0
     flags = ["--dtype", "float32", "--adapter", "lora", "--template", "chatml", "--batch-size", "3"]
     flags += ["--quantize", "int8", "--attn-implementation", "xla", "--revision", "v2"]
-    flags += ["--verify"]
+    flags += ["--verify", "--preset", "bge-vl-mllm"]
     code, _, _ = command("--model", "other", "--text", "a dog", "two cats", *flags)
     assert code == 0
     meshes = [dict(call.pop("mesh").shape) for call in load_calls]
     assert meshes == 2 * [{"data": len(jax.devices()), "fsdp": 1, "tensor": 1}]
     plain = {"dtype": "bfloat16", "adapter": None, "template": None, "quantize": None}
-    plain |= {"revision": None, "verify": False}
+    plain |= {"revision": None, "verify": False, "preset": None}
     assert load_calls == [
         {"path": "m", **plain, "attn_implementation": "auto"},
         {
             "path": "other",
             "dtype": "float32",
             "adapter": Path("lora"),
+            "preset": "bge-vl-mllm",
             "template": "chatml",
             "quantize": "int8",
             "attn_implementation": "xla",

@@ -35,6 +35,7 @@ from e5v_jax.evaluate.retrieval import (
     take,
 )
 from e5v_jax.evaluate.scores import Hits
+from e5v_jax.presets import E5_V
 from e5v_jax.prompts import IMAGE, TEXT
 
 if TYPE_CHECKING:
@@ -213,6 +214,7 @@ class ColourModel:
     """Embeds an image by its colour and a caption by the number in it, as E5V.encode would."""
 
     template = "llama3"
+    preset = E5_V
 
     def __init__(self) -> None:
         self.prompts: list[str] = []

@@ -35,6 +35,7 @@ from e5v_jax.evaluate.sts import (
     score_tasks,
 )
 from e5v_jax.evaluate.tasks import choose_tasks
+from e5v_jax.presets import E5_V
 from e5v_jax.prompts import PROMPTS
 
 
@@ -380,6 +381,7 @@ class FakeE5V:
     """Has the methods of E5V that the command uses, and keeps what it was called with."""
 
     template = "chatml"
+    preset = E5_V
     loaded: dict[str, Any]
     encoded: dict[str, Any]
 
@@ -428,6 +430,7 @@ def test_command_writes_the_results(
         "path": "a-model",
         "dtype": "float32",
         "adapter": Path("run"),
+        "preset": None,
         "template": "mistral",
         "quantize": "int8",
         "attn_implementation": "xla",

@@ -20,6 +20,7 @@ from e5v_jax.evaluate.plots import PROJECTIONS, Panel, draw_projection
 from e5v_jax.evaluate.report import markdown_table, print_table, settings_table
 from e5v_jax.evaluate.scores import summarise
 from e5v_jax.evaluate.space import measure_gap
+from e5v_jax.presets import E5_V
 from e5v_jax.prompts import IMAGE, STS, TEXT
 
 FULL = "full prompt"
@@ -115,6 +116,11 @@ def _analyse_model(
     """Add what one model shows; a function of its own, so that the model is gone at its end."""
     encoder = args.load_encoder()
     found.template = encoder.template
+    if encoder.preset is not E5_V:
+        raise ValueError(
+            f"{args.model}: analyse takes E5-V's prompts apart, preset {encoder.preset.name} has "
+            "others; give --preset e5-v to see what E5-V's do here"
+        )
     if pictures is not None:
         _analyse_images(encoder, model, pictures, found)
     if pairs is not None:  # Spearman for each prompt, sentences cleaned as in the paper

@@ -11,7 +11,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 from PIL import Image
@@ -22,6 +22,7 @@ from e5v_jax import __version__
 from e5v_jax.atomic import write_whole
 from e5v_jax.data.inputs import Input, InputError
 from e5v_jax.evaluate.vectors import normalised, squared_lengths
+from e5v_jax.presets import E5_V, ROLES, Role
 
 if TYPE_CHECKING:
     from e5v_jax import E5V
@@ -90,8 +91,13 @@ class CachedEncoder:
     ) -> None:
         """Wrap a model; with ``cache``, vectors are kept there, ``about`` tells models apart."""
         self._model, self._batch_size, self._cache = model, batch_size, cache
-        self.template = model.template
-        self._about = {**(about or {}), "template": model.template, "e5v-jax": __version__}
+        self.template, self.preset = model.template, model.preset
+        how = {"template": model.template, "preset": model.preset.name}
+        self._about = {**(about or {}), **how, "e5v-jax": __version__}
+
+    def prompt(self, paper: str, role: Role) -> str:
+        """Give what :meth:`embed` takes: E5-V's is the paper's prompt, others' that of the role."""
+        return paper if self.preset is E5_V else role
 
     def embed(
         self,
@@ -104,7 +110,8 @@ class CachedEncoder:
     ) -> np.ndarray:
         """Embed ``items`` and return their vectors, fp32 [N, D], in the same order.
 
-        ``prompt`` has ``<sent>`` and/or ``<image>``. ``make`` turns an item into an input of
+        ``prompt`` has ``<sent>`` and/or ``<image>``, or is a role, whose prompts the preset has.
+        ``make`` turns an item into an input of
         ``E5V.encode`` when its turn comes, so that only few images are in memory. ``where`` names
         the item at a position, for messages; by default the text or where the image lies. With
         ``normalize`` False nothing is rounded: a cosine may tie.
@@ -117,7 +124,9 @@ class CachedEncoder:
         cache = None if self._cache is None else VectorCache(self._cache, about)
         known: dict[bytes, np.ndarray] = {} if cache is None else cache.vectors
         keys: list[bytes] = []
-        chunk = _IMAGES if "<image>" in prompt else _TEXTS
+        said: dict[str, Any] = {"prompt_name" if prompt in ROLES else "prompt": prompt}
+        few = "<image>" in prompt or (prompt in ROLES and make is not str)
+        chunk = _IMAGES if few else _TEXTS
         shown = sys.stderr.isatty() and len(items) > self._batch_size
         positions = range(len(items))
         starts, console = positions[::chunk], Console(stderr=True)
@@ -138,7 +147,7 @@ class CachedEncoder:
             try:
                 vectors = self._model.encode(
                     list(new.values()),
-                    prompt=prompt,
+                    **said,
                     batch_size=self._batch_size,
                     normalize_embeddings=False,
                     show_progress_bar=False,

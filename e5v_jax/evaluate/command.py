@@ -47,6 +47,7 @@ def evaluate(args: EvaluateConfig) -> None:
         report = run_tasks(encoder, data, protocol=args.protocol)
         settings = {
             **args.describe(),
+            "preset": encoder.preset.name,
             "template": encoder.template,
             "protocol": args.protocol,
             "batch size": args.batch_size,

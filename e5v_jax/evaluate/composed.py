@@ -46,7 +46,8 @@ def cirr_submission(encoder: CachedEncoder, data: ComposedSet) -> dict[str, str 
 
 
 def _embed_cirr(encoder: CachedEncoder, data: ComposedSet) -> tuple[np.ndarray, np.ndarray]:
-    gallery = encoder.embed(data.gallery, prompt=CIRR_GALLERY, make=as_input)
+    of_gallery = encoder.prompt(CIRR_GALLERY, "document")
+    gallery = encoder.embed(data.gallery, prompt=of_gallery, make=as_input)
     texts = (caption for (caption,) in data.captions)
     return normalised(_embed_queries(encoder, CIRR_QUERY, data, texts, "CIRR")), gallery
 
@@ -56,7 +57,9 @@ def score_fashioniq(encoder: CachedEncoder, kind: str, data: ComposedSet) -> lis
     assert data.targets is not None
     word = "shirt" if kind == "toptee" else kind
     prompt, of_gallery = (p.replace("{type}", word) for p in (FASHIONIQ_QUERY, FASHIONIQ_GALLERY))
-    gallery = encoder.embed(data.gallery, prompt=of_gallery, make=as_input)
+    gallery = encoder.embed(
+        data.gallery, prompt=encoder.prompt(of_gallery, "document"), make=as_input
+    )
     both_ways = [map(join_captions, data.captions), (join_captions(c[::-1]) for c in data.captions)]
     label = f"FashionIQ {kind}"
     first, second = (_embed_queries(encoder, prompt, data, texts, label) for texts in both_ways)
@@ -70,7 +73,7 @@ def _embed_queries(
     """Embed the reference images with one text each, [Q, D], not normalised."""
     return encoder.embed(
         list(zip(data.images, texts, strict=True)),
-        prompt=prompt,
+        prompt=encoder.prompt(prompt, "query"),
         make=lambda item: {"image": as_input(item[0]), "text": item[1]},
         where=lambda i: f"{label} query {data.pair_ids[i] if data.pair_ids else i}",
         normalize=False,

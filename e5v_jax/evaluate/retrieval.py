@@ -19,6 +19,7 @@ from e5v_jax.evaluate.drawing import draw_caption
 from e5v_jax.evaluate.ranking import rank_positives, recalls
 from e5v_jax.evaluate.report import Report, Row, make_row
 from e5v_jax.evaluate.scores import Score, fingerprint
+from e5v_jax.presets import Role
 from e5v_jax.prompts import IMAGE, TEXT
 
 AT = (1, 5, 10)
@@ -83,31 +84,47 @@ def score_retrieval(
 ) -> list[Score]:
     """Score image and text recall at 1, 5, 10; with ``drawn`` captions are embedded as pictures."""
     captions, image_of = data.flat()
-    images = encoder.embed(data.images, prompt=IMAGE, make=files.as_input)
-    texts = encoder.embed(
-        captions,
-        prompt=IMAGE if drawn else TEXT,
-        make=draw_caption if drawn else str,
-        where=lambda i: f"caption {captions[i]!r} of {data.images[image_of[i]]}",
-    )
+
+    def embed(role: Role) -> tuple[np.ndarray, np.ndarray]:
+        of_image = encoder.prompt(IMAGE, role)
+        images = encoder.embed(data.images, prompt=of_image, make=files.as_input)
+        texts = encoder.embed(
+            captions,
+            prompt=of_image if drawn else encoder.prompt(TEXT, role),
+            make=draw_caption if drawn else str,
+            where=lambda i: f"caption {captions[i]!r} of {data.images[image_of[i]]}",
+        )
+        return texts, images
+
+    documents, preset = embed("document"), encoder.preset
+    queries = documents if preset.query == preset.document else embed("query")
     names = [p.name if isinstance(p, Path) else str(p.row) for p in data.images]
-    return score_vectors(name, texts, images, image_of, fingerprint([*names, *captions]))
+    asked = fingerprint([*names, *captions])
+    return score_vectors(name, *documents, image_of, asked, queries=queries)
 
 
 def score_vectors(
-    name: str, texts: np.ndarray, images: np.ndarray, image_of: np.ndarray, data: str
+    name: str,
+    texts: np.ndarray,
+    images: np.ndarray,
+    image_of: np.ndarray,
+    data: str,
+    *,
+    queries: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> list[Score]:
     """Score image and text recall of a task from normalised ``texts`` [C, D] and ``images`` [N, D].
 
     ``image_of``, int [C], ascending, is the image that each caption belongs to; ``data`` is the
-    hash of the questions.
+    hash of the questions. ``queries`` are texts and images where they are searched by, if those are
+    other vectors.
     """
+    by_text, by_image = queries or (texts, images)
     captions_of = np.split(np.arange(len(texts)), np.cumsum(np.bincount(image_of))[:-1])
-    to_image = rank_positives(texts, images, [np.array([i]) for i in image_of])
+    to_image = rank_positives(by_text, images, [np.array([i]) for i in image_of])
     return [
         # a unit is an image with its captions, as they are no independent draws
         *recalls(name, to_image, AT, data, prefix="image ", unit_of=image_of),
-        *recalls(name, rank_positives(images, texts, captions_of), AT, data, prefix="text "),
+        *recalls(name, rank_positives(by_image, texts, captions_of), AT, data, prefix="text "),
     ]
 
 

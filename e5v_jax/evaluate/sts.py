@@ -209,6 +209,7 @@ def report_rows(scores: Mapping[str, Score], *, comparable: bool = True) -> list
 def score(encoder: CachedEncoder, data: Mapping[str, StsPairs], protocol: Protocol) -> Report:
     """Score loaded tasks by a protocol of the command; raises what :func:`score_tasks` does."""
     paper = protocol == "paper"
-    encode = partial(encoder.embed, prompt=STS if paper else PLAIN, make=str, normalize=False)
+    prompt = encoder.prompt(STS if paper else PLAIN, "document")
+    encode = partial(encoder.embed, prompt=prompt, make=str, normalize=False)
     scores = score_tasks(encode, data, clean=clean_sentence if paper else str.strip)
     return Report({}, report_rows(scores, comparable=paper), list(scores.values()))

@@ -18,12 +18,13 @@ import numpy as np
 from mteb.models.abs_encoder import AbsEncoder
 from mteb.models.model_implementations import MODEL_REGISTRY
 from mteb.models.model_meta import ModelMeta
-from mteb.types import BatchedInput
+from mteb.types import BatchedInput, PromptType
 from torch.utils.data import DataLoader
 
 from e5v_jax import E5V
 from e5v_jax.data.inputs import InputError
 from e5v_jax.encode.model_args import ModelArgs
+from e5v_jax.presets import E5_V, Preset
 
 NAME = "e5v-jax/e5-v"
 _THEIRS = "royokong/e5-v"
@@ -62,13 +63,19 @@ class MtebEncoder(AbsEncoder):
             model = model.load()
         assert model is not None
         self.model = model
-        self.mteb_model_meta = META.model_copy(update={"revision": revision})
+        self.mteb_model_meta = _meta(model.preset, revision)
 
     def encode(
-        self, inputs: DataLoader[BatchedInput], *, batch_size: int = 32, **_: Any
+        self,
+        inputs: DataLoader[BatchedInput],
+        *,
+        prompt_type: PromptType | None = None,
+        batch_size: int = 32,
+        **_: Any,
     ) -> np.ndarray:
         """Embed texts, images, or where a row has both, the two fused: float32 [N, D], unit length.
 
+        ``prompt_type`` chooses the preset's prompts for queries or documents; None is documents.
         What else mteb passes tells of the task; by then it has put a document's title in front of
         its text and an instruction behind a query.
         Raises ValueError: a batch has neither text nor image, or an input is bad ("input 3: ...",
@@ -76,7 +83,9 @@ class MtebEncoder(AbsEncoder):
         """
         rows = chain.from_iterable(map(split_batch, inputs))
         vectors: list[np.ndarray] = []
-        embed = partial(self.model.encode, batch_size=batch_size, show_progress_bar=False)
+        role = None if prompt_type is None else PromptType(prompt_type).value
+        options = {"batch_size": batch_size, "show_progress_bar": False}
+        embed = partial(self.model.encode, prompt_name=role, **options)
         while some := list(islice(rows, _IMAGES_AT_ONCE)):
             try:
                 vectors.append(embed(some))
@@ -116,3 +125,11 @@ META = MODEL_REGISTRY[_THEIRS].model_copy(  # the same checkpoint: what they say
     }
 )
 MODEL_REGISTRY[NAME] = META
+
+
+def _meta(preset: Preset, revision: str | None) -> ModelMeta:
+    """What results are filed under: each preset's apart; of others than E5-V no more is said."""
+    if preset is E5_V:
+        return META.model_copy(update={"revision": revision})
+    known = {"modalities": ["text", "image"], "framework": ["JAX"], "loader": MtebEncoder}
+    return ModelMeta.create_empty({**known, "name": f"e5v-jax/{preset.name}", "revision": revision})

@@ -12,6 +12,7 @@ from e5v_jax.data.inputs import Input, InputError
 from e5v_jax.data.pairs import TrainingPairs
 from e5v_jax.data.pipeline import number_inputs
 from e5v_jax.families.base import Batch, BatchShape, Measured, Processor
+from e5v_jax.presets import Preset
 from e5v_jax.prompts import IMAGE_PLACEHOLDER, PLAIN, PROMPTS, PromptChoice
 from e5v_jax.train.config import DataConfig
 from e5v_jax.train.step import PairBatch
@@ -49,7 +50,8 @@ def tokenize_pairs(pairs: TrainingPairs, processor: Processor, cfg: DataConfig) 
         inputs: Sequence[Input] = images or texts or []
         if texts is not None and images is not None:
             inputs = [{"text": t, "image": i} for t, i in zip(texts, images, strict=True)]
-        prompts = _prompts(cfg.prompt) if images is None else PromptChoice()
+        preset = processor.preset
+        prompts = _prompts(cfg.prompt, preset) if images is None else preset.choose()
         try:
             measured = processor.measure(inputs, prompts, max_tokens=cfg.max_tokens)
         except InputError as error:
@@ -68,8 +70,10 @@ def tokenize_pairs(pairs: TrainingPairs, processor: Processor, cfg: DataConfig) 
     )
 
 
-def _prompts(name: str) -> PromptChoice:
+def _prompts(name: str, preset: Preset) -> PromptChoice:
     """What ``data.prompt`` says for texts."""
+    if name == "text":
+        return preset.choose()
     if name == "released":
         return PromptChoice(PLAIN, released=True)
     prompt = PROMPTS.get(name, name)
@@ -78,7 +82,7 @@ def _prompts(name: str) -> PromptChoice:
             f"data.prompt: {name!r} is no prompt for texts; expected text, plain, sts, "
             "released, or one of your own with <sent> in it"
         )
-    return PromptChoice(prompt)
+    return PromptChoice(prompt, default_instruction=preset.default_instruction)
 
 
 def _group_bounds(count: int, groups: int, multiple: int) -> list[int]:

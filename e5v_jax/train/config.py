@@ -25,9 +25,11 @@ class DataConfig:
     tfds_dir: Path | None = None  # Where this corpus was prepared; None is its own default.
     max_tokens: int = 32  # Each sentence is cut to this many tokens before the template is applied.
     prompt: str = "text"
-    """The instruction: a name in e5v_jax.prompts.PROMPTS, or one of your own with <sent> in it.
-    `released` is what the authors' training script makes of it (prompts.fill_released)."""
-    template: str | None = None  # Chat template name; None chooses by the tokenizer.
+    """`text`, which is the preset's own; another name in e5v_jax.prompts.PROMPTS; or one of yours
+    with <sent> in it. `released` is what E5-V's training script makes of it
+    (prompts.fill_released)."""
+    preset: str | None = None  # How the model is called (docs/models.md); None: told from it.
+    template: str | None = None  # Chat template name; None takes the preset's.
     length_groups: int = 4  # Groups of similar length that a batch runs in, each padded alone.
 
 

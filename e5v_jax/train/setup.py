@@ -14,6 +14,7 @@ from e5v_jax.checkpoints.tokenizer import load_tokenizer
 from e5v_jax.data.pairs import TrainingPairs
 from e5v_jax.families.base import Model, Processor
 from e5v_jax.nn.layers import Build, Precision
+from e5v_jax.presets import find_preset
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh
 from e5v_jax.train.config import TrainConfig
@@ -91,7 +92,10 @@ def set_up(cfg: TrainConfig, base: ConvertedFolder, triplets: TrainingPairs) -> 
             f"{cfg.model}/adapter: training would begin without this adapter; "
             "convert the model again with --adapter and --merge"
         )
-    processor = base.family.processor(base.config, load_tokenizer(cfg.model), cfg.data.template)
+    preset = find_preset(cfg.data.preset, *base.known_as, str(cfg.model))
+    processor = base.family.processor(
+        base.config, load_tokenizer(cfg.model), cfg.data.template, preset
+    )
     feed = open_feed(cfg, triplets, processor, runtime)
     vision = feed.has_images  # for texts, the tower is neither read nor placed
     model = load_model(base, build, load_vision=vision, seed=cfg.seed)

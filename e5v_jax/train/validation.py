@@ -9,7 +9,7 @@ from flax import nnx
 from e5v_jax.encode.encoder import Encoder
 from e5v_jax.encode.stream import BatchLimits, encode_stream
 from e5v_jax.evaluate.sts import load_task, score_tasks
-from e5v_jax.prompts import choose_prompt
+from e5v_jax.presets import E5_V
 
 TASK = "stsb-dev"
 
@@ -23,7 +23,8 @@ class Validation:
         Raises FileNotFoundError, ValueError: a missing or damaged file, a pair the model refuses.
         """
         self._pairs, self._encoder = load_task(data, TASK, stride=stride), encoder
-        self._prompts = choose_prompt("sts", None)
+        preset = encoder.processor.preset
+        self._prompts = preset.choose("sts" if preset is E5_V else "document")
         sentences = self._pairs.sentences1 + self._pairs.sentences2
         for item in encoder.processor.measure(sentences, self._prompts):
             encoder.processor.padded_length(item.length, item.shape_key)
