@@ -63,6 +63,17 @@ class Preset:
     """Of images of any size; None: what the checkpoint's preprocessor file says."""
     transparency: Literal["drop", "white"] = "drop"
 
+    def with_pixels(self, min_pixels: int | None, max_pixels: int | None) -> "Preset":
+        """The same with other limits, where they are given. Raises ValueError: names a bad one."""
+        least = self.min_pixels if min_pixels is None else min_pixels
+        most = self.max_pixels if max_pixels is None else max_pixels
+        for name, value in (("min_pixels", least), ("max_pixels", most)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} {value}: expected at least 1")
+        if least is not None and most is not None and least > most:
+            raise ValueError(f"min_pixels {least}: expected at most max_pixels, {most}")
+        return replace(self, min_pixels=least, max_pixels=most)
+
     def choose(
         self,
         prompt_name: str | None = None,
@@ -170,7 +181,32 @@ _BGE_VL = Preset(
     architecture="LLaVANextForEmbedding",
 )
 
-PRESETS = {preset.name: preset for preset in (E5_V, _UNIME_LLAVA, _VLM2VEC_LLAVA, _BGE_VL)}
+# github.com/QwenLM/Qwen3-VL-Embedding, src/models/qwen3_vl_embedding.py (format_model_input). That
+# <|endoftext|> ends the prompt is the tokenizer's doing there: its post-processor appends it.
+_QWEN3_VL = Prompts("<sent>", "<image>", "<image><sent>")
+_QWEN3_VL_EMBEDDING = Preset(
+    name="qwen3-vl-embedding",
+    checkpoints="qwen3-vl-embedding.*",
+    about="Qwen/Qwen3-VL-Embedding-2B and -8B, 2048 and 4096 dimensions, any prefix of 64 or more "
+    "(truncate_dim), Apache-2.0: MMEB 75.0 and 80.1, MMEB-V2 73.2 and 77.8 (arXiv 2601.04720)",
+    document=_QWEN3_VL,
+    query=_QWEN3_VL,
+    instructed_query=_QWEN3_VL,
+    instructed_document=_QWEN3_VL,
+    default_instruction="Represent the user's input.",
+    ends_instructions=True,
+    template="<|im_start|>system\n<instruction><|im_end|>\n<|im_start|>user\n{}<|im_end|>\n"
+    "<|im_start|>assistant\n<|endoftext|>",
+    last_token="<|endoftext|>",
+    min_pixels=4 * 32**2,
+    max_pixels=1800 * 32**2,
+    transparency="white",
+)
+
+PRESETS = {
+    preset.name: preset
+    for preset in (E5_V, _UNIME_LLAVA, _VLM2VEC_LLAVA, _BGE_VL, _QWEN3_VL_EMBEDDING)
+}
 
 
 def check_preset(name: str) -> None:

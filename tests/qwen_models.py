@@ -163,6 +163,7 @@ class QwenCase:
     folder: Path
     torch_model: Any
     max_tokens: int = 1800  # of an image
+    preset: str | None = None
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -217,6 +218,10 @@ class QwenCase:
 
     def load(self, dtype: Dtype = "float32", **options: Any) -> E5V:
         """A fresh E5V of the folder."""
+        vision = self.torch_model.config.vision_config
+        token = (vision.patch_size * vision.spatial_merge_size) ** 2  # pixels
+        limits = {"min_pixels": 4 * token, "max_pixels": self.max_tokens * token}
+        options = {"preset": self.preset, **limits, **options}
         return E5V.from_pretrained(self.folder, dtype=dtype, **options)
 
     @cached_property

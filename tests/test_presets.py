@@ -24,6 +24,7 @@ CIR = (
 )
 E5V_HEAD = "<|start_header_id|>user<|end_header_id|>\n\n"
 E5V_TAIL = "<|eot_id|><|start_header_id|>assistant<|end_header_id|>\n\n \n"
+QWEN_TAIL = "<|im_end|>\n<|im_start|>assistant\n<|endoftext|>"
 # preset, role, instruction -> what is said with a text, an image, and both (None: apart, added)
 STRINGS: dict[tuple[str, str, str | None], tuple[str, str, str | None]] = {
     **dict.fromkeys(
@@ -92,6 +93,20 @@ STRINGS: dict[tuple[str, str, str | None], tuple[str, str, str | None]] = {
         "using both the provided image and the image retrieval instructions:  <query>  A cat and "
         "a dog \n <image> [/INST]",
     ),
+    **{
+        ("qwen3-vl-embedding", role, given): (
+            f"{head}A cat and a dog{QWEN_TAIL}",
+            f"{head}<image>{QWEN_TAIL}",
+            f"{head}<image>A cat and a dog{QWEN_TAIL}",
+        )
+        for given, said in (
+            (None, "Represent the user's input."),
+            ("Find a photo", "Find a photo."),
+            (" Is it a dog? ", "Is it a dog?"),
+        )
+        for head in [f"<|im_start|>system\n{said}<|im_end|>\n<|im_start|>user\n"]
+        for role in ("query", "document")
+    },
 }
 
 
@@ -202,7 +217,7 @@ def authors_vectors(case: "Case", preset: str, rows: list[tuple[str, Path | None
     return out.hidden_states[-1][:, -1].float()
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if name != "e5-v"])
+@pytest.mark.parametrize("name", ["unime-llava-1.6", "vlm2vec-llava-next", "bge-vl-mllm"])
 def test_vectors_are_the_authors(name: str, llava: "Callable[[str], Case]", tmp_path: Path) -> None:
     case, files = llava("mistral"), images_of(tmp_path)
     model = E5V.from_pretrained(case.folder, dtype="float32", preset=name)

@@ -82,8 +82,10 @@ def convert(args: Args) -> None:
     tokenizer = load_tokenizer(path)  # before the weights: what is bad is found in seconds
     size = len(tokenizer)
     config = source.match_tokenizer(tokenizer)
+    preset = find_preset(args.preset, args.src, *source.known_as)
+    last = preset.last_token
     try:
-        encode_batch(tokenizer, ["A dog."])  # what it puts around a prompt
+        encode_batch(tokenizer, [f"A dog.{last or ''}"], last_token=last)  # what is around a prompt
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     adapter = None if args.adapter is None else read_adapter(args.adapter, source.table)
@@ -108,7 +110,7 @@ def convert(args: Args) -> None:
             dtype=dtype.name,
             content_hash=content_hash,
             parameters=shapes,
-            preset=find_preset(args.preset, args.src, *source.known_as).name,
+            preset=preset.name,
         )
         converted.write_info(folder, info)
         write_checksums(folder)

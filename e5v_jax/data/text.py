@@ -17,16 +17,22 @@ TEXT_BUCKETS = (16, 20, 24, 28, 32, 36, 40, 48, 56, 64, 80, 96, 112, 128, *_DOUB
 IMAGE_BUCKETS = tuple(range(256, 16385, 128))
 
 
-def encode_batch(tokenizer: PreTrainedTokenizerFast, filled: Sequence[str]) -> list[list[int]]:
+def encode_batch(
+    tokenizer: PreTrainedTokenizerFast, filled: Sequence[str], *, last_token: str | None = None
+) -> list[list[int]]:
     """Tokenise filled prompts (:func:`e5v_jax.prompts.fill`), unpadded and never truncated.
 
     Each is tokenised whole, with a BOS if the tokenizer's own post-processor adds it, as the
-    reference does. Something after the prompt, say EOS, would be the pooled token.
+    reference does. Something after the prompt, say EOS, would be the pooled token. With
+    ``last_token`` that is the pooled one: each prompt ends in it already, and nothing is added.
 
-    Raises ValueError: the tokenizer puts something else around the prompt.
+    Raises ValueError: the tokenizer puts something else around the prompt, or ``last_token`` is
+    none of its tokens or not the last one.
     """
     if not filled:
         return []
+    if last_token is not None:
+        return _encode_ending(tokenizer, filled, last_token)
     ids: list[list[int]] = tokenizer(
         list(filled), padding=False, truncation=False, return_attention_mask=False, verbose=False
     )["input_ids"]
@@ -47,6 +53,27 @@ def encode_batch(tokenizer: PreTrainedTokenizerFast, filled: Sequence[str]) -> l
             f"expected nothing or the BOS token {tokenizer.bos_token!r}, as bos_token in "
             "tokenizer_config.json says"
         )
+    return ids
+
+
+def _encode_ending(
+    tokenizer: PreTrainedTokenizerFast, filled: Sequence[str], last_token: str
+) -> list[list[int]]:
+    expected = tokenizer.added_tokens_encoder.get(last_token)
+    if expected is None:
+        raise ValueError(
+            f"the embedding is read at {last_token}, which the tokenizer does not know: it is of "
+            "another model"
+        )
+    ids: list[list[int]] = tokenizer(
+        list(filled), add_special_tokens=False, return_attention_mask=False, verbose=False
+    )["input_ids"]
+    for string, sequence in zip(filled, ids, strict=True):
+        if not sequence or sequence[-1] != expected:
+            raise ValueError(
+                f"the embedding is read at {last_token}, but the prompt ends in {string[-20:]!r}: "
+                "take the preset's template"
+            )
     return ids
 
 

@@ -62,6 +62,8 @@ class E5V:
         verify: bool = False,
         attn_implementation: Implementation = "auto",
         preset: str | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
     ) -> Self:
         """Load a converted folder (here or ``gs://``), a Hugging Face one, GGUF file or hub id.
 
@@ -77,6 +79,10 @@ class E5V:
             attn_implementation: "xla", "cudnn" (GPU) or "splash" (TPU); "auto" chooses.
             preset: how the model's authors call it, a name in ``e5v_jax.presets.PRESETS``; None is
                 what the converted folder says, else told from the name, else "e5-v".
+            min_pixels: an image with fewer is enlarged to it, where a model takes images of any
+                size; None is the preset's.
+            max_pixels: an image with more is reduced to it. Qwen3-VL-Embedding's script has
+                1,843,200 (1800 tokens), its processor's file 1,310,720.
 
         Raises FileNotFoundError, ValueError: one line that names the file, key or option.
         """
@@ -97,7 +103,7 @@ class E5V:
         if adapter is None and is_converted(folder) and (folder / "adapter").is_dir():
             adapter = folder / "adapter"
         lora = None if adapter is None else load_adapter(as_path(adapter), source)
-        how = find_preset(preset, *source.known_as, str(path))
+        how = find_preset(preset, *source.known_as, str(path)).with_pixels(min_pixels, max_pixels)
         processor = source.family.processor(source.config, load_tokenizer(folder), template, how)
         precision = Precision(jnp.dtype(dtype), jnp.dtype(dtype), quantize)
         build = Build(precision, runtime, None if lora is None else lora.lora)
@@ -111,11 +117,13 @@ class E5V:
         template: str | None = None,
         revision: str | None = None,
         preset: str | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
     ) -> Processor:
         """What makes a model's inputs, without its weights; arguments of ``from_pretrained``."""
         folder = resolve(str(path), revision)
         source = _open(folder)
-        how = find_preset(preset, *source.known_as, str(path))
+        how = find_preset(preset, *source.known_as, str(path)).with_pixels(min_pixels, max_pixels)
         return source.family.processor(source.config, load_tokenizer(folder), template, how)
 
     def encode(

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from e5v_jax.families.base import Processor
     from e5v_jax.runtime import Runtime
 
+_INPUTS = ("revision", "preset", "template", "min_pixels", "max_pixels")  # what makes them
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelArgs:
@@ -29,6 +31,10 @@ class ModelArgs:
     66.6), vlm2vec-llava-next (62.9) or bge-vl-mllm (64.1, zero-shot 44.0); see docs/models.md."""
     template: str | None = None
     """Chat template: llama3, mistral, phi3, chatml or vicuna; by default the preset's."""
+    min_pixels: int | None = None
+    """Enlarge images with fewer, in models that take any size; by default the preset's."""
+    max_pixels: int | None = None
+    """Reduce images with more: less work and memory, other vectors; by default the preset's."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # Of weights and arithmetic.
     quantize: Literal["int8", "nf4"] | None = None
     """Store the decoder's weights in 8 or 4 bits: less memory, slightly other vectors."""
@@ -41,7 +47,7 @@ class ModelArgs:
 
     def check(self) -> None:
         """Refuse bad values before anything is read. Raises UsageError: names the flag."""
-        self.require_positive("fsdp", "tensor")
+        self.require_positive("fsdp", "tensor", "min_pixels", "max_pixels")
         for flag, value, known in (
             ("preset", self.preset, PRESETS),
             ("template", self.template, TEMPLATES),
@@ -89,7 +95,7 @@ class ModelArgs:
         """What makes the model's inputs, without its weights; raises what :meth:`load` does."""
         from e5v_jax import E5V
 
-        options = {name: getattr(self, name) for name in ("template", "preset", "revision")}
+        options = {name: getattr(self, name) for name in _INPUTS}
         return E5V.load_processor(self.model, **options)
 
     def describe(self) -> dict[str, str | None]:
@@ -98,8 +104,8 @@ class ModelArgs:
         return {"model": self.model, **self._options(), "adapter": adapter}
 
     def _options(self) -> dict[str, Any]:
-        names = ("revision", "adapter", "preset", "template", "dtype", "quantize")
-        return {name: getattr(self, name) for name in (*names, "attn_implementation")}
+        names = (*_INPUTS, "adapter", "dtype", "quantize", "attn_implementation")
+        return {name: getattr(self, name) for name in names}
 
     def content_hash(self) -> str:
         """Hash model and adapter as they are on disk. Raises FileNotFoundError: no such model."""

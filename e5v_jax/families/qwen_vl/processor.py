@@ -43,6 +43,7 @@ class QwenVLProcessor(TextProcessor):
     config: QwenVLConfig
     image_text = "<|vision_start|><|image_pad|><|vision_end|>"
     shape_unit = "patches"
+    any_size = True
 
     def __init__(
         self,
@@ -53,23 +54,19 @@ class QwenVLProcessor(TextProcessor):
     ) -> None:
         """Raise ValueError: the template cannot be told, or as :func:`match_tokenizer`."""
         super().__init__(match_tokenizer(config, tokenizer), tokenizer, template, preset)
-        token = config.vision.factor**2  # pixels
-        self.min_pixels = preset.min_pixels or MIN_TOKENS * token
-        self.max_pixels = preset.max_pixels or MAX_TOKENS * token
-
-    def resized(self, size: Size) -> Size:
-        """What an image of ``size`` (height, width) is resized to. Raises as smart_resize."""
-        return smart_resize(
-            size,
-            factor=self.config.vision.factor,
-            min_pixels=self.min_pixels,
-            max_pixels=self.max_pixels,
+        factor = config.vision.factor
+        self.resize = partial(
+            smart_resize,
+            factor=factor,
+            min_pixels=preset.min_pixels or MIN_TOKENS * factor**2,
+            max_pixels=preset.max_pixels or MAX_TOKENS * factor**2,
         )
+        """What an image of a size (height, width) is resized to."""
 
     def measure_image(self, size: Size) -> tuple[int, int]:
         """(tokens, padded patches) of an image of ``size`` (height, width) pixels."""
         vision = self.config.vision
-        height, width = self.resized(self.preset.resize or size)
+        height, width = self.resize(self.preset.resize or size)
         patches = (height // vision.patch_size) * (width // vision.patch_size)
         if patches > PATCH_BUCKETS[-1]:
             raise ValueError(
@@ -81,7 +78,7 @@ class QwenVLProcessor(TextProcessor):
     @property
     def load(self) -> Callable[[Measured], Any]:
         """See :attr:`e5v_jax.families.base.Processor.load`."""
-        return partial(load, config=self.config, preset=self.preset, resized=self.resized)
+        return partial(load, config=self.config, preset=self.preset, resize=self.resize)
 
     def padded_length(self, length: int, shape_key: int) -> int:
         """See :meth:`e5v_jax.families.base.Processor.padded_length`.
@@ -123,7 +120,7 @@ class QwenVLProcessor(TextProcessor):
 
 
 def load(
-    item: Measured, config: QwenVLConfig, preset: Preset, resized: Callable[[Size], Size]
+    item: Measured, config: QwenVLConfig, preset: Preset, resize: Callable[[Size], Size]
 ) -> Prepared | list[int]:
     """Decode, resize and cut an input's image, if any. Raises ValueError: it cannot be decoded."""
     if item.image is None:
@@ -137,7 +134,7 @@ def load(
             "again"
         )
     patched = cut_patches(
-        image, resized(size), patch=vision.patch_size, merge=vision.spatial_merge_size
+        image, resize(size), patch=vision.patch_size, merge=vision.spatial_merge_size
     )
     token, count = config.image_token_id, len(patched.pixels) // vision.merged
     start = item.ids.index(token)

@@ -28,6 +28,8 @@ class TextProcessor:
     image_text = IMAGE_PLACEHOLDER
     """What stands for an image in a filled prompt; it holds one placeholder token."""
     shape_unit = "images"
+    any_size = False
+    """Whether images keep their own size, within the preset's limits."""
     preset: Preset = E5_V
 
     def __init__(
@@ -39,8 +41,10 @@ class TextProcessor:
     ) -> None:
         """``template`` names the chat template, None takes the preset's or asks the tokenizer.
 
-        Raises ValueError: the template cannot be told.
+        Raises ValueError: the template cannot be told, or images would need other sizes.
         """
+        if not self.any_size and (preset.min_pixels or preset.max_pixels):
+            raise ValueError("min_pixels, max_pixels: this model takes no images of any size")
         self.config: Any = config
         self.tokenizer, self.preset = tokenizer, preset
         if template is None and preset.template is not None:
@@ -77,7 +81,9 @@ class TextProcessor:
             cut = iter(truncate_texts(self.tokenizer, texts, max_tokens))
             accepted = [(i, text and next(cut), image) for i, text, image in accepted]
         filled = list(tried(accepted, partial(self._fill, prompts)))  # (position, image, string)
-        all_ids = encode_batch(self.tokenizer, [string for *_, string in filled])
+        all_ids = encode_batch(
+            self.tokenizer, [string for *_, string in filled], last_token=self.preset.last_token
+        )
         rows = ((*row[:2], ids) for row, ids in zip(filled, all_ids, strict=True))
         return list(tried(rows, self._measure))
 
