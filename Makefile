@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-gpu lint clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -34,6 +34,10 @@ test: lint $(VENV)/libtpu
 
 test-slow: $(VENV)/libtpu
 	PYTHONPATH=$(CURDIR)/$(VENV)/libtpu $(BIN)/pytest -m slow
+
+# On a machine with a GPU: pip install -e '.[cuda,test]'
+test-gpu: $(VENV)/installed
+	JAX_PLATFORMS=cuda,cpu $(BIN)/pytest -m gpu
 
 clean:
 	rm -rf $(VENV) build *.egg-info runs

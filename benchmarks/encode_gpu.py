@@ -164,7 +164,7 @@ def theirs(args: Args, cfg: LlavaNextConfig) -> dict[Kind, float]:
     text = {k: v for k, v in text.items() if k not in ("rope_theta", "model_type")}
     rope = {"rope_type": "default", "rope_theta": cfg.text.rope_theta}
     config = LlavaNextConfig(
-        vision_config=CLIPVisionConfig(**dataclasses.asdict(cfg.vision)),
+        vision_config=CLIPVisionConfig(**cfg.vision.to_clip()),
         text_config=LlamaConfig(**text, rope_parameters=rope),
         image_token_index=cfg.image_token_id,
         image_grid_pinpoints=[list(size) for size in cfg.image_grid_pinpoints],

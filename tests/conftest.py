@@ -101,10 +101,12 @@ def llama3_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def llava(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[str], Case]":
-    """Random tiny LLaVA-NeXT models by their name in hf_models.RECIPES, each built once."""
-    from hf_models import RECIPES, build_llava  # torch and transformers' models: slow to import
+    """Random tiny LLaVA-NeXT models by their name in hf_models, each built once."""
+    # torch and transformers' models: slow to import
+    from hf_models import RECIPES, TOWER_RECIPES, build_llava
 
-    return cache(lambda name: build_llava(RECIPES[name], tmp_path_factory.mktemp(name)))
+    recipes = {**RECIPES, **TOWER_RECIPES}
+    return cache(lambda name: build_llava(recipes[name], tmp_path_factory.mktemp(name)))
 
 
 @pytest.fixture(scope="session")

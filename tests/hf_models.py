@@ -18,6 +18,7 @@ from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     CLIPVisionConfig,
+    Dinov2Config,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaNextConfig,
@@ -30,6 +31,7 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    SiglipVisionConfig,
 )
 from transformers.models.llava_next.image_processing_pil_llava_next import (
     LlavaNextImageProcessorPil,
@@ -114,7 +116,10 @@ class Recipe:
     text_class: type[TextConfig] = LlamaConfig
     template: str = "llama3"
     text: dict[str, Any] = field(default_factory=dict)
+    tower: type[CLIPVisionConfig] | type[SiglipVisionConfig] | type[Dinov2Config] = CLIPVisionConfig
     vision: dict[str, Any] = field(default_factory=dict)
+    feature_layer: int | list[int] = -2
+    image_mean: tuple[float, float, float] | None = None  # None leaves the processor's file out
     tied: bool = False
     pinpoints: tuple[tuple[int, int], ...] = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # in tiles
     seed: int = 0
@@ -140,22 +145,28 @@ class Recipe:
     def llava_config(self) -> LlavaNextConfig:
         options: dict[str, Any] = {
             "hidden_size": 48,
-            "intermediate_size": 80,
             "num_hidden_layers": 3,
             "num_attention_heads": 3,
             "image_size": 28,
             "patch_size": 7,
             "layer_norm_eps": 0.03,
-            "hidden_act": "quick_gelu",
             "attn_implementation": "eager",
         }
-        vision = CLIPVisionConfig(**{**options, **self.vision})
+        if self.tower is not Dinov2Config:
+            options["intermediate_size"] = 80
+        if self.tower is CLIPVisionConfig:
+            options["hidden_act"] = "quick_gelu"
+        vision = self.tower(**{**options, **self.vision})
         side = vision.image_size
         return LlavaNextConfig(
             vision_config=vision,
             text_config=self.text_config(),
             image_token_index=build_tokenizer(self.template).convert_tokens_to_ids("<image>"),
             image_grid_pinpoints=[[side * h, side * w] for h, w in self.pinpoints],
+            vision_feature_layer=self.feature_layer,
+            vision_feature_select_strategy=(
+                "full" if self.tower is SiglipVisionConfig else "default"
+            ),
             tie_word_embeddings=self.tied,
             attn_implementation="eager",
         )
@@ -213,6 +224,49 @@ RECIPES = {
     ),
 }
 
+TOWER_RECIPES = {
+    "siglip": Recipe(  # two heads of 72; two pixels of a tile's side belong to no patch
+        tower=SiglipVisionConfig,
+        vision={"hidden_size": 144, "num_attention_heads": 2, "image_size": 30},
+        feature_layer=-1,
+        image_mean=(0.5, 0.5, 0.5),
+        seed=20,
+    ),
+    "siglip-headless": Recipe(
+        MistralConfig,
+        "mistral",
+        tower=SiglipVisionConfig,
+        vision={"vision_use_head": False, "hidden_act": "gelu", "patch_size": 14},
+        text={"vocab_size": 288},
+        feature_layer=[-2, 3, 1],
+        image_mean=(0.1, 0.9, 0.4),
+        seed=11,
+    ),
+    "dinov2": Recipe(
+        tower=Dinov2Config,
+        vision={"mlp_ratio": 3},
+        feature_layer=-2,
+        image_mean=(0.485, 0.456, 0.406),
+        seed=12,
+    ),
+    "dinov2-giant": Recipe(
+        tower=Dinov2Config,
+        vision={
+            "use_swiglu_ffn": True,
+            "qkv_bias": False,
+            "use_mask_token": False,
+            "hidden_size": 40,
+            "num_attention_heads": 5,
+            "image_size": 22,
+        },
+        tied=True,
+        feature_layer=1,
+        seed=13,
+    ),
+    "clip-layers": Recipe(feature_layer=[-1, -3], seed=24),
+}
+"""Of each kind of tower; ``llava_config`` says which feature layers go with them."""
+
 TEXT_RECIPES = {
     "llama": Recipe(template="chatml", text={"vocab_size": 261}, seed=6),
     "llama-tied": Recipe(template="chatml", tied=True, seed=7),
@@ -232,6 +286,8 @@ def randomise(model: torch.nn.Module, seed: int) -> None:
             noise = 0.5 + torch.rand(parameter.shape, generator=generator)
         elif name.endswith("bias"):
             noise = 0.5 * noise
+        elif name.endswith(("position_embeddings", "cls_token")):
+            pass  # which DINOv2 has with three axes
         elif parameter.ndim > 1 and "embedding.weight" not in name and "embed_tokens" not in name:
             noise = 1.2 * noise / parameter[0].numel() ** 0.5
         elif "patch_embedding" in name:
@@ -246,6 +302,7 @@ class Case:
     folder: Path
     template: str
     torch_model: Any
+    image_options: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerFast:
@@ -255,16 +312,18 @@ class Case:
     def processor(self) -> LlavaNextProcessor:
         config = self.torch_model.config
         side = config.vision_config.image_size
+        strategy = config.vision_feature_select_strategy
         return LlavaNextProcessor(
             image_processor=LlavaNextImageProcessorPil(
                 size={"shortest_edge": side},
                 crop_size={"height": side, "width": side},
                 image_grid_pinpoints=config.image_grid_pinpoints,
+                **self.image_options,
             ),
             tokenizer=self.tokenizer,
             patch_size=config.vision_config.patch_size,
-            vision_feature_select_strategy="default",
-            num_additional_image_tokens=1,  # CLS
+            vision_feature_select_strategy=strategy,
+            num_additional_image_tokens=1 if strategy == "default" else 0,  # CLS
         )
 
     def torch_inputs(self, items: list[Any]) -> dict[str, torch.Tensor]:
@@ -308,7 +367,11 @@ def build_llava(recipe: Recipe, folder: Path) -> Case:
     """Make, save and wrap a random LLaVA-NeXT model."""
     config = recipe.llava_config()
     model = LlavaNextForConditionalGeneration(config).eval()
-    return _save(model, recipe, folder, with_image=True)
+    case = _save(model, recipe, folder, with_image=True)
+    if recipe.image_mean is not None:
+        case.image_options = {"image_mean": list(recipe.image_mean), "image_std": [0.5, 0.3, 0.7]}
+        case.processor.image_processor.save_pretrained(folder)
+    return case
 
 
 def build_text(recipe: Recipe, folder: Path) -> Case:

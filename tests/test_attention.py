@@ -61,13 +61,18 @@ def test_grouped_heads_and_causal_mask(implementation: Implementation) -> None:
 
 
 def test_key_lengths() -> None:
-    """Keys from there on are not seen; the kernels leave that to XLA."""
-    q, k, v = qkv(t=8, h=16)
-    lengths = jnp.array([3, 8])
-    for implementation in ("xla", "splash"):
+    """Keys from there on are not seen, by one query or by all."""
+    for implementation, queries, t, h in (
+        ("xla", 1, 8, 16),
+        ("splash", 1, 8, 16),
+        ("xla", 300, 300, 16),
+        ("splash", 256, 256, 80),
+    ):
+        q, k, v = qkv(t=t, h=h)
+        lengths = jnp.array([3, t])
         runtime = on(implementation)  # type: ignore[arg-type]  # a str to mypy
         found = attention(
-            q[:, :1],
+            q[:, :queries],
             k,
             v,
             is_causal=False,
@@ -75,35 +80,50 @@ def test_key_lengths() -> None:
             precision=FP32,
             runtime=runtime,
         )
+        assert np.isfinite(found).all()
         for b in range(2):
             cut = slice(int(lengths[b]))
             alone = attention(
-                q[b : b + 1, :1],
+                q[b : b + 1, :queries][:, cut],
                 k[b : b + 1, cut],
                 v[b : b + 1, cut],
                 is_causal=False,
                 precision=FP32,
-                runtime=runtime,
+                runtime=on("xla"),
             )
-            np.testing.assert_allclose(found[b], alone[0], atol=1e-6)
+            np.testing.assert_allclose(found[b][cut], alone[0], atol=2e-6)
+
+
+def test_key_lengths_are_not_for_causal_attention() -> None:
+    with pytest.raises(ValueError, match="takes no key_lengths"):
+        attention(
+            *qkv(t=8),
+            is_causal=True,
+            key_lengths=jnp.array([3, 8]),
+            precision=FP32,
+            runtime=on("xla"),
+        )
 
 
 @pytest.mark.parametrize(
-    ("backend", "dtype", "t", "h", "chosen"),
+    ("backend", "dtype", "t", "h", "causal", "masked"),
     [
-        ("cpu", jnp.bfloat16, 256, 128, "xla"),
-        ("gpu", jnp.bfloat16, 256, 128, "cudnn"),
-        ("gpu", jnp.float32, 256, 128, "xla"),  # cuDNN has no fp32
-        ("gpu", jnp.bfloat16, 40, 128, "xla"),
-        ("gpu", jnp.bfloat16, 256, 256, "xla"),
-        ("tpu", jnp.bfloat16, 256, 128, "splash"),
-        ("tpu", jnp.float32, 2944, 128, "splash"),
-        ("tpu", jnp.bfloat16, 40, 128, "xla"),
-        ("tpu", jnp.bfloat16, 256, 64, "xla"),
+        ("cpu", jnp.bfloat16, 256, 128, "xla", "xla"),
+        ("gpu", jnp.bfloat16, 256, 128, "cudnn", "cudnn"),
+        ("gpu", jnp.bfloat16, 577, 64, "cudnn", "cudnn"),
+        ("gpu", jnp.float32, 256, 128, "xla", "xla"),  # cuDNN has no fp32
+        ("gpu", jnp.bfloat16, 40, 128, "xla", "xla"),
+        ("gpu", jnp.bfloat16, 256, 256, "xla", "xla"),
+        ("tpu", jnp.bfloat16, 256, 128, "splash", "xla"),
+        ("tpu", jnp.float32, 2944, 128, "splash", "splash"),
+        ("tpu", jnp.bfloat16, 40, 128, "xla", "xla"),
+        ("tpu", jnp.bfloat16, 2048, 72, "xla", "splash"),
     ],
 )
-def test_choice(backend: str, dtype: jnp.dtype, t: int, h: int, chosen: str) -> None:
-    assert module._choose(jax.ShapeDtypeStruct((1, t, 4, h), dtype), backend) == chosen
+def test_choice(backend: str, dtype: jnp.dtype, t: int, h: int, causal: str, masked: str) -> None:
+    q = jax.ShapeDtypeStruct((1, t, 4, h), dtype)
+    assert module._choose(q, backend, is_causal=True, is_masked=False) == causal
+    assert module._choose(q, backend, is_causal=False, is_masked=True) == masked
 
 
 def test_what_cannot_be() -> None:

@@ -32,11 +32,12 @@ from e5v_jax.checkpoints.hf_source import HfSource
 from e5v_jax.families.llava_next import model as llava_next
 from e5v_jax.families.llava_next import processor, tiling
 from e5v_jax.families.llava_next.config import LlavaNextConfig
-from e5v_jax.nn import clip, decoder, layers, rope
+from e5v_jax.nn import decoder, layers, rope, vision_tower
 from e5v_jax.nn.attention import attention
-from e5v_jax.nn.config import VisionConfig
 from e5v_jax.nn.rope import RopeScaling
 from e5v_jax.nn.text_config import TextConfig
+from e5v_jax.nn.vision_config import VisionConfig
+from e5v_jax.nn.vision_tower import normalise
 
 TEXTS = [
     "A dog sits.",
@@ -207,6 +208,10 @@ def _scale_plus_one(norm: layers.RMSNorm, x: jax.Array) -> jax.Array:
     return (1 + norm.scale[...]) * y  # as Gemma's
 
 
+def _other_mean(tiles: jax.Array, mean: Any, std: Any) -> jax.Array:
+    return normalise(tiles, (0.5, 0.5, 0.5), std)
+
+
 PLANTS: dict[str, Plant] = {
     "rope pairs neighbours": lambda m: m.setattr(decoder, "apply_rope", _interleaved_rope),
     "rope turns backwards": lambda m: m.setattr(
@@ -226,11 +231,15 @@ PLANTS: dict[str, Plant] = {
     ),
     "kv heads in the wrong groups": lambda m: m.setattr(decoder, "attention", _tiled_kv_heads),
     "no causal mask": lambda m: m.setattr(decoder, "attention", _no_mask),
-    "quick_gelu in the projector": lambda m: m.setattr(llava_next, "exact_gelu", clip.quick_gelu),
-    "gelu for quick_gelu": lambda m: m.setitem(clip.ACTIVATIONS, "quick_gelu", clip.exact_gelu),
+    "quick_gelu in the projector": lambda m: m.setattr(
+        llava_next, "exact_gelu", vision_tower.quick_gelu
+    ),
+    "gelu for quick_gelu": lambda m: m.setitem(
+        vision_tower.ACTIVATIONS, "quick_gelu", vision_tower.exact_gelu
+    ),
     "mean kept in layer norm": lambda m: m.setattr(layers.LayerNorm, "__call__", _mean_kept),
     "norm scale plus one": lambda m: m.setattr(layers.RMSNorm, "__call__", _scale_plus_one),
-    "other pixel mean": lambda m: m.setattr(clip, "IMAGE_MEAN", (0.5, 0.5, 0.5)),
+    "other pixel mean": lambda m: m.setattr(vision_tower, "normalise", _other_mean),
 }
 
 
@@ -290,10 +299,15 @@ VISION_CHANGES: dict[str, list[Any]] = {
     "image_size": [56],
     "patch_size": [4, 14],
     "layer_norm_eps": [0.01],
-    "hidden_act": ["gelu"],
+    "hidden_act": ["gelu", "gelu_pytorch_tanh"],
+    "model_type": ["siglip_vision_model", "dinov2", "vit"],
+    "qkv_bias": [False],
+    "use_swiglu_ffn": [True],
+    "image_mean": [(0.5, 0.5, 0.5), (0.5, 0.5), [0.5, 0.5, 0.5]],
+    "image_std": [(0.5, 0.5, 0.5), (0.5, 0.5, 0.0), 0.5],
 }
 MODEL_CHANGES: dict[str, list[Any]] = {
-    "vision_feature_layer": [-1, -3],
+    "vision_feature_layer": [-1, -3, (-2, -3), (), (-2, 4), (-2, "1")],
     "image_token_id": [None, 0],
     "image_grid_pinpoints": [((28, 56),), ()],
 }

@@ -1,30 +1,15 @@
 """Qwen3-VL against PyTorch's on random models: whole, block by block, and what is refused."""
 
-import dataclasses
-import json
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-import safetensors.numpy
-import torch
 from hf_models import picture
 from PIL import Image
-from qwen_models import QWEN3_RECIPES, QwenCase, build_qwen3_vl, build_qwen_tokenizer
+from qwen_models import QWEN3_RECIPES, QwenCase, build_qwen3_vl
 
-from e5v_jax import E5V
-from e5v_jax.checkpoints.from_hf import Args, convert
-from e5v_jax.checkpoints.hf_source import open_source
-from e5v_jax.checkpoints.to_hf import Args as ExportArgs
-from e5v_jax.checkpoints.to_hf import convert as export
-from e5v_jax.families.qwen_vl.processor import PATCH_BUCKETS
-from e5v_jax.families.qwen_vl.vision import Patches, interpolation
-from e5v_jax.nn.rope import apply_rope
 from e5v_jax.presets import PRESETS
 
 PRESET = PRESETS["qwen3-vl-embedding"]
@@ -74,7 +59,9 @@ def expected(case: QwenCase, items: list[Any]) -> np.ndarray:
     tail = "<|im_end|>\n<|im_start|>assistant\n"
     vectors = []
     for item in items:
-        item = item if isinstance(item, dict) else {"text" if isinstance(item, str) else "image": item}
+        item = (
+            item if isinstance(item, dict) else {"text" if isinstance(item, str) else "image": item}
+        )
         content = ("<image>" if "image" in item else "") + item.get("text", "")
         vectors.append(case.torch_vector(f"{head}{content}{tail}", item.get("image")))
     return np.stack(vectors)

@@ -12,7 +12,7 @@ from e5v_jax.checkpoints.finite import check_finite
 from e5v_jax.checkpoints.gguf import GGUFTensors, read_config
 from e5v_jax.checkpoints.json_file import read_json
 from e5v_jax.checkpoints.names import map_keys
-from e5v_jax.checkpoints.preprocessor import check_preprocessor
+from e5v_jax.checkpoints.preprocessor import match_preprocessor
 from e5v_jax.checkpoints.safetensors_file import SafetensorsFolder
 from e5v_jax.families import find_family
 from e5v_jax.nn.config import UnsupportedModelError
@@ -44,7 +44,7 @@ class HfSource:
         except Exception as error:  # transformers' configuration classes raise many types
             reason = textwrap.shorten(str(error), 200)  # some list every architecture there is
             raise ValueError(f"{file}: not a valid configuration: {reason}") from error
-        check_preprocessor(path, self.family, self.config)
+        self.config = match_preprocessor(path, self.family, self.config)
         self.table = self.family.parameters(self.config)
         try:
             self.slots = map_keys(tensors.keys(), self.table)

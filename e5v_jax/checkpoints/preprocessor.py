@@ -1,5 +1,6 @@
-"""The settings of image processors in a model folder, which must be what is computed here."""
+"""The settings of image processors in a model folder: followed, or what is computed here."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,22 @@ from e5v_jax.families.base import Family, ModelConfig
 from e5v_jax.nn.config import UnsupportedModelError
 
 FILES = ("preprocessor_config.json", "processor_config.json")
+_KEY = "image_processor_type"  # says that settings are an image processor's, whose defaults count
+
+
+def match_preprocessor(folder: Path, family: Family, config: ModelConfig) -> ModelConfig:
+    """``config`` with what the image processor in ``folder`` says of the model.
+
+    Raises as :func:`check_preprocessor`, which the rest of it passes.
+    """
+    for file, settings in _read(folder):
+        if _KEY in settings:
+            try:
+                config = family.match_preprocessor(config, settings)
+            except ValueError as error:
+                raise UnsupportedModelError(f"{file}: {error}") from error
+    check_preprocessor(folder, family, config)
+    return config
 
 
 def check_preprocessor(folder: Path, family: Family, config: ModelConfig) -> None:
@@ -21,20 +38,25 @@ def check_preprocessor(folder: Path, family: Family, config: ModelConfig) -> Non
         UnsupportedModelError: names file and setting.
         ValueError: a file that is no JSON object.
     """
+    for file, settings in _read(folder):
+        try:
+            family.check_preprocessor(config, settings)
+        except UnsupportedModelError as error:
+            raise UnsupportedModelError(f"{file}: {error}") from error
+
+
+def _read(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Each group of settings with its file."""
     for name in FILES:
         if not (file := folder / name).exists():
             continue
         settings: dict[str, Any] = read_json(file)
-        try:
-            if name == FILES[1]:
-                images = settings.pop("image_processor", None)
-                family.check_preprocessor(config, settings)
-                if images is None:
-                    continue
-                if not isinstance(images, dict):
-                    raise UnsupportedModelError(f"image_processor is {images!r}: not an object")
-                settings = images
-            # the key says that these are an image processor's, whose defaults count
-            family.check_preprocessor(config, {"image_processor_type": None, **settings})
-        except UnsupportedModelError as error:
-            raise UnsupportedModelError(f"{file}: {error}") from error
+        if name == FILES[1]:
+            images = settings.pop("image_processor", None)
+            yield file, settings
+            if images is None:
+                continue
+            if not isinstance(images, dict):
+                raise UnsupportedModelError(f"{file}: image_processor is {images!r}: not an object")
+            settings = images
+        yield file, {_KEY: None, **settings}

@@ -74,7 +74,8 @@ def write_hf(
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     copy_named(source.folder, folder)
     notes = []
-    missing = {slot.key(prefixes) for slot in table.slots} - {spec.name for spec in specs}
+    every = {slot.key(prefixes) for slot in table.slots if not slot.row.optional}
+    missing = every - {spec.name for spec in specs}
     if config.get("tie_word_embeddings"):
         missing = {key for key in missing if not key.endswith("lm_head.weight")}
     if missing:

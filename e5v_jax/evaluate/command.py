@@ -12,6 +12,7 @@ from typing import NoReturn
 from e5v_jax import __version__, cli
 from e5v_jax.atomic import new_folder
 from e5v_jax.evaluate.config import AnalyseArgs, EvaluateConfig
+from e5v_jax.evaluate.golden import GoldenArgs, golden
 
 
 def evaluate(args: EvaluateConfig) -> None:
@@ -73,8 +74,10 @@ def _analyse(args: AnalyseArgs) -> None:
 
 
 def run(words: Sequence[str]) -> NoReturn:
-    """Evaluate, or after the word ``analyse`` show the space, as the words say. It exits."""
+    """Evaluate, or do what the first word says, ``analyse`` or ``golden``. It exits."""
     if words[:1] == ["analyse"]:
         cli.run(_analyse, AnalyseArgs, argv=words[1:])
+    if words[:1] == ["golden"]:
+        cli.run(golden, GoldenArgs, argv=words[1:])
     default, words = cli.split_config(words, EvaluateConfig)
     cli.run(evaluate, EvaluateConfig, default=default, argv=words)

@@ -55,7 +55,8 @@ class EvaluateConfig(ScoringArgs):
     """Score a model on the benchmarks of the paper and show the scores beside the paper's.
 
     --config FILE takes defaults from a Python file: what its get_config() returns.
-    `python -m e5v_jax.evaluate analyse --help`: what the embedding space looks like.
+    `python -m e5v_jax.evaluate analyse --help`: what the embedding space looks like; `golden
+    --help`: the figures that a checkpoint's authors printed, seen again.
     """
 
     model: str = ""

@@ -159,6 +159,8 @@ class Family:
     """The configuration as the tokenizer has it; tokens that it lacks are added to it."""
     hf_config: Callable[[dict[str, Any], Any], dict[str, Any]] = lambda raw, _: copy.deepcopy(raw)
     """The ``config.json`` to export, for a source whose layout transformers has no class for."""
+    match_preprocessor: Callable[[Any, dict[str, Any]], Any] = lambda config, _: config
+    """The configuration with what an image processor's settings say of the model."""
     check_preprocessor: Callable[[Any, dict[str, Any]], None] = lambda *_: None
     """Refuses, by name, settings of an image processor that the processor does not follow."""
     image_cost: Callable[[Any, int, int, int], ImageCost] = lambda *_: ImageCost(0, 0)

@@ -2,8 +2,7 @@
 
 The runtime's platform, the dtype and the shape choose while a program is traced; the runtime's
 ``attn_implementation`` overrides that wherever the one it names computes what is asked. The kernels
-take causal attention only: the tower's, and that of the last layer's one query, are XLA's on every
-device.
+take as many queries as keys: attention of the last layer's one query is XLA's on every device.
 """
 
 from collections.abc import Callable
@@ -23,6 +22,7 @@ SPLASH_BLOCK = 128
 QUERY_BLOCK = 1024  # queries whose logits exist at a time
 _QUERY_BLOCK_CPU = 128  # their logits stay in the cache: 2 to 3 times as fast as all at once
 _CUDNN_MIN_LENGTH = 128  # the logits of shorter texts are small: one fused XLA loop
+_SPLASH_MIN_PATCHES = 1024  # of a tower: up to there the logits of one block of queries hold all
 
 
 def attention(
@@ -37,19 +37,22 @@ def attention(
 ) -> jax.Array:
     """Attention of q [B, T, N, H] over k, v [B, S, K, H] -> [B, T, N, H]; N is a multiple of K.
 
-    Right-padded batches need no mask: under the causal one, no real token sees what is right of it.
-    With ``key_lengths`` int [B], keys from there on are not seen either. Raises ValueError: splash
-    was asked for, and the shape does not fit it.
+    Right-padded batches need no mask under the causal one: no real token sees what is right of it.
+    Without that, ``key_lengths`` int32 [B] says that keys from there on are not seen; what comes
+    out for queries from there on means nothing, but is finite. Raises ValueError: splash was asked
+    for, and the shape does not fit it, or causal attention with ``key_lengths``.
     """
+    if is_causal and key_lengths is not None:
+        raise ValueError("causal attention takes no key_lengths: pad on the right")
     chosen, platform = runtime.attn_implementation, runtime.platform
-    if not is_causal or key_lengths is not None:
-        chosen = "xla"
+    if q.shape[1] != k.shape[1] or (chosen == "splash" and not is_causal and key_lengths is None):
+        chosen = "xla"  # the last layer's pooled query; tiles, whose length is no multiple of 128
     elif chosen == "auto":
-        chosen = _choose(q, platform)
+        chosen = _choose(q, platform, is_causal=is_causal, is_masked=key_lengths is not None)
     if chosen == "splash":
-        return _splash(q, k, v, runtime)
+        return _splash(q, k, v, key_lengths, runtime)
     if chosen == "cudnn":
-        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+        return _cudnn(q, k, v, key_lengths, is_causal=is_causal)
     return _xla(
         q,
         k,
@@ -61,15 +64,31 @@ def attention(
     )
 
 
-def _choose(q: jax.Array, backend: str) -> Implementation:
-    """What causal attention of queries [B, T, N, H] runs on."""
+def _choose(q: jax.Array, backend: str, *, is_causal: bool, is_masked: bool) -> Implementation:
+    """What attention of queries [B, T, N, H] over as many keys runs on."""
     _, t, _, h = q.shape
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     if backend == "gpu" and half and t >= _CUDNN_MIN_LENGTH and h % 8 == 0 and h <= 128:
         return "cudnn"
-    if backend == "tpu" and q.dtype != jnp.float16 and t % SPLASH_BLOCK == 0 == h % SPLASH_BLOCK:
-        return "splash"
+    if backend == "tpu" and q.dtype != jnp.float16 and t % SPLASH_BLOCK == 0:
+        if is_causal and h % SPLASH_BLOCK == 0:
+            return "splash"
+        if is_masked and t >= _SPLASH_MIN_PATCHES:
+            return "splash"
     return "xla"
+
+
+def _cudnn(
+    q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, *, is_causal: bool
+) -> jax.Array:
+    """cuDNN's flash attention, which skips the blocks of padding."""
+    run = partial(jax.nn.dot_product_attention, implementation="cudnn", is_causal=is_causal)
+    if lengths is None:
+        return run(q, k, v)
+    lengths = jnp.maximum(lengths.astype(jnp.int32), 1)  # a softmax over nothing is not finite
+    out = run(q, k, v, query_seq_lengths=lengths, key_value_seq_lengths=lengths)
+    real = jnp.arange(q.shape[1]) < lengths[:, None]  # [B, T]
+    return jnp.where(real[..., None, None], out, 0)  # what cuDNN leaves there is not defined
 
 
 def _xla(
@@ -140,26 +159,40 @@ def _xla_block(
     return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h).astype(v.dtype)
 
 
-def _splash(q: jax.Array, k: jax.Array, v: jax.Array, runtime: Runtime) -> jax.Array:
-    """Causal splash attention; under a mesh each device does its own rows and heads."""
+def _splash(
+    q: jax.Array, k: jax.Array, v: jax.Array, lengths: jax.Array | None, runtime: Runtime
+) -> jax.Array:
+    """Splash attention, causal without ``lengths``; each device does its own rows and heads."""
     t, h = q.shape[1], q.shape[3]
-    if t % SPLASH_BLOCK or h % SPLASH_BLOCK:
+    if t % SPLASH_BLOCK or (lengths is None and h % SPLASH_BLOCK):
         raise ValueError(
             f"attn_implementation splash needs sequences and heads that are multiples of "
             f"{SPLASH_BLOCK}, found {t} positions and heads of {h}: choose auto or xla"
         )
     # on a CPU, where tests follow a program for a TPU, Pallas interprets it
     local = partial(_splash_local, interpret=runtime.mesh.devices.flat[0].platform == "cpu")
+    operands = (q, k, v) if lengths is None else (q, k, v, lengths)
     if runtime.mesh.size == 1:
-        return local(q, k, v)
+        return local(*operands)
     spec = P(*BATCH_SPEC, None, "tensor", None)
     split = jax.shard_map(
-        local, mesh=runtime.mesh, in_specs=(spec,) * 3, out_specs=spec, check_vma=False
+        local,
+        mesh=runtime.mesh,
+        in_specs=(spec, spec, spec, BATCH_SPEC)[: len(operands)],
+        out_specs=spec,
+        check_vma=False,
     )
-    return split(q, k, v)
+    return split(*operands)
 
 
-def _splash_local(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool) -> jax.Array:
+def _splash_local(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    lengths: jax.Array | None = None,
+    *,
+    interpret: bool,
+) -> jax.Array:
     # here and not above: only TPU programs need it
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel,
@@ -168,9 +201,8 @@ def _splash_local(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool) 
 
     b, t, n, h = q.shape
     groups = n // k.shape[2]
-    mask = splash_attention_mask.MultiHeadMask(
-        [splash_attention_mask.CausalMask((t, t)) for _ in range(groups)]
-    )
+    causal, full = splash_attention_mask.CausalMask, splash_attention_mask.FullMask
+    mask = (causal if lengths is None else full)((t, t))
     block = next(size for size in (512, 256, SPLASH_BLOCK) if t % size == 0)
     blocks = splash_attention_kernel.BlockSizes(
         block_q=block,
@@ -183,10 +215,19 @@ def _splash_local(q: jax.Array, k: jax.Array, v: jax.Array, *, interpret: bool) 
         block_kv_dq=block,
     )
     kernel = splash_attention_kernel.make_splash_mqa_single_device(
-        mask, block_sizes=blocks, interpret=interpret
+        splash_attention_mask.MultiHeadMask([mask] * groups),
+        block_sizes=blocks,
+        interpret=interpret,
     )
     scaled = (q.astype(jnp.float32) * np.float32(h**-0.5)).astype(q.dtype)  # it does not scale
-    grouped = scaled.reshape(b, t, -1, groups, h).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
+    padding = [(0, 0), (0, 0), (0, 0), (0, -h % SPLASH_BLOCK)]  # zeros change no product
+    scaled, k, v = (jnp.pad(x, padding) for x in (scaled, k, v))
+    grouped = scaled.reshape(b, t, -1, groups, scaled.shape[3]).transpose(0, 2, 3, 1, 4)
     keys, values = (x.transpose(0, 2, 1, 3) for x in (k, v))  # [B, K, T, H]
-    out = jax.vmap(jax.vmap(kernel))(grouped, keys, values)  # [B, K, G, T, H]
-    return out.transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+    segments = None
+    if lengths is not None:  # padding sees padding only, and nobody else does
+        real = (jnp.arange(t) < lengths[:, None]).astype(jnp.int32)  # [B, T]
+        segments = splash_attention_kernel.SegmentIds(real, real)
+    heads = jax.vmap(kernel, in_axes=(0, 0, 0, None))
+    out = jax.vmap(heads)(grouped, keys, values, segments)  # [B, K, G, T, H]
+    return out[..., :h].transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)

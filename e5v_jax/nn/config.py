@@ -3,9 +3,8 @@
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import UnionType
-from typing import Any, Self, TypeVar, get_args
+from typing import Any, TypeVar, get_args
 
 import transformers
 
@@ -64,48 +63,6 @@ def check_numbers(config: Any, section: str = "") -> None:
             raise ValueError(
                 f"{section}{field.name} is {value!r}: expected {what} from {low} to {high}"
             )
-
-
-@dataclass(frozen=True)
-class VisionConfig:
-    """The architecture of a CLIP vision transformer (transformers' ``CLIPVisionConfig``)."""
-
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    image_size: int  # pixels, square tiles
-    patch_size: int  # pixels
-    layer_norm_eps: float
-    hidden_act: str  # "quick_gelu" or "gelu"
-
-    def __post_init__(self) -> None:
-        """Check what every source of a configuration must hold. Raises ValueError: names it."""
-        check_numbers(self, "vision_config.")
-        for whole, part in (("image_size", "patch_size"), ("hidden_size", "num_attention_heads")):
-            check_multiple(self, whole, part, "vision_config.")
-        if self.hidden_act not in ("quick_gelu", "gelu"):
-            raise UnsupportedModelError(
-                f"vision_config.hidden_act {self.hidden_act!r}: expected 'quick_gelu' or 'gelu'"
-            )
-
-    @property
-    def num_patches(self) -> int:
-        """Patches of one tile, without the class token."""
-        return (self.image_size // self.patch_size) ** 2
-
-    @classmethod
-    def from_hf(cls, hf: Any) -> Self:
-        """Read a ``CLIPVisionConfig``. Raises UnsupportedModelError: another kind of tower."""
-        if hf.model_type != "clip_vision_model":
-            raise UnsupportedModelError(
-                f"vision_config.model_type {hf.model_type!r}: only 'clip_vision_model' is supported"
-            )
-        if hf.num_channels != 3:
-            raise UnsupportedModelError(
-                f"vision_config.num_channels is {hf.num_channels!r}: only 3 is supported"
-            )
-        return cls(**{f.name: getattr(hf, f.name) for f in dataclasses.fields(cls)})
 
 
 def check_multiple(config: Any, whole: str, part: str, section: str = "") -> None:

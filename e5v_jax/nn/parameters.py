@@ -15,9 +15,12 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-Transform = Literal["copy", "transpose", "conv", "conv3d"]
-"""How an array changes on the way in: torch keeps [out, in], a conv [D, 3, p, p] -> [3*p*p, D], one
-over two frames [D, 3, 2, p, p] -> [3*2*p*p, D]."""
+Transform = Literal["copy", "transpose", "conv", "conv3d", "batch"]
+"""How an array changes on the way in.
+
+torch keeps [out, in], a conv [D, 3, p, p] -> [3*p*p, D], one over two frames [D, 3, 2, p, p] ->
+[3*2*p*p, D]; "batch" drops axes of size 1, [1, 1, D].
+"""
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class Parameter:
     layers: int | None = None  # stacked into one array; the leading axis is never split
     unused_layers: int = 0  # that the checkpoint has besides and an embedding never needs
     lora: bool = False  # whether low-rank factors may stand beside it
+    optional: bool = False  # whether transformers has it in some models and in others not
 
     @property
     def path(self) -> str:
@@ -46,18 +50,20 @@ class Parameter:
             frames = () if self.transform == "conv" else (2,)
             patch = math.isqrt(self.shape[0] // 3 // math.prod(frames))
             return (self.shape[1], 3, *frames, patch, patch)
+        if self.transform == "batch":
+            return (*(1,) * (3 - len(self.shape)), *self.shape)
         return self.shape if self.transform == "copy" else self.shape[::-1]
 
     def from_hf(self, array: np.ndarray) -> np.ndarray:
         """The checkpoint's array as the module has it."""
-        if self.transform == "copy":
-            return array
+        if self.transform in ("copy", "batch"):
+            return array.reshape(self.shape)
         return np.ascontiguousarray(array.reshape(array.shape[0], -1).T)
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
         """The inverse of :meth:`from_hf`."""
-        if self.transform == "copy":
-            return array
+        if self.transform in ("copy", "batch"):
+            return array.reshape(self.hf_shape)
         return np.ascontiguousarray(array.T).reshape(self.hf_shape)
 
 

@@ -1,10 +1,10 @@
-"""LLaVA-NeXT: CLIP tower, two-layer projector, anyres tiles, Llama or Mistral decoder."""
+"""LLaVA-NeXT: vision tower, two-layer projector, anyres tiles, Llama or Mistral decoder."""
 
 from e5v_jax.families.base import Family
 from e5v_jax.families.llava_next.config import LlavaNextConfig, transformers_layout
 from e5v_jax.families.llava_next.model import build, example_batch, image_cost
 from e5v_jax.families.llava_next.parameters import parameters
-from e5v_jax.families.llava_next.preprocessor import check_preprocessor
+from e5v_jax.families.llava_next.preprocessor import check_preprocessor, match_preprocessor
 from e5v_jax.families.llava_next.presets import ARCHITECTURES, CHECKPOINTS
 from e5v_jax.families.llava_next.processor import LlavaNextProcessor, match_tokenizer
 
@@ -18,6 +18,7 @@ LLAVA_NEXT = Family(
     image_cost=image_cost,
     match_tokenizer=match_tokenizer,
     hf_config=transformers_layout,
+    match_preprocessor=match_preprocessor,
     check_preprocessor=check_preprocessor,
     architectures=ARCHITECTURES,
     checkpoints=CHECKPOINTS,

@@ -4,18 +4,17 @@ import copy
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Self
 
 from e5v_jax.families.llava_next.original import check_original
 from e5v_jax.nn.config import (
     LARGEST,
     UnsupportedModelError,
-    VisionConfig,
     from_fields,
     transformers_config,
 )
 from e5v_jax.nn.text_config import TextConfig
+from e5v_jax.nn.vision_config import CLIP, VisionConfig
 
 # Checkpoints of the original LLaVA code name the vision tower instead of describing it.
 KNOWN_VISION_TOWERS: dict[str, dict[str, Any]] = {
@@ -37,20 +36,23 @@ ORIGINAL_IMAGE_TOKEN = -200
 
 @dataclass(frozen=True)
 class LlavaNextConfig:
-    """A CLIP tower, a projector and a decoder."""
+    """A vision tower, a projector and a decoder."""
 
     text: TextConfig
     vision: VisionConfig
-    vision_feature_layer: int  # index into the tower's hidden_states
+    # indices into the tower's hidden_states; features of several stand side by side
+    vision_feature_layer: int | tuple[int, ...]
     image_token_id: int  # of the `<image>` placeholder; ORIGINAL_IMAGE_TOKEN asks the tokenizer
     image_grid_pinpoints: tuple[tuple[int, int], ...]  # (height, width) in pixels
 
     def __post_init__(self) -> None:
         """Check what every source of a configuration must hold. Raises ValueError: names it."""
         layers, layer = self.vision.num_hidden_layers, self.vision_feature_layer
-        if type(layer) is not int or not 1 <= self.num_vision_layers <= layers:
+        several = layer if isinstance(layer, tuple) else (layer,)
+        if not several or not all(type(x) is int and 0 < abs(x) <= layers for x in several):
+            shown = list(layer) if isinstance(layer, tuple) else layer
             raise ValueError(
-                f"vision_feature_layer is {layer!r}: expected 1 to {layers}, or {-layers} to -1"
+                f"vision_feature_layer is {shown!r}: expected 1 to {layers}, or {-layers} to -1"
             )
         token = self.image_token_id
         if type(token) is not int or not (0 <= token <= LARGEST or token == ORIGINAL_IMAGE_TOKEN):
@@ -71,17 +73,24 @@ class LlavaNextConfig:
         return ("text", "image")
 
     @property
+    def feature_depths(self) -> tuple[int, ...]:
+        """The vision blocks whose outputs the projector gets, numbered from 1."""
+        layer, layers = self.vision_feature_layer, self.vision.num_hidden_layers
+        several = layer if isinstance(layer, tuple) else (layer,)
+        return tuple(x + layers + 1 if x < 0 else x for x in several)
+
+    @property
     def num_vision_layers(self) -> int:
-        """Vision blocks that feed the projector; those after the feature layer never run."""
-        layers = self.vision.num_hidden_layers
-        return self.vision_feature_layer + (layers + 1 if self.vision_feature_layer < 0 else 0)
+        """Vision blocks that feed the projector; those after the last feature layer never run."""
+        return max(self.feature_depths)
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """The inverse of ``dataclasses.asdict``. Raises ValueError: names the field."""
         parts: dict[str, Callable[[Any], Any]] = {
             "text": TextConfig.from_dict,
-            "vision": partial(from_fields, VisionConfig, name="model.vision"),
+            "vision": VisionConfig.from_dict,
+            "vision_feature_layer": _feature_layer,
             "image_grid_pinpoints": _pinpoints,
         }
         return from_fields(cls, data, "model", parts)
@@ -104,10 +113,12 @@ class LlavaNextConfig:
     @classmethod
     def _from_transformers(cls, raw: dict[str, Any]) -> Self:
         hf = transformers_config(raw, "llava_next")
-        if hf.vision_feature_select_strategy != "default":
+        vision = VisionConfig.from_hf(hf.vision_config)
+        if (found := hf.vision_feature_select_strategy) != (expected := select_strategy(vision)):
+            what = "is dropped" if vision.has_class_token else "does not exist"
             raise UnsupportedModelError(
-                f"vision_feature_select_strategy {hf.vision_feature_select_strategy!r}: "
-                "only 'default' (class token dropped) is supported"
+                f"vision_feature_select_strategy {found!r}: only {expected!r} fits a tower "
+                f"{vision.model_type!r}, whose class token {what}"
             )
         for key, value in (("projector_hidden_act", "gelu"), ("multimodal_projector_bias", True)):
             if getattr(hf, key) != value:
@@ -116,8 +127,8 @@ class LlavaNextConfig:
                 )
         return cls(
             text=TextConfig.from_hf(hf.text_config),
-            vision=VisionConfig.from_hf(hf.vision_config),
-            vision_feature_layer=hf.vision_feature_layer,
+            vision=vision,
+            vision_feature_layer=_feature_layer(hf.vision_feature_layer),
             image_token_id=hf.image_token_id,
             image_grid_pinpoints=_pinpoints(hf.image_grid_pinpoints),
         )
@@ -133,7 +144,13 @@ class LlavaNextConfig:
                 f"mm_vision_tower {tower!r} is not known; expected one of "
                 f"{sorted(KNOWN_VISION_TOWERS)} or a vision_config in config.json"
             )
-        hf_vision = transformers_config(vision, vision.get("model_type", "clip_vision_model"))
+        kind = vision.get("model_type", CLIP)
+        if kind != CLIP:  # the original code has ways of its own with each other tower
+            raise UnsupportedModelError(
+                f"vision_config.model_type {kind!r}: beside mm_vision_tower only {CLIP!r} is "
+                "supported"
+            )
+        hf_vision = transformers_config(vision, kind)
         if raw["mm_hidden_size"] != (width := hf_vision.hidden_size):
             raise UnsupportedModelError(
                 f"mm_hidden_size is {raw['mm_hidden_size']!r}: the tower's vectors have {width}"
@@ -178,10 +195,24 @@ def transformers_layout(raw: dict[str, Any], config: LlavaNextConfig) -> dict[st
         "projector_hidden_act": "gelu",
         "tie_word_embeddings": raw.get("tie_word_embeddings", False),
         "text_config": text,
-        "vision_config": {**dataclasses.asdict(config.vision), "model_type": "clip_vision_model"},
+        "vision_config": {**config.vision.to_clip(), "model_type": CLIP},
         "vision_feature_layer": config.vision_feature_layer,
         "vision_feature_select_strategy": "default",
     }
+
+
+def select_strategy(vision: VisionConfig) -> str:
+    """The ``vision_feature_select_strategy`` under which features are the patches, all of them.
+
+    Under the other one transformers fails: "default" drops the first of what the tower returns,
+    "full" does not, and what is left must fill the square of a tile.
+    """
+    return "default" if vision.has_class_token else "full"
+
+
+def _feature_layer(value: Any) -> Any:
+    """The layers of a file's list, or its one; which they are is checked with the configuration."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _pinpoints(value: Any) -> tuple[tuple[int, int], ...]:

@@ -13,8 +13,8 @@ from e5v_jax.families.llava_next.config import LlavaNextConfig
 from e5v_jax.families.llava_next.parameters import parameters
 from e5v_jax.families.text.model import TextModel
 from e5v_jax.families.text.model import example_batch as example_texts
-from e5v_jax.nn.clip import ClipVision, exact_gelu
 from e5v_jax.nn.layers import Build, Linear
+from e5v_jax.nn.vision_tower import VisionTower, exact_gelu
 
 
 class ImageBatch(NamedTuple):
@@ -30,7 +30,8 @@ class Projector(nnx.Module):
     """Two linear maps with bias around an exact GELU."""
 
     def __init__(self, config: LlavaNextConfig, build: Build, *, rngs: nnx.Rngs) -> None:
-        v, d = config.vision.hidden_size, config.text.hidden_size
+        v = config.vision.hidden_size * len(config.feature_depths)
+        d = config.text.hidden_size
         self.linear_1 = Linear(v, d, build, use_bias=True, rngs=rngs)
         self.linear_2 = Linear(d, d, build, use_bias=True, rngs=rngs)
 
@@ -47,7 +48,7 @@ class LlavaNext(TextModel):
         # only the decoder is adapted, and only it is so large that it may be quantised
         precision = dataclasses.replace(build.precision, quantization=None)
         build = Build(precision, build.runtime)
-        self.vision_tower = ClipVision(config.vision, config.num_vision_layers, build, rngs=rngs)
+        self.vision_tower = VisionTower(config.vision, config.feature_depths, build, rngs=rngs)
         self.multi_modal_projector = Projector(config, build, rngs=rngs)
         newline = jax.nn.initializers.normal(0.02)(
             rngs.params(), (config.text.hidden_size,), jnp.dtype(precision.param)
@@ -97,15 +98,18 @@ def example_batch(config: LlavaNextConfig, shape: BatchShape) -> Batch:
 def image_cost(config: LlavaNextConfig, images: int, tiles: int, itemsize: int) -> ImageCost:
     """See :attr:`e5v_jax.families.base.Family.image_cost`; it grows with the tiles of all images.
 
-    The blocks of the tower see each patch and the class token, all else the patches only.
+    The blocks of the tower see each patch and the class token, all else the patches only. Beside
+    the inside of an MLP, four vectors of each position are alive, and those of earlier features.
     """
     tiles *= images
     vision, patches = config.vision, config.vision.num_patches
-    d, positions = vision.hidden_size, vision.num_patches + 1
+    d, positions = vision.hidden_size, vision.num_positions
     flops = 4.0 * config.num_vision_layers * d * positions**2  # attention
     for row in parameters(config).rows:
         if row.name.endswith(".kernel") and row.section != "text":
             seen = patches if row.layers is None else row.layers * positions
             flops += 2.0 * math.prod(row.shape) * seen
     scores = 2 * 4 * vision.num_attention_heads * positions
-    return ImageCost(tiles * flops, tiles * positions * (8 * d * itemsize + scores))
+    inside = vision.intermediate_size * (2 if vision.use_swiglu_ffn else 1)
+    kept = (4 + len(set(config.feature_depths)) - 1) * d + inside
+    return ImageCost(tiles * flops, tiles * positions * (kept * itemsize + scores))

@@ -9,26 +9,36 @@ from dataclasses import replace
 from jax.sharding import PartitionSpec as P
 
 from e5v_jax.families.llava_next.config import LlavaNextConfig
-from e5v_jax.nn.clip import clip_parameters
 from e5v_jax.nn.decoder import TEXT_SECTIONS, decoder_parameters
 from e5v_jax.nn.parameters import Parameter, ParameterTable, Section, linear
+from e5v_jax.nn.vision_config import CLIP, DINOV2, SIGLIP
+from e5v_jax.nn.vision_tower import tower_parameters
 
 _PROJECTOR = "multi_modal_projector"
 # The exported prefixes are those that transformers 4 and 5 both read.
+_CLIP_SECTION = Section(
+    prefixes=(
+        "vision_tower.vision_model.",
+        "model.vision_tower.vision_tower.vision_model.",
+        "model.vision_tower.vision_model.",
+        "model.vision_tower.",
+        "vision_tower.",
+    ),
+    anchors=("embeddings.class_embedding",),
+    export="vision_tower.vision_model.",
+)
+_VISION_SECTIONS = {
+    CLIP: _CLIP_SECTION,
+    SIGLIP: replace(_CLIP_SECTION, anchors=("embeddings.patch_embedding.weight",)),
+    DINOV2: Section(
+        prefixes=("vision_tower.", "model.vision_tower."),
+        anchors=("embeddings.cls_token",),
+        export="vision_tower.",
+    ),
+}
 _SECTIONS = {
     "text": replace(TEXT_SECTIONS["text"], export="language_model.model."),
     "head": replace(TEXT_SECTIONS["head"], export="language_model."),
-    "vision": Section(
-        prefixes=(
-            "vision_tower.vision_model.",
-            "model.vision_tower.vision_tower.vision_model.",
-            "model.vision_tower.vision_model.",
-            "model.vision_tower.",
-            "vision_tower.",
-        ),
-        anchors=("embeddings.class_embedding",),
-        export="vision_tower.vision_model.",
-    ),
     "projector": Section(
         prefixes=("multi_modal_projector.", "model.multi_modal_projector.", "model.mm_projector."),
         anchors=("linear_1.weight", "0.weight"),
@@ -49,15 +59,16 @@ _ADAPTER_PREFIXES = (
 
 def parameters(config: LlavaNextConfig) -> ParameterTable:
     """The rows of ``LlavaNextForConditionalGeneration``."""
-    d, v = config.text.hidden_size, config.vision.hidden_size
+    d, v = config.text.hidden_size, config.vision.hidden_size * len(config.feature_depths)
     columns, split_rows = P("fsdp", "tensor"), P("tensor", "fsdp")
     first = Parameter("projector", "linear_1", f"{_PROJECTOR}.linear_1", (v, d), columns)
     second = Parameter("projector", "linear_2", f"{_PROJECTOR}.linear_2", (d, d), split_rows)
     rows = (
         *decoder_parameters(config.text),
-        *clip_parameters(config.vision, config.num_vision_layers),
+        *tower_parameters(config.vision, config.num_vision_layers),
         *linear(first, bias=P("tensor")),
         *linear(second, bias=P(None)),
         Parameter("newline", "image_newline", "image_newline", (d,), P(None)),
     )
-    return ParameterTable(rows, _SECTIONS, _ADAPTER_PREFIXES)
+    sections = {**_SECTIONS, "vision": _VISION_SECTIONS[config.vision.model_type]}
+    return ParameterTable(rows, sections, _ADAPTER_PREFIXES)

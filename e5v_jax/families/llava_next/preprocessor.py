@@ -1,10 +1,11 @@
-"""What the image processor's settings in a model folder must say: what is computed here."""
+"""What the image processor's settings in a model folder say, and what they must say."""
 
+import dataclasses
 from typing import Any
 
-from e5v_jax.families.llava_next.config import LlavaNextConfig
+from e5v_jax.families.llava_next.config import LlavaNextConfig, select_strategy
 from e5v_jax.families.settings import check_settings
-from e5v_jax.nn.clip import IMAGE_MEAN, IMAGE_STD
+from e5v_jax.nn.vision_config import CLIP, IMAGE_MEAN, IMAGE_STD
 from e5v_jax.prompts import IMAGE_PLACEHOLDER
 
 # transformers' names for what is computed here; the original LLaVA code keeps CLIP's
@@ -25,8 +26,29 @@ _IGNORED_SETTINGS = {
     "chat_template": "prompts are those of prompts.py",
 }
 # What a file means that leaves them out: the defaults of transformers' classes.
-_SIZES = {"size": 224, "crop_size": 224}
+_DEFAULTS = {
+    "size": 224,
+    "crop_size": 224,
+    "image_mean": list(IMAGE_MEAN),
+    "image_std": list(IMAGE_STD),
+}
 _PINPOINTS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+
+
+def match_preprocessor(config: LlavaNextConfig, settings: dict[str, Any]) -> LlavaNextConfig:
+    """``config`` with an image processor's mean and deviation; a CLIP tower has none but its own.
+
+    Raises ValueError, naming the one that is not three numbers.
+    """
+    if config.vision.model_type == CLIP:
+        return config
+    given = {**_DEFAULTS, **settings}
+    mean, std = (
+        tuple(value) if isinstance(value := given[name], list) else value
+        for name in ("image_mean", "image_std")
+    )
+    vision = dataclasses.replace(config.vision, image_mean=mean, image_std=std)
+    return dataclasses.replace(config, vision=vision)
 
 
 def check_preprocessor(config: LlavaNextConfig, settings: dict[str, Any]) -> None:
@@ -44,19 +66,19 @@ def check_preprocessor(config: LlavaNextConfig, settings: dict[str, Any]) -> Non
         "do_rescale": (True,),
         "rescale_factor": (1 / 255,),
         "do_normalize": (True,),
-        "image_mean": (list(IMAGE_MEAN),),
-        "image_std": (list(IMAGE_STD),),
+        "image_mean": (list(config.vision.image_mean),),
+        "image_std": (list(config.vision.image_std),),
         "image_grid_pinpoints": ([list(pinpoint) for pinpoint in config.image_grid_pinpoints],),
         "patch_size": (config.vision.patch_size, None),
-        "vision_feature_select_strategy": ("default", None),
+        "vision_feature_select_strategy": (select_strategy(config.vision), None),
         "image_token": (IMAGE_PLACEHOLDER,),
-        "num_additional_image_tokens": (1,),
+        "num_additional_image_tokens": (1 if config.vision.has_class_token else 0,),
         "pad_size": (None,),
         "size_divisor": (None,),
         **dict.fromkeys((*_TYPES, "processor_class", "_processor_class"), _CLASSES),
     }
     if any(name in settings for name in _TYPES):  # not those of the processor around it
-        settings = {**_SIZES, **settings}
+        settings = {**_DEFAULTS, **settings}
         if not any("CLIP" in str(settings.get(name)) for name in _TYPES):  # which has none
             settings.setdefault("image_grid_pinpoints", _PINPOINTS)
     check_settings(settings, supported, _IGNORED_SETTINGS)

@@ -3,8 +3,8 @@
 from dataclasses import replace
 
 from e5v_jax.families.llava_next.config import KNOWN_VISION_TOWERS, LlavaNextConfig
-from e5v_jax.nn.config import VisionConfig
 from e5v_jax.nn.text_config import TextConfig
+from e5v_jax.nn.vision_config import VisionConfig
 
 
 def _llava_next(text: TextConfig, image_token_id: int) -> LlavaNextConfig:

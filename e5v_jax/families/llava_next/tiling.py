@@ -1,6 +1,6 @@
 """Images to uint8 tiles and their token order: LLaVA-NeXT's "anyres" tiling, NumPy and Pillow only.
 
-Tiles stay uint8 on the host; the device rescales and normalises them (nn/clip.py).
+Tiles stay uint8 on the host; the device rescales and normalises them (nn/vision_tower.py).
 """
 
 import math
@@ -131,12 +131,11 @@ def _feature_map(
     original_size: Size, grid_pinpoints: Sequence[Size], image_size: int, patch_size: int
 ) -> tuple[int, int, int, int]:
     """The grid in patches: rows, columns, padding rows above (= below), columns left (= right)."""
-    if image_size % patch_size:
-        raise ValueError(f"image_size {image_size} is not a multiple of patch_size {patch_size}")
     _check_pinpoints(grid_pinpoints, image_size)
     best = select_best_resolution(original_size, grid_pinpoints)
     height, width = original_size
-    rows, columns = best[0] // patch_size, best[1] // patch_size
+    side = image_size // patch_size  # what is left over of a tile belongs to no patch
+    rows, columns = (pixels // image_size * side for pixels in best)
     # In patches, with the reference's own rounding: it may differ from the pixels' by a row.
     if width / height > columns / rows:
         return rows, columns, (rows - int(round(height * (columns / width), 7))) // 2, 0

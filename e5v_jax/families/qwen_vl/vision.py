@@ -15,9 +15,9 @@ from flax import nnx
 from e5v_jax.families.base import Array
 from e5v_jax.families.qwen_vl.config import QwenVisionConfig
 from e5v_jax.nn.attention import attention
-from e5v_jax.nn.clip import exact_gelu
 from e5v_jax.nn.layers import Build, LayerNorm, Linear
 from e5v_jax.nn.rope import apply_rope, rope_angles, rope_frequencies
+from e5v_jax.nn.vision_tower import exact_gelu
 
 NORM_EPS = 1e-6  # of every layer norm; no field of the configuration
 FRAMES = 2  # of a patch of the reference; a still image repeats
@@ -200,7 +200,9 @@ class QwenVision(nnx.Module):
         if kept is None:
             return features, None
 
-        def merge(_: None, merger_and_kept: tuple[PatchMerger, jax.Array]) -> tuple[None, jax.Array]:
+        def merge(
+            _: None, merger_and_kept: tuple[PatchMerger, jax.Array]
+        ) -> tuple[None, jax.Array]:
             merger, h = merger_and_kept
             return None, merger(h)
 
