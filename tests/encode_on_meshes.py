@@ -1,4 +1,4 @@
-"""Vectors of one model on several meshes of 4 devices, as JSON lines of differences.
+"""Vectors of models on several meshes of 4 devices, as JSON lines of differences.
 
 A program, not a test: it needs 4 virtual devices from the start (test_encode_mesh.py runs it).
 """
@@ -46,17 +46,22 @@ def splash_difference() -> float:
     return float(np.abs(np.asarray(found) - np.asarray(expected)).max())
 
 
-def main(folder: Path) -> None:
-    """Print the largest difference from one device, for every mesh."""
+def main(folders: list[Path]) -> None:
+    """Print the largest difference from one device, for every model and mesh."""
+    for folder in folders:
+        compare(folder)
+    print(json.dumps({"mesh": "splash", "difference": splash_difference()}))
+
+
+def compare(folder: Path) -> None:
     one = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     expected = E5V.from_pretrained(folder, dtype="float32", mesh=one).encode(ITEMS)
     for shape in ((4, 1, 1), (1, 2, 2)):
         mesh = make_mesh(*shape)
         found = E5V.from_pretrained(folder, dtype="float32", mesh=mesh).encode(ITEMS)
         difference = float(np.abs(found - expected).max())
-        print(json.dumps({"mesh": shape, "difference": difference}))
-    print(json.dumps({"mesh": "splash", "difference": splash_difference()}))
+        print(json.dumps({"model": folder.name, "mesh": shape, "difference": difference}))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main([Path(folder) for folder in sys.argv[1:]])

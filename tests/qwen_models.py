@@ -131,6 +131,7 @@ QWEN3_RECIPES = {
             "depth": 3,
             "num_position_embeddings": 49,
             "deepstack_visual_indexes": [1],
+            "rope_parameters": {"rope_type": "axial", "rope_theta": 300.0},
         },
         seed=33,
     ),

@@ -118,7 +118,7 @@ def old_config(config: dict[str, Any]) -> dict[str, Any]:
     text["rope_theta"] = text.pop("rope_parameters")["rope_theta"]
     text["rope_scaling"] = None
     for key in ("attention_bias", "mlp_bias", "hidden_act"):
-        del text[key]
+        text.pop(key, None)
     config["torch_dtype"] = config.pop("dtype")
     return config
 
@@ -228,7 +228,7 @@ def test_values_reach_their_parameters(llava: Llava, plain: ConvertedFolder) -> 
 
 @pytest.mark.parametrize("sharded", [False, True], ids=["single", "sharded"])
 @pytest.mark.parametrize("prefix", ["model.", ""])
-@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "qwen2", "qwen3-tied"])
 def test_text_only_layouts(tmp_path: Path, name: str, prefix: str, sharded: bool) -> None:
     case = build_text(TEXT_RECIPES[name], tmp_path / "hf")
     expected = convert(case.folder, tmp_path / "expected")
@@ -240,7 +240,7 @@ def test_text_only_layouts(tmp_path: Path, name: str, prefix: str, sharded: bool
     found = convert(tmp_path / "src", tmp_path / "dst")
     assert found.info.content_hash == expected.info.content_hash
     assert found.info.model == expected.info.model
-    assert (found.folder / "unused.safetensors").is_file() == (name == "llama")  # lm_head
+    assert (found.folder / "unused.safetensors").is_file() == ("tied" not in name)  # lm_head
     assert found.config.modalities == ("text",)
 
 

@@ -209,7 +209,7 @@ def test_text_model_with_vision_keys(
         ({"vision_config": {"model_type": "siglip_vision_model"}}, "'siglip_vision_model'"),
         ({"vision_feature_select_strategy": "full"}, "'full'"),
         (
-            {"text_config": {"model_type": "mistral", "sliding_window": 4096}},
+            {"text_config": {"model_type": "llama", "sliding_window": 4096}},
             "sliding_window is 4096",
         ),
         ({"text_config": {"model_type": "llama", "attention_bias": True}}, "attention_bias"),

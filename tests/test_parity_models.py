@@ -23,6 +23,7 @@ from hf_models import (
     build_tokenizer,
     picture,
 )
+from transformers import MistralConfig
 
 import e5v_jax.encode.e5v
 from e5v_jax import E5V
@@ -92,6 +93,17 @@ def test_equals_a_left_padded_batch(items: list[Any], llava: Callable[[str], Cas
 def test_text_models_equal_torch(name: str, tmp_path: Path) -> None:
     case = build_text(TEXT_RECIPES[name], tmp_path)
     assert difference(case.e5v.encode(TEXTS, batch_size=2), case.torch_embed(TEXTS)) <= 1e-5
+
+
+def test_texts_longer_than_the_window_are_refused(tmp_path: Path) -> None:
+    """Up to its length the window changes nothing, as test_decoder.py shows."""
+    recipe = Recipe(MistralConfig, "mistral", text={"sliding_window": 128})
+    model = build_text(recipe, tmp_path).e5v
+    long = (
+        r"^input 0: 1\d\d tokens, the model takes at most 128 \(its sliding_window\): shorten the"
+    )
+    with pytest.raises(ValueError, match=long):
+        model.encode(["word " * 20])
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral"])

@@ -216,6 +216,7 @@ def test_released_variant_breaks_the_template_as_the_authors_did() -> None:
         (["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"], "llama", None, "llama3"),
         (["<|im_start|>", "<|im_end|>"], "llama", None, "chatml"),
         (["<|im_start|>", "<|im_end|>"], "mistral", None, "chatml"),
+        (["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<tool_call>"], "qwen3", None, "chatml"),
         (["<|user|>", "<|end|>", "<|assistant|>"], "phi3", None, "phi3"),
         (["[INST]", "[/INST]"], "llama", None, "mistral"),
         (["<s>", "</s>"], "mistral", None, "mistral"),

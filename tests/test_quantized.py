@@ -4,6 +4,7 @@ import logging
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from flax import nnx
 from hf_models import Recipe, build_text
 from qwix import QArray
 from test_train_step import LORA, flat, make_pair_batch, make_tokens, with_random_factors
+from transformers import Qwen2Config, Qwen3Config
 
 from e5v_jax.checkpoints.hf_source import open_source
 from e5v_jax.checkpoints.loading import dotted, load_model
@@ -128,6 +130,18 @@ def test_loading_quantises_and_reports_its_error(
     reports = [r.getMessage() for r in caplog.records if "relative error" in r.getMessage()]
     assert reports == [f"{quantization} kernels: relative error {percent:.2f} % (root mean square)"]
     assert percent == pytest.approx({"nf4": 9.2, "int8": 0.6}[quantization], rel=0.2)
+
+
+@pytest.mark.parametrize("kind", [Qwen2Config, Qwen3Config])
+def test_biases_and_norms_are_not_quantised(kind: Any, tmp_path: Path) -> None:
+    folder = build_text(replace(WIDE, text_class=kind), tmp_path).folder
+    quantized, dense = load(folder, "nf4"), load(folder, None)
+    kernels = dict(both(quantized, dense))
+    assert len(kernels) == 7
+    state = {dotted(path): leaf for path, leaf in nnx.to_flat_state(nnx.state(quantized))}
+    for path, leaf in nnx.to_flat_state(nnx.state(dense)):
+        if (name := dotted(path)) not in kernels:
+            np.testing.assert_array_equal(state[name][...], leaf[...], err_msg=name)
 
 
 def both(quantized: Model, dense: Model) -> Iterator[tuple[str, tuple[np.ndarray, ...]]]:

@@ -65,7 +65,7 @@ def assert_equal(found: torch.nn.Module, expected: torch.nn.Module) -> None:
         assert torch.equal(ours[name], tensor), name
 
 
-@pytest.fixture(params=["llama-gqa", "llama-tied", "text llama", "text llama-tied"])
+@pytest.fixture(params=["llama-gqa", "llama-tied", *(f"text {name}" for name in TEXT_RECIPES)])
 def case(request: pytest.FixtureRequest, llava: Llava, tmp_path: Path) -> Case:
     """LLaVA-NeXT and text-only, untied and tied."""
     kind, _, name = request.param.rpartition(" ")

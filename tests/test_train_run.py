@@ -435,10 +435,12 @@ def test_help_documents_every_field() -> None:
 def test_a_prompt_of_its_own_is_told(
     folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    data = dataclasses.replace(config(folder, tmp_path).data, prompt="<sent>\nTopic: ")
+    data = config(folder, tmp_path).data
+    data = dataclasses.replace(data, prompt="<sent>\nTopic: ", preset="unime-llava-1.6")
     train(config(folder, tmp_path / "run", data=data, max_steps=1))
     E5V.from_pretrained(folder / "base", dtype="float32", adapter=tmp_path / "run")
     assert "was trained with data.prompt '<sent>\\nTopic: '" in caplog.text
+    assert "was trained with data.preset 'unime-llava-1.6': encode with it too" in caplog.text
 
 
 # --- run.json of other versions, and what wandb knows a run by ---

@@ -81,9 +81,11 @@ def load_adapter(folder: Path, base: WeightSource) -> Adapter:
     if run.parent.name == CHECKPOINTS and run.name.isdigit() and not (run / "run.json").is_file():
         run, step = run.parent.parent, int(run.name)
     if (run / "run.json").is_file():
-        prompt = read_run_info(run)["config"]["data"].get("prompt", "text")
-        if prompt not in ("text", "released"):
-            _logger.warning("%s was trained with data.prompt %r: encode with it too", run, prompt)
+        data = read_run_info(run)["config"]["data"]
+        for name, usual in (("prompt", (None, "text", "released")), ("preset", (None,))):
+            if (value := data.get(name)) not in usual:
+                told = "%s was trained with data.%s %r: encode with it too"
+                _logger.warning(told, run, name, value)
         folder = run / "adapter"
         if step is not None or not (folder / ADAPTER_FILES[0]).is_file():
             return read_run_adapter(run, step, base)

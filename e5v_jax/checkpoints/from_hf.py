@@ -22,7 +22,7 @@ from e5v_jax.checkpoints.safetensors_file import TensorSpec, write_file
 from e5v_jax.checkpoints.tokenizer import copy_named, load_tokenizer
 from e5v_jax.checksums import write_checksums
 from e5v_jax.data.text import encode_batch
-from e5v_jax.presets import check_preset, find_preset
+from e5v_jax.presets import HELP, check_preset, find_preset
 
 
 @dataclass(frozen=True)
@@ -41,9 +41,7 @@ class Args:
     """Merge the adapter into the weights instead of carrying it."""
     revision: str | None = None
     """Branch, tag or commit, for a hub id."""
-    preset: str | None = None
-    """How its authors call the model, kept for all commands (`e5v-encode --help` lists them); by
-    default told from SRC."""
+    preset: Annotated[str | None, tyro.conf.arg(help=f"{HELP} It is kept for all commands.")] = None
 
 
 def _read_groups(

@@ -105,8 +105,8 @@ def count_forward(
 ) -> HandCount:
     """One forward pass over ``rows`` sequences of ``length`` positions, padding included.
 
-    ``shape_key`` is that of each one's image, 0 without. ``causal_half`` counts only the scores that the
-    mask lets through, as a kernel that skips blocks does; a plain matmul computes all of them.
+    ``shape_key`` is that of each one's image, 0 without. ``causal_half`` counts only the scores
+    that the mask lets through, as a kernel that skips blocks does; a plain matmul computes all.
     ``pooled_only`` leaves out of the last layer what only other tokens than the pooled one need, as
     the encoder does: all but its keys and values.
     """

@@ -40,19 +40,35 @@ def plan_batches(
     def round_up(rows: int) -> int:
         return -(-rows // multiple) * multiple
 
+    def rows_of(shape: BatchShape) -> int:
+        return round_up(min(max(1, max_tokens // shape.size), limit))
+
     ordered = sorted(items, key=lambda item: (-item.shape_key, -item.length))
     for key, group in groupby(ordered, key=lambda item: item.shape_key):
-        waiting, start, full = list(group), 0, None
+        waiting, start = list(group), 0
+        before: BatchShape | None = None
+        ends = [BatchShape(0, padded_length(waiting[i].length, key), key) for i in (0, -1)]
+        one_length = ends[0] == ends[1]
+        most = _spread(len(waiting), rows_of(ends[0])) if one_length else sys.maxsize
         while start < len(waiting):
-            length = padded_length(waiting[start].length, key)
-            shape = BatchShape(0, length, key)
-            rows = round_up(min(max(1, max_tokens // shape.size), limit))
+            shape = BatchShape(0, padded_length(waiting[start].length, key), key)
+            rows = round_up(min(rows_of(shape), most))
             members = waiting[start : start + min(rows, limit)]
             start += len(members)
             shape = replace(shape, rows=rows)
             # few are left: fewer rows, unless that program would be one more for this length
-            if len(members) < min(rows, limit) and shape != full:
+            if len(members) < min(rows, limit) and shape != before:
                 least = round_up(next(n for n in _ROWS if n >= len(members)))
                 shape = replace(shape, rows=min(rows, least))
-            full = shape
+            before = shape
             yield Batch(members, shape)
+
+
+def _spread(count: int, rows: int) -> int:
+    """Rows of each batch of ``count`` items: fewer than ``rows`` where as many batches hold them.
+
+    So the last one is not nearly empty; and only few numbers of rows are ever compiled.
+    """
+    batches = -(-count // rows)
+    fewer = (n for n in (rows // 2, rows * 3 // 4) if batches > 1 and n * batches >= count)
+    return next(fewer, rows)

@@ -160,7 +160,7 @@ class E5V:
             pool: where images are decoded, ahead of the device; None is a few threads. A
                 ``ProcessPoolExecutor`` must start its processes by "spawn", as JAX has threads.
             on_error: hears of each bad input, whose vector is then zero.
-            on_batch: hears how many inputs each finished batch had.
+            on_batch: hears how many inputs each batch finished.
 
         Raises ValueError: a bad input, "input 3: ...", without on_error, and so is one whose vector
         is not finite or zero, as of a broken model; a bad prompt or instruction.

@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import tyro
 
 from e5v_jax.cli import BucketPath, UsageError
-from e5v_jax.presets import PRESETS
+from e5v_jax.presets import HELP, PRESETS
 from e5v_jax.prompts import TEMPLATES
 
 if TYPE_CHECKING:
@@ -26,9 +28,7 @@ class ModelArgs:
     revision: str | None = None  # Branch, tag or commit of a hub id.
     adapter: BucketPath | None = None
     """LoRA to apply: a run folder of e5v_jax.train, one of its checkpoints, or a PEFT folder."""
-    preset: str | None = None
-    """How the model's authors call it, by default told from the model: e5-v, unime-llava-1.6 (MMEB
-    66.6), vlm2vec-llava-next (62.9) or bge-vl-mllm (64.1, zero-shot 44.0); see docs/models.md."""
+    preset: Annotated[str | None, tyro.conf.arg(help=HELP)] = None
     template: str | None = None
     """Chat template: llama3, mistral, phi3, chatml or vicuna; by default the preset's."""
     min_pixels: int | None = None

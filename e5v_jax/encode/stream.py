@@ -56,7 +56,7 @@ def encode_stream(
     Where ``prompts`` say so, an input with text and image is the sum of two vectors.
     ``state`` has the parameters of the model. ``on_error`` hears of each bad input, whose vector is
     zero; without it the first one raises. An input that the model gives no finite vector or a zero
-    one is bad, too. ``on_batch`` hears how many inputs each finished batch had. ``pool`` decodes
+    one is bad, too. ``on_batch`` hears how many inputs each batch finished. ``pool`` decodes
     images. ``truncate_dim`` keeps the first dimensions.
 
     Raises InputError: a bad input, by its position.

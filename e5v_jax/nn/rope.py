@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from e5v_jax.nn.config import LARGEST, UnsupportedModelError
+from e5v_jax.nn.power import power
 
 _NUMBERS = {
     "linear": ("factor",),
@@ -146,7 +147,7 @@ def rope_frequencies(
     """Radians per position, fp32 [head_dim / 2]."""
     one = np.float32(1)
     exponent = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-    wavelength = np.power(np.float32(theta), exponent, dtype=np.float64).astype(np.float32)
+    wavelength = power(theta, exponent)
     frequency = one / wavelength  # [H/2]
     if scaling is None:
         return frequency

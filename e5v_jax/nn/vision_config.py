@@ -111,7 +111,7 @@ class VisionConfig:
         """
         _check_kind(hf.model_type)
         for key, value in (("num_channels", 3), ("tie_last_hidden_states", False)):
-            if (found := getattr(hf, key, value)) != value:
+            if (found := getattr(hf, key, None)) not in (value, None):
                 raise UnsupportedModelError(
                     f"vision_config.{key} is {found!r}: only {value!r} is supported"
                 )

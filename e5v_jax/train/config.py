@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -12,6 +12,7 @@ from e5v_jax.cli import BucketPath
 from e5v_jax.nn.decoder import Remat
 from e5v_jax.nn.layers import LoRAConfig
 from e5v_jax.nn.quantized import Quantization
+from e5v_jax.presets import HELP
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class DataConfig:
     """`text`, which is the preset's own; another name in e5v_jax.prompts.PROMPTS; or one of yours
     with <sent> in it. `released` is what E5-V's training script makes of it
     (prompts.fill_released)."""
-    preset: str | None = None  # How the model is called (docs/models.md); None: told from it.
+    preset: Annotated[str | None, tyro.conf.arg(help=HELP)] = None
     template: str | None = None  # Chat template name; None takes the preset's.
     length_groups: int = 4  # Groups of similar length that a batch runs in, each padded alone.
 

@@ -174,15 +174,18 @@ def transformers_layout(raw: dict[str, Any], config: LlavaNextConfig) -> dict[st
     """The ``config.json`` that transformers reads; of the original layout, a translation."""
     if not is_original(raw):
         return copy.deepcopy(raw)
-    kept = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id")
+    kept = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "rope_scaling")
+    decoder = transformers_config(raw, config.text.model_type)
+    ours = ("qkv_bias", "qk_norm", "rope_scaling", "mrope_section", "mrope_interleaved")
     text = {
-        **dataclasses.asdict(config.text),  # rope_theta among them, for transformers 4
+        # rope_theta and rope_scaling too, for transformers 4
+        **{key: x for key, x in dataclasses.asdict(config.text).items() if key not in ours},
         **{key: raw[key] for key in kept if key in raw},
         "hidden_act": "silu",
-        "rope_parameters": {"rope_type": "default", "rope_theta": config.text.rope_theta},
+        "rope_parameters": decoder.rope_parameters,
     }
-    if config.text.model_type == "mistral":
-        text["sliding_window"] = None  # transformers' default is 4096
+    if config.text.model_type != "mistral":
+        del text["sliding_window"]  # which is null here, and 4096 where Mistral's file has none
     return {
         "architectures": ["LlavaNextForConditionalGeneration"],
         "model_type": "llava_next",

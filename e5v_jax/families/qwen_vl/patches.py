@@ -36,6 +36,6 @@ def cut_patches(image: Image.Image, size: Size, *, patch: int, merge: int) -> Pa
 def patch_places(grid: Size, merge: int) -> NDArray[np.int16]:
     """Row and column [P, 2] of each patch of a grid (rows, columns), in the order of patches."""
     rows, columns = grid
-    place = np.stack(np.mgrid[0:rows, 0:columns], axis=-1).astype(np.int16)  # [rows, columns, 2]
+    place = np.indices(grid).transpose(1, 2, 0).astype(np.int16)  # [rows, columns, 2]
     blocks = place.reshape(rows // merge, merge, columns // merge, merge, 2)
     return blocks.transpose(0, 2, 1, 3, 4).reshape(-1, 2)

@@ -23,6 +23,8 @@ from e5v_jax.presets import E5_V, Preset
 PATCH_BUCKETS = (208, 384, 640, 768, 1216, 1600, 2176, 2688, 3456, 5120, 7200)
 """Patches that images are padded to. Fine where photographs of data sets are (224 x 224 has 196,
 500 x 375 has 768, 640 x 480 has 1200), and at both caps: 1280 and 1800 tokens."""
+_TEXT_LENGTHS = (16, 32, *(size * 2**power for power in range(4, 14) for size in (3, 4)))
+"""Positions that texts are padded to: fewer than other families', which have no tower's shapes."""
 MIN_TOKENS, MAX_TOKENS = 4, 1800
 """Of an image, as the authors' scripts have it; a preset may say otherwise, in pixels."""
 _PROMPT = 48  # tokens beside the image's, for which the decoder always has room
@@ -88,7 +90,7 @@ class QwenVLProcessor(TextProcessor):
         if shape_key:
             length = max(length, shape_key // self.config.vision.merged + _PROMPT)
             return bucket_length(length, (128, *IMAGE_BUCKETS))
-        return super().padded_length(length, shape_key)
+        return bucket_length(length, _TEXT_LENGTHS)
 
     def stack(self, items: Sequence[Any], shape: BatchShape) -> Batch:
         """See :meth:`e5v_jax.families.base.Processor.stack`."""

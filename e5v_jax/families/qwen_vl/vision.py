@@ -158,16 +158,16 @@ class QwenVision(nnx.Module):
         table = (cfg.num_position_embeddings, cfg.hidden_size)
         self.pos_embed = nnx.Param(init(rngs.params(), table, dtype))
 
-        def stacked(make: partial[nnx.Module], count: int) -> nnx.Module:
-            keys = jax.random.split(rngs.params(), count)
-            return jax.vmap(lambda key: make(rngs=nnx.Rngs(params=key)))(keys)
-
-        self.blocks = stacked(partial(VisionBlock, cfg, build), cfg.depth)
+        self.blocks = jax.vmap(lambda key: VisionBlock(cfg, build, rngs=nnx.Rngs(params=key)))(
+            jax.random.split(rngs.params(), cfg.depth)
+        )
         self.merger = PatchMerger(cfg, build, rngs=rngs, norm_merged=False)
         self.num_deep = len(cfg.deepstack_visual_indexes)
         if self.num_deep:
             deep = partial(PatchMerger, cfg, build, norm_merged=True)
-            self.deepstack_merger_list = stacked(deep, self.num_deep)
+            self.deepstack_merger_list = jax.vmap(lambda key: deep(rngs=nnx.Rngs(params=key)))(
+                jax.random.split(rngs.params(), self.num_deep)
+            )
         self.cfg, self.precision, self.runtime = cfg, build.precision, build.runtime
 
     def __call__(self, patches: Patches) -> tuple[jax.Array, jax.Array | None]:
@@ -216,7 +216,7 @@ class QwenVision(nnx.Module):
         table = self.pos_embed[...]
         # tap by tap: all four at once would be four times the activations, in fp32
         taps = (table[index[..., t]].astype(jnp.float32) * weight[..., t, None] for t in range(4))
-        return x + sum(taps).astype(x.dtype)
+        return x + sum(taps, jnp.float32(0)).astype(x.dtype)
 
     def angles(self, place: jax.Array) -> jax.Array:
         """fp32 [B, P, H/2]: the row turns one half of them, the column the other."""
