@@ -109,24 +109,7 @@ STRINGS: dict[tuple[str, str, str | None], tuple[str, str, str | None]] = {
         "using both the provided image and the image retrieval instructions:  <query>  A cat and "
         "a dog \n <image> [/INST]",
     ),
-<<<<<<< HEAD
-    **{
-        ("qwen3-vl-embedding", role, given): (
-            f"{head}A cat and a dog{QWEN_TAIL}",
-            f"{head}<image>{QWEN_TAIL}",
-            f"{head}<image>A cat and a dog{QWEN_TAIL}",
-        )
-        for given, said in (
-            (None, "Represent the user's input."),
-            ("Find a photo", "Find a photo."),
-            (" Is it a dog? ", "Is it a dog?"),
-        )
-        for head in [f"<|im_start|>system\n{said}<|im_end|>\n<|im_start|>user\n"]
-        for role in ("query", "document")
-    },
-=======
     **QWEN_STRINGS,
->>>>>>> main
 }
 
 

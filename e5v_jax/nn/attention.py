@@ -108,14 +108,14 @@ def _xla(
         if key_lengths is not None:
             visible = jnp.arange(k.shape[1]) < key_lengths[:, None, None, None, None]
         return _map_blocks(
-            lambda part: _xla_block(part, keys, values, visible, precision), q, block
+            lambda part: attend_block(part, keys, values, visible, precision), q, block
         )
     out = []
     for start in range(0, q.shape[1], block):
         end = min(start + block, q.shape[1])
         visible = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]  # [T', S']
         out.append(
-            _xla_block(q[:, start:end], keys[:, :, :end], values[:, :, :end], visible, precision)
+            attend_block(q[:, start:end], keys[:, :, :end], values[:, :, :end], visible, precision)
         )
     return out[0] if len(out) == 1 else jnp.concatenate(out, axis=1)
 
@@ -136,7 +136,7 @@ def _map_blocks(f: Callable[[jax.Array], jax.Array], q: jax.Array, block: int) -
     return out.swapaxes(0, 1).reshape(b, count * size, n, h)[:, :t]
 
 
-def _xla_block(
+def attend_block(
     q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array | None, precision: Precision
 ) -> jax.Array:
     """Queries [B, T, N, H] over k, v [B, K, S, H]; plain batched matmuls, fast on every device."""
