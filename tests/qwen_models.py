@@ -173,6 +173,7 @@ class QwenCase:
     def torch_image(self, image: Image.Image) -> tuple[torch.Tensor, list[int]]:
         """Patches fp32 [P, 3*2*p*p] and the grid [1, rows, columns]."""
         vision = self.torch_model.config.vision_config
+        is_new = vision.model_type == "qwen3_vl_vision"  # the class's default is of those before
         factor = vision.patch_size * vision.spatial_merge_size
         if image.mode == "RGBA":
             white = Image.new("RGB", image.size, (255, 255, 255))
@@ -183,8 +184,7 @@ class QwenCase:
         height, width = reference_resize(image.height, image.width, factor, *limits)
         processor = Qwen2VLImageProcessorPil(
             do_resize=False,
-            image_mean=[0.5] * 3,
-            image_std=[0.5] * 3,
+            **({"image_mean": [0.5] * 3, "image_std": [0.5] * 3} if is_new else {}),
             patch_size=vision.patch_size,
             temporal_patch_size=2,
             merge_size=vision.spatial_merge_size,

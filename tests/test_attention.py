@@ -67,6 +67,7 @@ def test_key_lengths() -> None:
         ("splash", 1, 8, 16),
         ("xla", 300, 300, 16),
         ("splash", 256, 256, 80),
+        ("splash", 200, 200, 16),
     ):
         q, k, v = qkv(t=t, h=h)
         lengths = jnp.array([3, t])
@@ -119,6 +120,7 @@ def test_key_lengths_are_not_for_causal_attention() -> None:
         ("tpu", jnp.float32, 2944, 128, "splash", "splash"),
         ("tpu", jnp.bfloat16, 40, 128, "xla", "xla"),
         ("tpu", jnp.bfloat16, 2048, 72, "xla", "splash"),
+        ("tpu", jnp.bfloat16, 7200, 72, "xla", "splash"),
     ],
 )
 def test_choice(backend: str, dtype: jnp.dtype, t: int, h: int, causal: str, masked: str) -> None:

@@ -47,6 +47,7 @@ from e5v_jax.families.qwen_vl.presets import ARCHITECTURES
 from e5v_jax.families.qwen_vl.processor import PATCH_BUCKETS, QwenVLProcessor
 from e5v_jax.families.qwen_vl.resize import smart_resize
 from e5v_jax.families.qwen_vl.vision import interpolation
+from e5v_jax.families.qwen_vl.vision_blocks import Seen
 from e5v_jax.nn.config import UnsupportedModelError
 from e5v_jax.nn.layers import Build, Precision, l2_normalize
 from e5v_jax.nn.rope import apply_rope
@@ -236,7 +237,8 @@ def test_blocks_equal_torch(qwen: Callable[[str], QwenCase]) -> None:
         np.testing.assert_allclose(found, turned, atol=1e-5)
         bounds = torch.tensor([0, n], dtype=torch.int32)
         out = visual.blocks[1](h, cu_seqlens=bounds, position_embeddings=(cos, sin))
-        found = block(x[row : row + 1], angles[row : row + 1], lengths[row : row + 1])[0, :n]
+        seen = Seen(lengths[row : row + 1], None)
+        found = block(x[row : row + 1], angles[row : row + 1], seen)[0, :n]
         np.testing.assert_allclose(found, out, atol=2e-5)
         merged = deep_merger(jnp.asarray(h)[None])[0]
         np.testing.assert_allclose(merged, visual.deepstack_merger_list[2](h), atol=2e-5)

@@ -59,7 +59,7 @@ def map_keys(keys: Iterable[str], table: ParameterTable) -> dict[str, Slot]:
     holders: dict[Slot, str] = {}
     expected = set(table.slots)
     for key in keys:
-        if _IGNORED.fullmatch(key):
+        if _IGNORED.fullmatch(key) or any(re.fullmatch(p, key) for p in table.ignored):
             continue
         slot = find_slot(key, table, places)
         if slot is None:

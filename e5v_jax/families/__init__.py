@@ -21,6 +21,10 @@ FAMILIES: dict[str, Family] = {
     "llava": LLAVA_NEXT,
     "llava_llama": LLAVA_NEXT,
     "llava_mistral": LLAVA_NEXT,
+    "qwen2_vl": QWEN_VL,
+    "qwen2_5_vl": QWEN_VL,
+    "qwen2_5_omni": QWEN_VL,
+    "qwen2_5_omni_thinker": QWEN_VL,
     "qwen3_vl": QWEN_VL,
 }
 """By the ``model_type`` of a ``config.json``."""

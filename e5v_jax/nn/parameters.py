@@ -113,6 +113,8 @@ class ParameterTable:
     adapter_prefixes: tuple[str, ...]
     """Before ``layers.`` in PEFT adapters: of transformers 5, which we write, then others'."""
     adapter_task: str | None = None  # the ``task_type`` of such an adapter
+    ignored: Mapping[str, str] = field(default_factory=dict)
+    """Patterns of keys that no row takes, and why no embedding depends on them."""
 
     @cached_property
     def slots(self) -> tuple[Slot, ...]:

@@ -25,6 +25,7 @@ _ARCHITECTURES = {
     "qwen3": _Architecture(qk_norm=True),
     "qwen2_vl_text": _Architecture(qkv_bias=True, mrope_section=(16, 24, 24)),
     "qwen2_5_vl_text": _Architecture(qkv_bias=True, mrope_section=(16, 24, 24)),
+    "qwen2_5_omni_text": _Architecture(qkv_bias=True, mrope_section=(16, 24, 24)),
     "qwen3_vl_text": _Architecture(
         qk_norm=True, mrope_section=(24, 20, 20), mrope_interleaved=True
     ),

@@ -92,7 +92,7 @@ def example_batch(config: LlavaNextConfig, shape: BatchShape) -> Batch:
         return texts
     side = config.vision.image_size
     tiles = jnp.zeros((shape.rows * shape.shape_key, side, side, 3), jnp.uint8)
-    return ImageBatch(*texts, image_index=jnp.full_like(texts.input_ids, -1), tiles=tiles)
+    return ImageBatch(*texts[:2], image_index=jnp.full_like(texts.input_ids, -1), tiles=tiles)
 
 
 def image_cost(config: LlavaNextConfig, images: int, tiles: int, itemsize: int) -> ImageCost:

@@ -1,7 +1,7 @@
-"""Qwen3-VL: native-resolution tower with deepstack mergers, Qwen3 decoder with M-RoPE."""
+"""Qwen2-VL, Qwen2.5-VL and Qwen3-VL: towers of native resolution, decoders with M-RoPE."""
 
 from e5v_jax.families.base import Family
-from e5v_jax.families.qwen_vl.config import QwenVLConfig
+from e5v_jax.families.qwen_vl.config import QwenVLConfig, exported_config
 from e5v_jax.families.qwen_vl.model import build, example_batch, image_cost
 from e5v_jax.families.qwen_vl.parameters import parameters
 from e5v_jax.families.qwen_vl.preprocessor import check_preprocessor
@@ -17,6 +17,7 @@ QWEN_VL = Family(
     example_batch=example_batch,
     image_cost=image_cost,
     match_tokenizer=match_tokenizer,
+    hf_config=exported_config,
     check_preprocessor=check_preprocessor,
     architectures=ARCHITECTURES,
     checkpoints=CHECKPOINTS,

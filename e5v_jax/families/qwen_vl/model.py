@@ -15,7 +15,7 @@ from e5v_jax.families.qwen_vl.vision import FRAMES, Patches, QwenVision
 from e5v_jax.families.text.model import TextModel
 from e5v_jax.families.text.model import example_batch as example_texts
 from e5v_jax.nn.attention import QUERY_BLOCK
-from e5v_jax.nn.decoder import Deepstack, Remat, take
+from e5v_jax.nn.decoder import Deepstack, Remat
 from e5v_jax.nn.layers import Build
 
 
@@ -27,6 +27,7 @@ class ImageBatch(NamedTuple):
     image_index: Array  # int32 [B, L]: -1 = text, i = token i of the row's image
     positions: Array | None  # int32 [B, L, 3], time, row and column; None: 0, 1, 2, ...
     patches: Patches  # a row each
+    first_index: Array | None = None  # int32 [B]: the mean from there to last_index is pooled
 
 
 class QwenVL(TextModel):
@@ -46,17 +47,14 @@ class QwenVL(TextModel):
             return super().__call__(batch, remat=remat, dropout_key=dropout_key)
         x, how = self.merge(batch)
         x = self.language_model(x, remat=remat, dropout_key=dropout_key, **how)  # [B, L, D]
-        return self._norm(take(x, jnp.asarray(batch.last_index)))
+        return self._pool(x, batch)
 
     def encode(self, batch: Any) -> jax.Array:
         """See :meth:`TextModel.encode`."""
         if not isinstance(batch, ImageBatch):
             return super().encode(batch)
         x, how = self.merge(batch)
-        return self._norm(self.language_model.at(x, jnp.asarray(batch.last_index), **how))
-
-    def _norm(self, pooled: jax.Array) -> jax.Array:
-        return self.language_model.norm(pooled).astype(jnp.float32)
+        return self._encode(x, batch, **how)
 
     def merge(self, batch: ImageBatch) -> tuple[jax.Array, dict[str, Any]]:
         """Decoder inputs [B, L, D], a gather from tokens and image features, and their keywords."""
@@ -85,7 +83,8 @@ def example_batch(config: QwenVLConfig, shape: BatchShape) -> Batch:
         return texts
     rows, patches = shape.rows, shape.shape_key
     return ImageBatch(
-        *texts,
+        texts.input_ids,
+        texts.last_index,
         image_index=jnp.full_like(texts.input_ids, -1),
         positions=jnp.zeros((rows, shape.length, 3), jnp.int32),
         patches=Patches(
@@ -97,10 +96,13 @@ def example_batch(config: QwenVLConfig, shape: BatchShape) -> Batch:
 
 
 def image_cost(config: QwenVLConfig, images: int, patches: int, itemsize: int) -> ImageCost:
-    """See :attr:`e5v_jax.families.base.Family.image_cost`; attention grows with their square."""
+    """See :attr:`e5v_jax.families.base.Family.image_cost`; full attention is quadratic."""
     vision = config.vision
     d, heads = vision.hidden_size, vision.num_heads
-    flops = 4.0 * vision.depth * d * patches**2  # attention
+    window = vision.window_side**2 * vision.merged  # patches
+    full = len(vision.fullatt_block_indexes) if window else vision.depth
+    # attention: within windows each patch's keys are those of three blocks (windows.py)
+    flops = 4.0 * d * patches * (full * patches + (vision.depth - full) * 3 * window)
     for row in parameters(config).rows:
         if row.section == "vision" and row.name.endswith(".kernel"):
             seen = patches * (row.layers or 1)
@@ -110,6 +112,7 @@ def image_cost(config: QwenVLConfig, images: int, patches: int, itemsize: int) -
                 seen //= vision.merged
             flops += 2.0 * math.prod(row.shape) * seen
     kept = 1 + len(vision.deepstack_visual_indexes)
-    wide = (4 * d + 2 * vision.intermediate_size + kept * d) * itemsize
-    scores = 2 * 4 * heads * min(patches, QUERY_BLOCK)  # fp32, before and after the softmax
+    wide = (4 * d + (2 + vision.kind.is_gated) * vision.intermediate_size + kept * d) * itemsize
+    # fp32, before and after the softmax; of windows all blocks' at a time
+    scores = 2 * 4 * heads * max(min(patches, QUERY_BLOCK), 3 * window)
     return ImageCost(images * flops, images * patches * (wide + scores))

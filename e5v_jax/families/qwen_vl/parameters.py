@@ -5,64 +5,108 @@ from dataclasses import replace
 
 from jax.sharding import PartitionSpec as P
 
-from e5v_jax.families.qwen_vl.config import QwenVisionConfig, QwenVLConfig
+from e5v_jax.families.qwen_vl.config import QwenVLConfig
 from e5v_jax.families.qwen_vl.vision import FRAMES
+from e5v_jax.families.qwen_vl.vision_config import OMNI, QWEN2, QWEN3, QwenVisionConfig
 from e5v_jax.nn.decoder import decoder_parameters
 from e5v_jax.nn.parameters import Parameter, ParameterTable, Section, layer_norm, linear
 
-# The exported prefixes are those that transformers has since 4.52, and the hub's files of Qwen3-VL.
-_SECTIONS = {
-    "text": Section(
-        prefixes=("model.language_model.", "language_model.", "model.", ""),
-        anchors=("embed_tokens.weight",),
-        export="model.language_model.",
-    ),
-    "head": Section(prefixes=("", "model."), anchors=("lm_head.weight",), export=""),
-    "vision": Section(
-        prefixes=("model.visual.", "visual."),
-        anchors=("patch_embed.proj.weight",),
-        export="model.visual.",
-    ),
+
+def _sections(text: str, vision: str) -> dict[str, Section]:
+    """The parts of a checkpoint, exported under the given prefixes."""
+    return {
+        "text": Section(
+            prefixes=("model.language_model.", "language_model.", "thinker.model.", "model.", ""),
+            anchors=("embed_tokens.weight",),
+            export=text,
+        ),
+        "head": Section(
+            prefixes=("", "model.", "thinker."), anchors=("lm_head.weight",), export=""
+        ),
+        "vision": Section(
+            prefixes=("model.visual.", "visual.", "thinker.visual."),
+            anchors=("patch_embed.proj.weight",),
+            export=vision,
+        ),
+    }
+
+
+# Those of the hub's files, which transformers 5 still writes.
+_OLD, _NEW = _sections("model.", "visual."), _sections("model.language_model.", "model.visual.")
+_SOUND = {
+    r"(thinker\.)?audio_tower\..*": "there is no sound",
+    r"(talker|token2wav)\..*": "nothing is said aloud",
 }
-_ADAPTER_PREFIXES = ("model.language_model.", "language_model.", "model.", "")
+_ADAPTER_PREFIXES = ("model.language_model.", "language_model.", "thinker.model.", "model.", "")
 _COLUMNS, _ROWS, _WHOLE = P("fsdp", "tensor"), P("tensor", "fsdp"), P(None)
 
 
 def parameters(config: QwenVLConfig) -> ParameterTable:
-    """The rows of ``Qwen3VLForConditionalGeneration``."""
-    rows = (*decoder_parameters(config.text), *_tower(config.vision))
-    return ParameterTable(rows, _SECTIONS, _ADAPTER_PREFIXES)
+    """The rows of ``Qwen2VLForConditionalGeneration`` and of those of later generations."""
+    kind = config.vision.model_type
+    return ParameterTable(
+        (*decoder_parameters(config.text), *_tower(config.vision)),
+        _NEW if kind == QWEN3 else _OLD,
+        _ADAPTER_PREFIXES,
+        ignored=_SOUND if kind == OMNI else {},
+    )
 
 
 def _tower(cfg: QwenVisionConfig) -> Iterator[Parameter]:
     """The rows of a :class:`QwenVision` at ``visual``."""
     d, f, wide = cfg.hidden_size, cfg.intermediate_size, cfg.hidden_size * cfg.merged
+    is_new = cfg.model_type == QWEN3
 
-    def one(name: str, shape: tuple[int, ...], spec: P, layers: int | None = None) -> Parameter:
-        return Parameter("vision", name, f"visual.{name}", shape, spec, layers=layers)
+    def one(
+        name: str, shape: tuple[int, ...], spec: P, layers: int | None = None, hf: str | None = None
+    ) -> Parameter:
+        return Parameter("vision", hf or name, f"visual.{name}", shape, spec, layers=layers)
 
-    def merger(name: str, norm: int, layers: int | None = None) -> Iterator[Parameter]:
-        yield from layer_norm(one(f"{name}.norm", (norm,), _WHOLE, layers))
-        first = one(f"{name}.linear_fc1", (wide, wide), _COLUMNS, layers)
-        second = one(f"{name}.linear_fc2", (wide, cfg.out_hidden_size), _ROWS, layers)
+    def norm(like: Parameter) -> Iterator[Parameter]:
+        rows = layer_norm(like)
+        yield next(rows)
+        if not cfg.kind.is_gated:  # RMSNorm has no bias
+            yield from rows
+
+    def merger(name: str, width: int, layers: int | None = None) -> Iterator[Parameter]:
+        names = ("norm", "linear_fc1", "linear_fc2") if is_new else ("ln_q", "mlp.0", "mlp.2")
+        hf = [f"{name}.{part}" for part in names]
+        yield from norm(one(f"{name}.norm", (width,), _WHOLE, layers, hf[0]))
+        first = one(f"{name}.linear_fc1", (wide, wide), _COLUMNS, layers, hf[1])
+        second = one(f"{name}.linear_fc2", (wide, cfg.out_hidden_size), _ROWS, layers, hf[2])
         yield from linear(first, bias=P("tensor"))
         yield from linear(second, bias=_WHOLE)
 
     inputs = 3 * FRAMES * cfg.patch_size**2
-    kernel, bias = linear(one("patch_embed.proj", (inputs, d), P(None, "fsdp")), bias=_WHOLE)
+    patch = one("patch_embed.proj", (inputs, d), P(None, "fsdp"))
+    kernel, *bias = linear(patch, bias=_WHOLE if is_new else None)
     yield replace(kernel, name="visual.patch_embed.kernel", transform="conv3d")
-    yield replace(bias, name="visual.patch_embed.bias")
-    table = one("pos_embed", (cfg.num_position_embeddings, d), P(None, None))
-    yield replace(table, hf="pos_embed.weight")
+    yield from (replace(row, name="visual.patch_embed.bias") for row in bias)
+    if cfg.num_position_embeddings is not None:
+        table = one("pos_embed", (cfg.num_position_embeddings, d), P(None, None))
+        yield replace(table, hf="pos_embed.weight")
     for name in ("norm1", "norm2"):
-        yield from layer_norm(one(f"blocks.{{i}}.{name}", (d,), _WHOLE, cfg.depth))
-    for name, shape, spec, bias_spec in (
-        ("attn.qkv", (d, 3 * d), _COLUMNS, P("tensor")),
-        ("attn.proj", (d, d), _ROWS, _WHOLE),
-        ("mlp.linear_fc1", (d, f), _COLUMNS, P("tensor")),
-        ("mlp.linear_fc2", (f, d), _ROWS, _WHOLE),
-    ):
-        yield from linear(one(f"blocks.{{i}}.{name}", shape, spec, cfg.depth), bias=bias_spec)
+        yield from norm(one(f"blocks.{{i}}.{name}", (d,), _WHOLE, cfg.depth))
+    for name, (shape, spec, hf) in _block_maps(cfg, d, f).items():
+        place = f"blocks.{{i}}.{name}"
+        like = one(place, shape, spec, cfg.depth, f"blocks.{{i}}.{hf}")
+        yield from linear(like, bias=P("tensor") if spec == _COLUMNS else _WHOLE)
     yield from merger("merger", d)
     if deep := len(cfg.deepstack_visual_indexes):
         yield from merger("deepstack_merger_list.{i}", wide, deep)
+
+
+def _block_maps(cfg: QwenVisionConfig, d: int, f: int) -> dict[str, tuple[tuple[int, int], P, str]]:
+    """The linear maps of a block: shape, spec and Hugging Face's name of each."""
+    found = {}
+    for name in ("q", "k", "v") if cfg.kind.splits_qkv else ("qkv",):
+        found[f"attn.{name}"] = ((d, len(name) * d), _COLUMNS, f"attn.{name}")
+    found["attn.proj"] = ((d, d), _ROWS, "attn.proj")
+    if cfg.kind.is_gated:
+        maps = {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
+    else:
+        maps = {"linear_fc1": (d, f), "linear_fc2": (f, d)}
+    for name, shape in maps.items():
+        hf = name.removeprefix("linear_") if cfg.model_type == QWEN2 else name
+        found[f"mlp.{name}"] = (shape, _ROWS if shape == (f, d) else _COLUMNS, f"mlp.{hf}")
+    return found

@@ -3,11 +3,18 @@
 from typing import Any
 
 from e5v_jax.families.qwen_vl.config import QwenVLConfig
-from e5v_jax.families.qwen_vl.vision import FRAMES, IMAGE_MEAN, IMAGE_STD
+from e5v_jax.families.qwen_vl.vision import FRAMES
 from e5v_jax.families.settings import check_settings
 
 _KINDS = ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "Processor")
-_CLASSES = (*(f"{name}{kind}" for name in ("Qwen2VL", "Qwen3VL") for kind in _KINDS), None)
+_CLASSES = (
+    *(
+        f"{name}{kind}"
+        for name in ("Qwen2VL", "Qwen2_5_VL", "Qwen2_5Omni", "Qwen3VL")
+        for kind in _KINDS
+    ),
+    None,
+)
 _TYPES = ("image_processor_type", "feature_extractor_type", "processor_class", "_processor_class")
 _SIZES = ("size", "min_pixels", "max_pixels")
 _IGNORED_SETTINGS = {
@@ -41,8 +48,8 @@ def check_preprocessor(config: QwenVLConfig, settings: dict[str, Any]) -> None:
         "do_rescale": (True,),
         "rescale_factor": (1 / 255,),
         "do_normalize": (True,),
-        "image_mean": ([IMAGE_MEAN] * 3,),
-        "image_std": ([IMAGE_STD] * 3,),
+        "image_mean": (list(vision.kind.mean),),
+        "image_std": (list(vision.kind.std),),
         "patch_size": (vision.patch_size,),
         "temporal_patch_size": (FRAMES,),
         "merge_size": (vision.spatial_merge_size,),

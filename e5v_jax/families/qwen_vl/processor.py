@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from e5v_jax.data.images import Size, load_image
@@ -15,18 +16,23 @@ from e5v_jax.families.qwen_vl.config import QwenVLConfig
 from e5v_jax.families.qwen_vl.model import ImageBatch
 from e5v_jax.families.qwen_vl.patches import PatchedImage, cut_patches
 from e5v_jax.families.qwen_vl.positions import position_ids
-from e5v_jax.families.qwen_vl.resize import smart_resize
+from e5v_jax.families.qwen_vl.resize import resize_steps
 from e5v_jax.families.qwen_vl.vision import Patches
+from e5v_jax.families.qwen_vl.vision_config import QWEN3
 from e5v_jax.families.text.processor import TextProcessor
 from e5v_jax.presets import E5_V, Preset
 
 PATCH_BUCKETS = (208, 384, 640, 768, 1216, 1728, 2432, 3456, 5120, 7200)
-"""Patches that images are padded to. Fine where photographs of data sets are (224 x 224 has 196,
-500 x 375 has 768, 640 x 480 has 1200), and at both caps: 1280 and 1800 tokens."""
+"""Patches of 16 pixels that images are padded to. Fine where photographs of data sets are (224 x
+224 has 196, 500 x 375 has 768, 640 x 480 has 1200), and at both caps: 1280 and 1800 tokens."""
+OLD_PATCH_BUCKETS = (256, 448, 704, 960, 1088, 1600, 2112, 2752, 3584, 5120, 7200)
+"""The same of 14 pixels: there they have 256, 936 or at least 1064, and 1564."""
 _TEXT_LENGTHS = (16, 32, *(size * 2**power for power in range(4, 14) for size in (3, 4)))
 """Positions that texts are padded to: fewer than other families', which have no tower's shapes."""
-MIN_TOKENS, MAX_TOKENS = 4, 1800
-"""Of an image, as the authors' scripts have it; a preset may say otherwise, in pixels."""
+MIN_TOKENS = 4
+MAX_TOKENS, OLD_MAX_TOKENS = 1800, 1280
+"""Of an image: of Qwen3-VL as its authors' scripts have it, of those before it as transformers'
+image processor has it by default; a preset may say otherwise, in pixels."""
 _PROMPT = 48  # tokens beside the image's, for which the decoder always has room
 
 
@@ -56,26 +62,32 @@ class QwenVLProcessor(TextProcessor):
     ) -> None:
         """Raise ValueError: the template cannot be told, or as :func:`match_tokenizer`."""
         super().__init__(match_tokenizer(config, tokenizer), tokenizer, template, preset)
-        factor = config.vision.factor
-        self.resize = partial(
-            smart_resize,
-            factor=factor,
-            min_pixels=preset.min_pixels or MIN_TOKENS * factor**2,
-            max_pixels=preset.max_pixels or MAX_TOKENS * factor**2,
-        )
-        """What an image of a size (height, width) is resized to."""
+        is_new = config.vision.model_type == QWEN3
+        self.buckets = PATCH_BUCKETS if is_new else OLD_PATCH_BUCKETS
+        self.image_text = preset.image_text or type(self).image_text
+        token = config.vision.factor**2  # pixels
+        limits = [
+            (
+                preset.min_pixels or MIN_TOKENS * token,
+                preset.max_pixels or (MAX_TOKENS if is_new else OLD_MAX_TOKENS) * token,
+            )
+        ]
+        if preset.first_pixels is not None:
+            limits.insert(0, preset.first_pixels)
+        self.resize = partial(resize_steps, factor=config.vision.factor, limits=tuple(limits))
+        """The sizes that an image of a size (height, width) is resized to, one after the other."""
 
     def measure_image(self, size: Size) -> tuple[int, int]:
         """(tokens, padded patches) of an image of ``size`` (height, width) pixels."""
         vision = self.config.vision
-        height, width = self.resize(self.preset.resize or size)
+        height, width = self.resize(self.preset.resize or size)[-1]
         patches = (height // vision.patch_size) * (width // vision.patch_size)
-        if patches > PATCH_BUCKETS[-1]:
+        if patches > self.buckets[-1]:
             raise ValueError(
                 f"an image of {size[1]}x{size[0]} pixels would have {patches} patches, at most "
-                f"{PATCH_BUCKETS[-1]} are supported: give a smaller max_pixels"
+                f"{self.buckets[-1]} are supported: give a smaller max_pixels"
             )
-        return patches // vision.merged, bucket_length(patches, PATCH_BUCKETS)
+        return patches // vision.merged, bucket_length(patches, self.buckets)
 
     @property
     def load(self) -> Callable[[Measured], Any]:
@@ -111,18 +123,28 @@ class QwenVLProcessor(TextProcessor):
             pixels[row, :count], place[row, :count] = image.pixels, image.place
             grid[row] = image.grid
             tokens = count // vision.merged
-            image_index[row, item.start : item.start + tokens] = np.arange(tokens)
+            image_index[row, item.start + image.order] = np.arange(tokens)
             side = vision.spatial_merge_size
             own = (image.grid[0] // side, image.grid[1] // side)
             positions[row, : len(item.ids)] = position_ids(len(item.ids), item.start, own)
         input_ids = np.where(image_index >= 0, 0, input_ids)  # `<|image_pad|>` may have no row
-        is_1d = self.preset.positions == "1d"
-        patches = Patches(pixels, place, grid)
-        return ImageBatch(input_ids, last_index, image_index, None if is_1d else positions, patches)
+        first_index = None
+        if self.preset.pooling == "mean":  # of the image and the marks around it
+            first_index = np.argmax(image_index >= 0, axis=1).astype(np.int32)
+            first_index = np.maximum(first_index - 1, 0)
+            last_index = first_index + 1 + (image_index >= 0).sum(axis=1, dtype=np.int32)
+        return ImageBatch(
+            input_ids,
+            last_index,
+            image_index,
+            None if self.preset.positions == "1d" else positions,
+            Patches(pixels, place, grid),
+            first_index,
+        )
 
 
 def load(
-    item: Measured, config: QwenVLConfig, preset: Preset, resize: Callable[[Size], Size]
+    item: Measured, config: QwenVLConfig, preset: Preset, resize: Callable[[Size], list[Size]]
 ) -> Prepared | list[int]:
     """Decode, resize and cut an input's image, if any. Raises ValueError: it cannot be decoded."""
     if item.image is None:
@@ -135,8 +157,15 @@ def load(
             f"the image's header says {item.image_size} (height, width), its data {size}: save it "
             "again"
         )
+    *first, size = resize(size)
+    for height, width in first:
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
     patched = cut_patches(
-        image, resize(size), patch=vision.patch_size, merge=vision.spatial_merge_size
+        image,
+        size,
+        patch=vision.patch_size,
+        merge=vision.spatial_merge_size,
+        window=vision.window_side,
     )
     token, count = config.image_token_id, len(patched.pixels) // vision.merged
     start = item.ids.index(token)

@@ -1,6 +1,7 @@
 """The size that an image is made: close to its own, whole blocks of patches, within a cap."""
 
 import math
+from collections.abc import Iterable
 
 from e5v_jax.data.images import ImageError, Size
 
@@ -36,3 +37,15 @@ def smart_resize(size: Size, *, factor: int, min_pixels: int, max_pixels: int) -
         rows = math.ceil(height * grow / factor) * factor
         columns = math.ceil(width * grow / factor) * factor
     return rows, columns
+
+
+def resize_steps(size: Size, *, factor: int, limits: Iterable[tuple[int, int]]) -> list[Size]:
+    """The sizes that :func:`smart_resize` makes of ``size``, one after the other.
+
+    ``limits`` are the least and most pixels of each. Raises ImageError: as there.
+    """
+    found = []
+    for least, most in limits:
+        size = smart_resize(size, factor=factor, min_pixels=least, max_pixels=most)
+        found.append(size)
+    return found

@@ -1,7 +1,8 @@
-"""Qwen3-VL's tower: patches of one image a row, at its own resolution, to tokens of the decoder.
+"""The Qwen-VL towers: patches of one image a row, at its own resolution, to tokens of the decoder.
 
-Reference: transformers' ``Qwen3VLVisionModel``. Rows are padded with patches whose place is below
-zero; they come last, are no key of any attention, and are merged among themselves.
+Reference: transformers' ``Qwen3VLVisionModel``, ``Qwen2_5_VisionTransformerPretrainedModel`` and
+``Qwen2VisionTransformerPretrainedModel``. Rows are padded with patches whose place is below zero;
+they come last, are no key of any attention, and are merged among themselves.
 """
 
 from functools import partial
@@ -13,15 +14,12 @@ import numpy as np
 from flax import nnx
 
 from e5v_jax.families.base import Array
-from e5v_jax.families.qwen_vl.config import QwenVisionConfig
-from e5v_jax.nn.attention import attention
-from e5v_jax.nn.layers import Build, LayerNorm, Linear
-from e5v_jax.nn.rope import apply_rope, rope_angles, rope_frequencies
-from e5v_jax.nn.vision_tower import exact_gelu
+from e5v_jax.families.qwen_vl.vision_blocks import PatchMerger, Seen, VisionBlock
+from e5v_jax.families.qwen_vl.vision_config import QWEN3, QwenVisionConfig
+from e5v_jax.nn.layers import Build
+from e5v_jax.nn.rope import rope_angles, rope_frequencies
 
-NORM_EPS = 1e-6  # of every layer norm; no field of the configuration
 FRAMES = 2  # of a patch of the reference; a still image repeats
-IMAGE_MEAN = IMAGE_STD = 0.5
 
 
 class Patches(NamedTuple):
@@ -39,19 +37,24 @@ class PatchEmbedding(nnx.Module):
         inputs, dtype = 3 * FRAMES * cfg.patch_size**2, jnp.dtype(build.precision.param)
         init = jax.nn.initializers.normal(0.02)
         self.kernel = nnx.Param(init(rngs.params(), (inputs, cfg.hidden_size), dtype))
-        self.bias = nnx.Param(jnp.zeros((cfg.hidden_size,), dtype))
+        self.use_bias = cfg.model_type == QWEN3
+        if self.use_bias:
+            self.bias = nnx.Param(jnp.zeros((cfg.hidden_size,), dtype))
+        self.mean, self.std = cfg.kind.mean, cfg.kind.std
         self.precision = build.precision
 
     def __call__(self, pixels: Array) -> jax.Array:
         """uint8 [B, P, 3*p*p] -> [B, P, D]."""
-        dtype, d = self.precision.compute, self.bias.shape[0]
-        values = (jnp.asarray(pixels, jnp.float32) / 255.0 - IMAGE_MEAN) / IMAGE_STD
+        dtype, d = self.precision.compute, self.kernel.shape[1]
+        area = pixels.shape[2] // 3  # of a channel
+        mean, std = (np.repeat(np.array(x, np.float32), area) for x in (self.mean, self.std))
+        values = (jnp.asarray(pixels, jnp.float32) / 255.0 - mean) / std
         frames = self.kernel[...].astype(jnp.float32).reshape(3, FRAMES, -1, d)
         kernel = frames.sum(axis=1).reshape(-1, d)  # both frames are the same pixels: fp32
         y = jnp.matmul(
             values.astype(dtype), kernel.astype(dtype), precision=self.precision.matmul
         )  # [B, P, D]
-        return y + self.bias[...].astype(dtype)
+        return y + self.bias[...].astype(dtype) if self.use_bias else y
 
 
 def interpolation(place: jax.Array, grid: jax.Array, side: int) -> tuple[jax.Array, jax.Array]:
@@ -71,93 +74,15 @@ def interpolation(place: jax.Array, grid: jax.Array, side: int) -> tuple[jax.Arr
     return index.reshape(*index.shape[:2], 4), weight.reshape(*weight.shape[:2], 4)
 
 
-class VisionAttention(nnx.Module):
-    """Self-attention of each image's patches, which are turned by row and column."""
-
-    def __init__(self, cfg: QwenVisionConfig, build: Build, *, rngs: nnx.Rngs) -> None:
-        d = cfg.hidden_size
-        self.qkv = Linear(d, 3 * d, build, use_bias=True, rngs=rngs)
-        self.proj = Linear(d, d, build, use_bias=True, rngs=rngs)
-        self.num_heads = cfg.num_heads
-        self.precision, self.runtime = build.precision, build.runtime
-
-    def __call__(self, x: jax.Array, angles: jax.Array, lengths: jax.Array) -> jax.Array:
-        """[B, P, D] -> [B, P, D]; ``angles`` are fp32 [B, P, H/2], ``lengths`` int32 [B]."""
-        b, p, d = x.shape
-        q, k, v = jnp.moveaxis(self.qkv(x).reshape(b, p, 3, self.num_heads, -1), 2, 0)
-        # [B, P, N, H] each; turned in fp32, as the reference
-        q, k = (apply_rope(t.astype(jnp.float32), angles).astype(v.dtype) for t in (q, k))
-        out = attention(
-            q,
-            k,
-            v,
-            is_causal=False,
-            key_lengths=lengths,
-            precision=self.precision,
-            runtime=self.runtime,
-        )
-        return self.proj(out.reshape(b, p, d))
-
-
-class VisionMLP(nnx.Module):
-    """Two linear maps around GELU, by tanh."""
-
-    def __init__(self, cfg: QwenVisionConfig, build: Build, *, rngs: nnx.Rngs) -> None:
-        d, f = cfg.hidden_size, cfg.intermediate_size
-        self.linear_fc1 = Linear(d, f, build, use_bias=True, rngs=rngs)
-        self.linear_fc2 = Linear(f, d, build, use_bias=True, rngs=rngs)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, P, D] -> [B, P, D]."""
-        return self.linear_fc2(jax.nn.gelu(self.linear_fc1(x), approximate=True))
-
-
-class VisionBlock(nnx.Module):
-    """Pre-norm attention and MLP, each with a residual connection."""
-
-    def __init__(self, cfg: QwenVisionConfig, build: Build, *, rngs: nnx.Rngs) -> None:
-        d, precision = cfg.hidden_size, build.precision
-        self.norm1 = LayerNorm(d, eps=NORM_EPS, precision=precision)
-        self.norm2 = LayerNorm(d, eps=NORM_EPS, precision=precision)
-        self.attn = VisionAttention(cfg, build, rngs=rngs)
-        self.mlp = VisionMLP(cfg, build, rngs=rngs)
-
-    def __call__(self, x: jax.Array, angles: jax.Array, lengths: jax.Array) -> jax.Array:
-        """[B, P, D] -> [B, P, D]."""
-        x = x + self.attn(self.norm1(x), angles, lengths)
-        return x + self.mlp(self.norm2(x))
-
-
-class PatchMerger(nnx.Module):
-    """A block of patches to one vector of the decoder."""
-
-    def __init__(
-        self, cfg: QwenVisionConfig, build: Build, *, rngs: nnx.Rngs, norm_merged: bool
-    ) -> None:
-        """``norm_merged``: the norm is over the whole block, not over each patch."""
-        wide = cfg.hidden_size * cfg.merged
-        size = wide if norm_merged else cfg.hidden_size
-        self.norm = LayerNorm(size, eps=NORM_EPS, precision=build.precision)
-        self.linear_fc1 = Linear(wide, wide, build, use_bias=True, rngs=rngs)
-        self.linear_fc2 = Linear(wide, cfg.out_hidden_size, build, use_bias=True, rngs=rngs)
-        self.norm_merged, self.merged = norm_merged, cfg.merged
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, P, D] -> [B, P / merged, out]."""
-        blocks = (x.shape[0], x.shape[1] // self.merged, self.merged * x.shape[2])
-        x = self.norm(x.reshape(blocks)) if self.norm_merged else self.norm(x).reshape(blocks)
-        return self.linear_fc2(exact_gelu(self.linear_fc1(x)))
-
-
 class QwenVision(nnx.Module):
     """The tower with all its mergers."""
 
     def __init__(self, cfg: QwenVisionConfig, build: Build, *, rngs: nnx.Rngs) -> None:
         init, dtype = jax.nn.initializers.normal(0.02), jnp.dtype(build.precision.param)
         self.patch_embed = PatchEmbedding(cfg, build, rngs=rngs)
-        table = (cfg.num_position_embeddings, cfg.hidden_size)
-        self.pos_embed = nnx.Param(init(rngs.params(), table, dtype))
-
+        if cfg.num_position_embeddings is not None:
+            table = (cfg.num_position_embeddings, cfg.hidden_size)
+            self.pos_embed = nnx.Param(init(rngs.params(), table, dtype))
         self.blocks = jax.vmap(lambda key: VisionBlock(cfg, build, rngs=nnx.Rngs(params=key)))(
             jax.random.split(rngs.params(), cfg.depth)
         )
@@ -176,26 +101,30 @@ class QwenVision(nnx.Module):
         N is P over the patches of a token; those of padding are no image's.
         """
         place = jnp.asarray(patches.place, jnp.int32)
-        lengths = jnp.sum(place[..., 0] >= 0, axis=1)  # [B]
+        seen = self.seen(place)
         x = self.embed(patches.pixels, place, jnp.asarray(patches.grid))  # [B, P, D]
         angles = self.angles(place)
         blocks = self.cfg.deepstack_visual_indexes
         # where each block's output is kept; the last place is for those that nobody asks for
         slots = np.full(self.cfg.depth, self.num_deep, np.int32)
         slots[list(blocks)] = np.arange(self.num_deep)
+        is_full = np.isin(np.arange(self.cfg.depth), self.cfg.fullatt_block_indexes)
         kept = jnp.zeros((self.num_deep + 1, *x.shape), x.dtype) if self.num_deep else None
 
         def body(
-            carry: tuple[jax.Array, jax.Array | None], block_and_slot: tuple[VisionBlock, jax.Array]
+            carry: tuple[jax.Array, jax.Array | None],
+            xs: tuple[VisionBlock, jax.Array, jax.Array],
         ) -> tuple[tuple[jax.Array, jax.Array | None], None]:
-            (h, kept), (block, slot) = carry, block_and_slot
+            (h, kept), (block, slot, full) = carry, xs
             split = self.runtime.split_batch
-            h = split(block(split(h), angles, lengths))
+            h = split(block(split(h), angles, seen, full))
             if kept is not None:
                 kept = jax.lax.dynamic_update_index_in_dim(kept, h, slot, 0)
             return (h, kept), None
 
-        (x, kept), _ = jax.lax.scan(body, (x, kept), (self.blocks, jnp.asarray(slots)))
+        # full or not is a scanned flag: slices of the stacked blocks would be copies of them
+        xs = (self.blocks, jnp.asarray(slots), jnp.asarray(is_full))
+        (x, kept), _ = jax.lax.scan(body, (x, kept), xs)
         features = self.merger(x)  # [B, N, out]
         if kept is None:
             return features, None
@@ -210,13 +139,24 @@ class QwenVision(nnx.Module):
         return features, jnp.moveaxis(deep, 0, 1)  # [B, J, N, out]
 
     def embed(self, pixels: Array, place: jax.Array, grid: jax.Array) -> jax.Array:
-        """Patches with their learned position [B, P, D]."""
+        """Patches [B, P, D], with their learned position where the kind has any."""
         x = self.patch_embed(pixels)
+        if self.cfg.num_position_embeddings is None:
+            return x
         index, weight = interpolation(place, grid, self.cfg.position_side)  # [B, P, 4]
         table = self.pos_embed[...]
         # tap by tap: all four at once would be four times the activations, in fp32
         taps = (table[index[..., t]].astype(jnp.float32) * weight[..., t, None] for t in range(4))
         return x + sum(taps, jnp.float32(0)).astype(x.dtype)
+
+    def seen(self, place: jax.Array) -> Seen:
+        """What each patch attends to: the whole image, and its window where the kind has those."""
+        lengths = jnp.sum(place[..., 0] >= 0, axis=1)  # [B]
+        if not (side := self.cfg.window_side * self.cfg.spatial_merge_size):
+            return Seen(lengths, None)
+        at = place // side  # [B, P, 2]; of padding -1 in both
+        wide = jnp.iinfo(jnp.int16).max  # more windows than a row of patches can have
+        return Seen(lengths, jnp.where(at[..., 0] < 0, -1, at[..., 0] * wide + at[..., 1]))
 
     def angles(self, place: jax.Array) -> jax.Array:
         """fp32 [B, P, H/2]: the row turns one half of them, the column the other."""

@@ -15,7 +15,8 @@ class TextBatch(NamedTuple):
     """Right-padded token sequences."""
 
     input_ids: Array  # int32 [B, L]
-    last_index: Array  # int32 [B], position of the last real token
+    last_index: Array  # int32 [B], position of the pooled token
+    first_index: Array | None = None  # int32 [B]: the mean from there to last_index is pooled
 
 
 def example_batch(config: ModelConfig, shape: BatchShape) -> TextBatch:
@@ -37,18 +38,35 @@ class TextModel(nnx.Module):
     def __call__(
         self, batch: Any, *, remat: Remat = "none", dropout_key: jax.Array | None = None
     ) -> jax.Array:
-        """Embed a batch -> fp32 [B, D]: final-norm output at the last token, not yet normalised."""
+        """Embed a batch -> fp32 [B, D]: final-norm output of what is pooled, not yet normalised."""
         x = self.decoder_inputs(batch)
-        x = self.language_model(x, remat=remat, dropout_key=dropout_key)  # [B, L, D]
-        pooled = take(x, jnp.asarray(batch.last_index))  # [B, D]
-        return self.language_model.norm(pooled).astype(jnp.float32)
+        return self._pool(self.language_model(x, remat=remat, dropout_key=dropout_key), batch)
 
     def encode(self, batch: Any) -> jax.Array:
         """The same vectors [B, D] without what only training needs: see :meth:`Decoder.at`."""
-        x = self.decoder_inputs(batch)
-        pooled = self.language_model.at(x, jnp.asarray(batch.last_index))  # [B, D]
+        return self._encode(self.decoder_inputs(batch), batch)
+
+    def _encode(self, x: jax.Array, batch: Any, **how: Any) -> jax.Array:
+        """Decoder inputs [B, L, D] -> [B, D]; ``how`` are the decoder's keywords."""
+        if _first_index(batch) is not None:
+            return self._pool(self.language_model(x, **how), batch)
+        pooled = self.language_model.at(x, jnp.asarray(batch.last_index), **how)  # [B, D]
         return self.language_model.norm(pooled).astype(jnp.float32)
+
+    def _pool(self, x: jax.Array, batch: Any) -> jax.Array:
+        """Hidden states [B, L, D] -> fp32 [B, D]: one token's, or the mean of several."""
+        norm, last, first = self.language_model.norm, batch.last_index, _first_index(batch)
+        if first is None:
+            return norm(take(x, jnp.asarray(last))).astype(jnp.float32)
+        place, first, last = jnp.arange(x.shape[1]), first[:, None], last[:, None]
+        seen = ((place >= first) & (place <= last))[..., None]  # [B, L, 1]
+        total = jnp.where(seen, norm(x).astype(jnp.float32), 0).sum(axis=1)  # [B, D]
+        return total / (last - first + 1)
 
     def decoder_inputs(self, batch: Any) -> jax.Array:
         """What the decoder runs over, [B, L, D]: here the embeddings of the tokens."""
         return self.language_model.embed(batch.input_ids)  # [B, L, D]
+
+
+def _first_index(batch: Any) -> Array | None:
+    return getattr(batch, "first_index", None)  # not the batches of every family have it

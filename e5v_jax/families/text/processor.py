@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedTokenizerFast
 
 from e5v_jax.data.images import Size, image_size
@@ -147,7 +148,9 @@ class TextProcessor:
     def stack(self, items: Sequence[Any], shape: BatchShape) -> Batch:
         """See :meth:`e5v_jax.families.base.Processor.stack`."""
         ids = [[0] if item is None else item for item in items]  # any id: padding is never seen
-        return TextBatch(*pad_right(ids, shape.length, pad_id=0))
+        input_ids, last_index = pad_right(ids, shape.length, pad_id=0)
+        first_index = np.zeros_like(last_index) if self.preset.pooling == "mean" else None
+        return TextBatch(input_ids, last_index, first_index)
 
 
 def load_text(item: Measured) -> list[int]:
