@@ -101,7 +101,7 @@ class QwenVLProcessor(TextProcessor):
         """
         if shape_key:
             length = max(length, shape_key // self.config.vision.merged + _PROMPT)
-            return bucket_length(length, (128, *IMAGE_BUCKETS))
+            return _padded(length)
         return bucket_length(length, _TEXT_LENGTHS)
 
     def stack(self, items: Sequence[Any], shape: BatchShape) -> Batch:
@@ -141,6 +141,21 @@ class QwenVLProcessor(TextProcessor):
             Patches(pixels, place, grid),
             first_index,
         )
+
+
+def image_shape(config: QwenVLConfig, size: Size, beside: int) -> tuple[int, int]:
+    """See :attr:`e5v_jax.families.base.Family.image_shape`; the limits are those without preset."""
+    vision, is_new = config.vision, config.vision.model_type == QWEN3
+    most = MAX_TOKENS if is_new else OLD_MAX_TOKENS
+    limits = ((MIN_TOKENS * vision.factor**2, most * vision.factor**2),)
+    height, width = resize_steps(size, factor=vision.factor, limits=limits)[-1]
+    patches = (height // vision.patch_size) * (width // vision.patch_size)
+    bucket = bucket_length(patches, PATCH_BUCKETS if is_new else OLD_PATCH_BUCKETS)
+    return _padded(bucket // vision.merged + max(beside, _PROMPT)), bucket
+
+
+def _padded(length: int) -> int:
+    return bucket_length(length, (128, *IMAGE_BUCKETS))
 
 
 def load(
