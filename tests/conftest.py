@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from tokenizers import processors
+from tokenizers import normalizers, processors
 from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
@@ -96,6 +96,32 @@ def llama3_tokenizer() -> PreTrainedTokenizerFast:
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend, bos_token="<|begin_of_text|>", eos_token="<|eot_id|>"
+    )
+
+
+@pytest.fixture(scope="session")
+def qwen_tokenizer() -> PreTrainedTokenizerFast:
+    """The real vocabulary and merges of Qwen 1 to 3, from the PyPI package dashscope.
+
+    Pattern, NFC and special tokens are those of Qwen2-VL's and Qwen3-VL's tokenizer.json (the same
+    in both up to 151656). Shared by the whole session: do not change it.
+    """
+    spec = importlib.util.find_spec("dashscope")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("dashscope is not installed: pip install --no-deps dashscope==2.0.2")
+    vocabulary = Path(spec.submodule_search_locations[0]) / "resources" / "qwen.tiktoken"
+    special = ["endoftext", "im_start", "im_end", "object_ref_start", "object_ref_end"]
+    special += ["box_start", "box_end", "quad_start", "quad_end", "vision_start", "vision_end"]
+    special += ["vision_pad", "image_pad", "video_pad"]
+    backend = TikTokenConverter(
+        vocab_file=str(vocabulary),
+        pattern=r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
+        r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+        extra_special_tokens=[f"<|{name}|>" for name in special],
+    ).converted()
+    backend.normalizer = normalizers.NFC()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|im_end|>", pad_token="<|endoftext|>"
     )
 
 

@@ -1,6 +1,8 @@
 """What a preset says: prompts, instructions, images, positions and the pooled token."""
 
+import re
 import unicodedata
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -55,6 +57,18 @@ class Preset:
     max_pixels: int | None = None
     """Of images of any size; None: what the checkpoint's preprocessor file says."""
     transparency: Literal["drop", "white"] = "drop"
+
+    def check_tokens(self, known: Collection[str]) -> None:
+        """Check that a tokenizer with the added tokens ``known`` has those of the template.
+
+        Raises ValueError: one is missing, so the model is not one of those that this is for.
+        """
+        for token in re.findall(r"<\|[^|]+\|>", self.template or ""):
+            if token not in known:
+                raise ValueError(
+                    f"preset {self.name} says {token}, which is no token of this model: it is for "
+                    "another one"
+                )
 
     def with_pixels(self, min_pixels: int | None, max_pixels: int | None) -> "Preset":
         """The same with other limits, where they are given. Raises ValueError: names a bad one."""

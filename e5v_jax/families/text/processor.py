@@ -49,6 +49,7 @@ class TextProcessor:
         self.config: Any = config
         self.tokenizer, self.preset = tokenizer, preset
         if template is None and preset.template is not None:
+            preset.check_tokens(tokenizer.added_tokens_encoder)
             self.template, self._chat = preset.name, preset.template
         else:
             self.template = detect_template(tokenizer, config.text.model_type, override=template)
