@@ -241,8 +241,8 @@ def backbones_table(done: _Results) -> str:
         best = record["step_seconds"]
         hours = f"{718 * best / 3600:.1f} h" if record["item"] == "triplets" else ""
         lines.append(
-            f"| {backbone} | {what} | {topology} | {memory} | {best:.2f} s | {record['bound']} | {record['items_per_step'] / best:.0f} {record['item']} "
-            f"| {hours} |"
+            f"| {backbone} | {what} | {topology} | {memory} | {best:.2f} s | {record['bound']} "
+            f"| {record['items_per_step'] / best:.0f} {record['item']} | {hours} |"
         )
 
     for backbone, config in _RECIPES.items():
