@@ -20,8 +20,13 @@ from e5v_jax.checkpoints import from_hf
 from e5v_jax.checkpoints.converted import ConvertedFolder, read_info
 from e5v_jax.checkpoints.hf_source import open_source
 from e5v_jax.checkpoints.tokenizer import load_tokenizer
-from e5v_jax.families.llava_next.config import ORIGINAL_IMAGE_TOKEN, LlavaNextConfig
-from e5v_jax.nn.config import UnsupportedModelError
+from e5v_jax.families.llava_next.config import (
+    ORIGINAL_IMAGE_TOKEN,
+    LlavaNextConfig,
+    transformers_layout,
+)
+from e5v_jax.nn.config import UnsupportedModelError, transformers_config
+from e5v_jax.nn.text_config import TextConfig
 
 Llava = Callable[[str], Case]
 Tensors = dict[str, np.ndarray]
@@ -253,6 +258,24 @@ def test_old_config_with_another_theta_is_read(llava: Llava) -> None:
         assert LlavaNextConfig.from_hf(old_config(config)) == LlavaNextConfig.from_hf(config)
         original = LlavaNextConfig.from_hf(original_config(config))
         assert original.text.rope_theta == theta
+
+
+@pytest.mark.parametrize("kind", ["llama3", "dynamic"])
+def test_original_config_keeps_its_scaling(llava: Llava, kind: str) -> None:
+    """In what an export makes of it for transformers too; nothing there is ours alone."""
+    raw = original_config(json.loads((llava("llama-gqa").folder / "config.json").read_text()))
+    raw["rope_scaling"] = {"rope_type": kind, "factor": 8.0}
+    if kind == "llama3":
+        raw["rope_scaling"] |= {"low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                                "original_max_position_embeddings": 64}  # fmt: skip
+    config = LlavaNextConfig.from_hf(raw)
+    exported = transformers_layout(raw, config)
+    text = transformers_config(exported, "llava_next").text_config
+    assert text.rope_parameters["rope_type"] == kind
+    assert TextConfig.from_hf(text) == config.text
+    assert (config.text.rope_scaling is None) == (kind == "dynamic")
+    known = {"qkv_bias", "qk_norm", "mrope_section", "mrope_interleaved", "sliding_window"}
+    assert not known & exported["text_config"].keys()
 
 
 def test_original_config_names_its_tower(llava: Llava) -> None:

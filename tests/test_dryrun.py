@@ -355,13 +355,32 @@ def test_command_line_that_says_too_little(capsys: pytest.CaptureFixture[str]) -
         assert expected in f"{capsys.readouterr().err} {stop.value.code}"
 
 
-def test_text_only_models_have_no_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_text_only_models_have_no_images(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(TEXT.architectures, "small", SMALL)
     args = EncodeDryRun(model="none", architecture="small", topology="gpu:h100:1")
-    with pytest.raises(ValueError, match="--tiles 5: small is a text-only model"):
+    with pytest.raises(ValueError, match="small is a text-only model: give --text-length"):
         report_encode(args)
-    texts = report_encode(dataclasses.replace(args, tiles=0, length=64))
+    texts = report_encode(dataclasses.replace(args, text_length=64))
     assert texts.item == "texts" and texts.fits
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "tokens", "teraflops"),
+    [  # positions with 20 of the prompt, padded; TFLOP of an image (shared facts, section 1)
+        ("llava-next-llama3-8b", (672, 672), 3072, 45.5),
+        ("llava-next-llama3-8b", (480, 640), 2432, 36.5),
+        ("qwen3-vl-2b", (375, 500), 256, 1.22),
+        ("qwen3-vl-2b", (480, 640), 384, 1.9),
+        ("qwen3-vl-8b", (480, 640), 384, 6.0),
+        ("qwen2.5-vl-7b", (480, 640), 512, 7.6),
+    ],
+)
+def test_images_of_a_size(name: str, size: tuple[int, int], tokens: int, teraflops: float) -> None:
+    args = EncodeDryRun(model="none", architecture=name, topology="gpu:h100:1", batch_size=1)
+    report = report_encode(dataclasses.replace(args, image_size=size))
+    assert report.item == "images" and report.tokens == tokens
+    # padding adds, what only other tokens than the pooled one need is left out of the last layer
+    assert 0.95 < report.useful_flops / 1e12 / teraflops < 1.35
 
 
 def test_bandwidth_of_slices() -> None:

@@ -180,13 +180,14 @@ def test_options_reach_the_model(
     assert code == 0
     flags = ["--dtype", "float32", "--adapter", "lora", "--template", "chatml", "--batch-size", "3"]
     flags += ["--quantize", "int8", "--attn-implementation", "xla", "--revision", "v2"]
-    flags += ["--verify", "--preset", "bge-vl-mllm"]
+    flags += ["--verify", "--preset", "bge-vl-mllm", "--max-pixels", "90", "--min-pixels", "7"]
     code, _, _ = command("--model", "other", "--text", "a dog", "two cats", *flags)
     assert code == 0
     meshes = [dict(call.pop("mesh").shape) for call in load_calls]
     assert meshes == 2 * [{"data": len(jax.devices()), "fsdp": 1, "tensor": 1}]
     plain = {"dtype": "bfloat16", "adapter": None, "template": None, "quantize": None}
     plain |= {"revision": None, "verify": False, "preset": None}
+    plain |= {"min_pixels": None, "max_pixels": None}
     assert load_calls == [
         {"path": "m", **plain, "attn_implementation": "auto"},
         {
@@ -194,6 +195,8 @@ def test_options_reach_the_model(
             "dtype": "float32",
             "adapter": Path("lora"),
             "preset": "bge-vl-mllm",
+            "min_pixels": 7,
+            "max_pixels": 90,
             "template": "chatml",
             "quantize": "int8",
             "attn_implementation": "xla",

@@ -1,6 +1,7 @@
 """What only a GPU can show: its kernels, and whole models on it (make test-gpu)."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hf_models import Case, picture
+from qwen_models import QWEN3_RECIPES, build_qwen3_vl
 
 from e5v_jax.nn.attention import attention
 from e5v_jax.nn.layers import Precision
@@ -24,7 +26,7 @@ IMAGES: list[Any] = [picture(70, 45), picture(40, 56), picture(8, 200), picture(
 
 
 @pytest.mark.parametrize("kind", ["causal", "tiles", "patches"])
-@pytest.mark.parametrize(("length", "head_dim"), [(2368, 128), (577, 64), (130, 80)])
+@pytest.mark.parametrize(("length", "head_dim"), [(768, 64), (2368, 128), (130, 80)])
 def test_cudnn_attention_is_xlas(length: int, head_dim: int, kind: str) -> None:
     """Of a decoder, of CLIP, of padded patches: both in bf16, held against XLA's in fp32."""
     keys = jax.random.split(jax.random.key(0), 4)
@@ -67,6 +69,17 @@ def test_models_equal_torch(name: str, llava: Callable[[str], Case]) -> None:
     case = llava(name)
     items: list[Any] = [*TEXTS, *IMAGES, {"text": "at night", "image": picture(20, 90)}]
     expected = np.concatenate([case.torch_embed([item]) for item in items])
+    assert np.abs(case.load("float32").encode(items) - expected).max() <= 1e-5
+    cosines = (case.load("bfloat16").encode(items) * expected).sum(axis=1)
+    assert cosines.min() >= 0.999
+
+
+def test_native_resolution_equals_torch(tmp_path: Path) -> None:
+    """Qwen3-VL; in bf16 its tower and decoder run on cuDNN with a padding mask."""
+    case = build_qwen3_vl(QWEN3_RECIPES["tied"], tmp_path)
+    case.max_tokens = 50  # all images in the smallest bucket: one program
+    items: list[Any] = [TEXTS[0], *IMAGES, {"text": "at night", "image": picture(20, 90)}]
+    expected = case.torch_embed(items)
     assert np.abs(case.load("float32").encode(items) - expected).max() <= 1e-5
     cosines = (case.load("bfloat16").encode(items) * expected).sum(axis=1)
     assert cosines.min() >= 0.999

@@ -50,7 +50,7 @@ def main(args: Args) -> None:
     if not end:
         raise ValueError(f"{args.readme}: no pair of comments {_MARK.format(end='')!r}")
     done = _Results(args.results, may_run=not args.only_tables)
-    tables = "\n\n".join([sizing_table(done), scaling_table(done)])
+    tables = "\n\n".join([sizing_table(done), scaling_table(done), backbones_table(done)])
     args.readme.write_text(f"{before}{begin}\n\n{tables}\n\n{end}{after}")
     print(f"{args.readme}: tables written")
 
@@ -177,6 +177,83 @@ def scaling_table(done: _Results) -> str:
             + f" | {best:.0f} ({shares[0]:.0f} %) | {worst:.0f} ({shares[1]:.0f} %) "
             f"| {718 * best / 6e4:.1f} to {718 * worst / 6e4:.1f} min |"
         )
+    return "\n".join(lines)
+
+
+_RECIPES = {
+    "qwen3-vl-2b": "e5v_qwen3_vl_2b",
+    "qwen3-vl-8b": "e5v_qwen3_vl_8b",
+    "qwen2.5-vl-7b": "lco_qwen2_5_vl_7b",
+    "llava-next-llama3-8b": "e5v_llama3_8b_qlora",
+}
+_SLICES = ("v5e:1x1", "v5e:2x2", "v6e:1x1", "v5p:2x2x1", "gpu:h100:1")
+PHOTOGRAPH = (375, 500)  # pixels (height, width), as most of Flickr's
+
+
+def _recipe(architecture: str, topology: str) -> Any:
+    """The step of a configuration file, its chunk as large as 64 sentences a chip."""
+    from e5v_jax.cli import read_config
+    from e5v_jax.dryrun.run import TrainDryRun, report_train
+    from e5v_jax.train.config import TrainConfig
+
+    file = Path(__file__).parents[1] / "configs" / f"{_RECIPES[architecture]}.py"
+    cfg = read_config(file, TrainConfig)
+    assert cfg.lora is not None
+    sides = topology.split(":")[1]
+    chips = 1 if topology.startswith("gpu") else _chips(sides)
+    lora = dataclasses.replace(cfg.lora, dropout=0.0)  # as above
+    cfg = dataclasses.replace(cfg, lora=lora, chunk_size=_chunk(chips))
+    return report_train(
+        TrainDryRun(run=cfg, topology=topology, architecture=architecture, sequence_lengths=(64,))
+    )
+
+
+def _photographs(architecture: str, topology: str, quantize: Any) -> Any:
+    from e5v_jax.dryrun.run import EncodeDryRun, report_encode
+
+    is_old = architecture.startswith("llava")
+    return report_encode(
+        EncodeDryRun(
+            model="none",
+            architecture=architecture,
+            topology=topology,
+            quantize=quantize,
+            image_size=PHOTOGRAPH,
+            batch_size=5 if is_old else 32,
+        )
+    )
+
+
+def backbones_table(done: _Results) -> str:
+    """Text-only recipes and photographs of 500x375 with each backbone, as Markdown."""
+    lines = [
+        "| backbone | what | slice | peak / HBM, GiB a chip | step at best | bound by "
+        "| per s and slice | 718 steps |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+
+    def add(backbone: str, what: str, topology: str, run: Callable[[], Any]) -> None:
+        record = done.get(f"{backbone} {what} {topology}", run)
+        if record is None:
+            return
+        peak, capacity = (x / 2**30 for x in (record["memory"]["peak"], record["capacity"]))
+        best = record["step_seconds"]
+        hours = f"{718 * best / 3600:.1f} h" if record["item"] == "triplets" else ""
+        fits = "" if record["fits"] else " does not fit"
+        lines.append(
+            f"| {backbone} | {what} | {topology} | {peak:.1f} / {capacity:.1f}{fits} | {best:.2f} s "
+            f"| {record['bound']} | {record['items_per_step'] / best:.0f} {record['item']} "
+            f"| {hours} |"
+        )
+
+    for backbone, config in _RECIPES.items():
+        for topology in _SLICES:
+            add(backbone, f"{config}.py", topology, partial(_recipe, backbone, topology))
+    for backbone in _RECIPES:
+        for topology in _SLICES:
+            quantize = "int8" if topology == "v5e:1x1" and backbone != "qwen3-vl-2b" else None
+            what = f"photographs, {quantize or 'bf16'}"
+            add(backbone, what, topology, partial(_photographs, backbone, topology, quantize))
     return "\n".join(lines)
 
 

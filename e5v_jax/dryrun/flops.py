@@ -52,14 +52,18 @@ _SPLASH_MATMULS = {"fwd": 2, "dq": 3, "dkv": 4}  # the backward kernels compute 
 
 
 def _kernel_flops(eqn: Any) -> float:
-    """Count a kernel of splash attention, which skips what the causal mask hides: half."""
+    """Count a kernel of splash attention, which skips what a causal mask hides: half.
+
+    A tower's is not causal but told from segments, padding's and the image's.
+    """
     name = eqn.params["name"]
     matmuls = next((n for kind, n in _SPLASH_MATMULS.items() if f"_{kind}" in name), None)
     if "splash" not in name or matmuls is None:
         raise ValueError(f"unknown Pallas kernel {name}: give its FLOPs here")
     # queries or their like, [..., T, H]: no operand is larger
     queries = max((v.aval.shape for v in (*eqn.invars, *eqn.outvars)), key=math.prod)
-    return 0.5 * matmuls * 2.0 * math.prod(queries) * queries[-2]
+    seen = 1.0 if "segmented" in name else 0.5
+    return seen * matmuls * 2.0 * math.prod(queries) * queries[-2]
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from e5v_jax.nn.quantized import Quantization
 from e5v_jax.storage import as_path
 from e5v_jax.train.config import MeshConfig, TrainConfig
 
+IMAGE_PROMPT_TOKENS = 20
 PROMPT_TOKENS = 32
 """More than any training prompt and template has around its sentence (21 with Llama-3)."""
 
@@ -63,12 +64,11 @@ class EncodeDryRun(_Target):
     quantize: Quantization | None = None
     """Store the decoder's kernels as int8 or nf4."""
     batch_size: int = 5
-    """Inputs of one batch on each chip; 16,384 positions hold five images of 3,072."""
-    length: int = 3072
-    """Padded positions of an input; a square image is 2,948 tokens with its prompt, which pad to
-    3,072, a 640x480 one 2,360 in 2,432."""
-    tiles: int = 5
-    """Image tiles of an input; 0 for texts."""
+    """Inputs of one batch on each chip; 16,384 positions hold five of E5-V's square images."""
+    image_size: tuple[int, int] = (672, 672)
+    """Height and width of an input's image, in pixels; the prompt has 20 tokens beside it."""
+    text_length: int | None = None
+    """Instead of images, texts of so many positions, padding included."""
     mesh: MeshConfig = field(default_factory=lambda: MeshConfig(data=-1, fsdp=1))
     """Device mesh; by default whole weights on each chip."""
 
@@ -127,18 +127,21 @@ def report_encode(args: EncodeDryRun) -> Report:
     """
     topology = parse_topology(args.topology)
     name, model = find_architecture(as_path(args.model), args.architecture)
-    if args.tiles and "image" not in model[1].modalities:
-        raise ValueError(f"--tiles {args.tiles}: {name} is a text-only model, give --tiles 0")
+    length, shape_key = args.text_length or 0, 0
+    if args.text_length is None:
+        if "image" not in model[1].modalities:
+            raise ValueError(f"{name} is a text-only model: give --text-length")
+        length, shape_key = model[0].image_shape(model[1], args.image_size, IMAGE_PROMPT_TOKENS)
     target = Target(*model, open_runtime(topology, args.mesh))
-    rows, length = args.batch_size * target.runtime.batch_devices, args.length
-    shape, dtype = BatchShape(rows, length, args.tiles), jnp.dtype(args.dtype)
+    rows = args.batch_size * target.runtime.batch_devices
+    shape, dtype = BatchShape(rows, length, shape_key), jnp.dtype(args.dtype)
     program = encode_program(target, shape, Precision(dtype, dtype, args.quantize))
     forward = count_forward(
-        *model, rows=rows, length=length, shape_key=args.tiles, causal_half=True, pooled_only=True
+        *model, rows=rows, length=length, shape_key=shape_key, causal_half=True, pooled_only=True
     )
     flops = forward.forward / topology.chips
     estimate = estimate_encode(target, program, shape, flops, dtype.itemsize)
-    item = "images" if args.tiles else "texts"
+    item = "images" if shape_key else "texts"
     remedies = [f"--batch-size {args.batch_size // 2}"] if args.batch_size > 1 else []
     if args.quantize != "nf4":
         remedies.append("--quantize int8" if args.quantize is None else "--quantize nf4")

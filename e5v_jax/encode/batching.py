@@ -67,8 +67,9 @@ def plan_batches(
 def _spread(count: int, rows: int) -> int:
     """Rows of each batch of ``count`` items: fewer than ``rows`` where as many batches hold them.
 
-    So the last one is not nearly empty; and only few numbers of rows are ever compiled.
+    So the last one is not nearly empty. Of many batches only the last is short, and ``rows`` is
+    what they have; it is a few batches that share out theirs, in eighths: few numbers to compile.
     """
     batches = -(-count // rows)
-    fewer = (n for n in (rows // 2, rows * 3 // 4) if batches > 1 and n * batches >= count)
-    return next(fewer, rows)
+    shares = (rows * eighths // 8 for eighths in range(4, 8))
+    return next((n for n in shares if batches > 1 and n * batches >= count), rows)

@@ -163,6 +163,9 @@ class Family:
     """The configuration with what an image processor's settings say of the model."""
     check_preprocessor: Callable[[Any, dict[str, Any]], None] = lambda *_: None
     """Refuses, by name, settings of an image processor that the processor does not follow."""
+    image_shape: Callable[[Any, Size, int], tuple[int, int]] = lambda *_: (0, 0)
+    """``(config, (height, width) in pixels, tokens beside the image) -> (padded positions, shape
+    key)`` of an input with such an image; raises ValueError: none of this size."""
     image_cost: Callable[[Any, int, int, int], ImageCost] = lambda *_: ImageCost(0, 0)
     """``(config, images of a batch, their shape key, bytes of a value) -> ImageCost``."""
     architectures: Mapping[str, ModelConfig] = field(default_factory=dict)

@@ -68,10 +68,11 @@ def _choose(q: jax.Array, backend: str, *, is_causal: bool, is_masked: bool) -> 
     """What attention of queries [B, T, N, H] over as many keys runs on."""
     _, t, _, h = q.shape
     half = q.dtype in (jnp.bfloat16, jnp.float16)
-    if backend == "gpu" and half and t >= _CUDNN_MIN_LENGTH and h % 8 == 0 and h <= 128:
-        return "cudnn"
-    if backend == "tpu" and q.dtype != jnp.float16 and t % SPLASH_BLOCK == 0:
-        if is_causal and h % SPLASH_BLOCK == 0:
+    # jax 0.11.2 refuses the backward pass of an odd length (CLIP's 577)
+    if backend == "gpu" and half and t >= _CUDNN_MIN_LENGTH and t % 2 == 0:
+        return "cudnn" if h % 8 == 0 and h <= 128 else "xla"
+    if backend == "tpu" and q.dtype != jnp.float16:
+        if is_causal and t % SPLASH_BLOCK == 0 == h % SPLASH_BLOCK:
             return "splash"
         if is_masked and t >= _SPLASH_MIN_PATCHES:
             return "splash"
@@ -164,7 +165,7 @@ def _splash(
 ) -> jax.Array:
     """Splash attention, causal without ``lengths``; each device does its own rows and heads."""
     t, h = q.shape[1], q.shape[3]
-    if t % SPLASH_BLOCK or (lengths is None and h % SPLASH_BLOCK):
+    if lengths is None and (t % SPLASH_BLOCK or h % SPLASH_BLOCK):
         raise ValueError(
             f"attn_implementation splash needs sequences and heads that are multiples of "
             f"{SPLASH_BLOCK}, found {t} positions and heads of {h}: choose auto or xla"
@@ -199,7 +200,12 @@ def _splash_local(
         splash_attention_mask,
     )
 
-    b, t, n, h = q.shape
+    *_, size, _, h = q.shape
+    rest = (-size % SPLASH_BLOCK, -h % SPLASH_BLOCK)  # of patches and tower heads: masked, zeros
+    padding = [(0, 0), (0, rest[0]), (0, 0), (0, rest[1])]
+    scaled = (q.astype(jnp.float32) * np.float32(h**-0.5)).astype(q.dtype)  # it does not scale
+    q, k, v = (jnp.pad(x, padding) for x in (scaled, k, v))
+    b, t, n, _ = q.shape
     groups = n // k.shape[2]
     causal, full = splash_attention_mask.CausalMask, splash_attention_mask.FullMask
     mask = (causal if lengths is None else full)((t, t))
@@ -219,10 +225,7 @@ def _splash_local(
         block_sizes=blocks,
         interpret=interpret,
     )
-    scaled = (q.astype(jnp.float32) * np.float32(h**-0.5)).astype(q.dtype)  # it does not scale
-    padding = [(0, 0), (0, 0), (0, 0), (0, -h % SPLASH_BLOCK)]  # zeros change no product
-    scaled, k, v = (jnp.pad(x, padding) for x in (scaled, k, v))
-    grouped = scaled.reshape(b, t, -1, groups, scaled.shape[3]).transpose(0, 2, 3, 1, 4)
+    grouped = q.reshape(b, t, -1, groups, q.shape[3]).transpose(0, 2, 3, 1, 4)  # [B, K, G, T, H]
     keys, values = (x.transpose(0, 2, 1, 3) for x in (k, v))  # [B, K, T, H]
     segments = None
     if lengths is not None:  # padding sees padding only, and nobody else does
@@ -230,4 +233,4 @@ def _splash_local(
         segments = splash_attention_kernel.SegmentIds(real, real)
     heads = jax.vmap(kernel, in_axes=(0, 0, 0, None))
     out = jax.vmap(heads)(grouped, keys, values, segments)  # [B, K, G, T, H]
-    return out[..., :h].transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
+    return out[..., :size, :h].transpose(0, 3, 1, 2, 4).reshape(b, size, n, h)

@@ -58,6 +58,8 @@ class Preset:
 
     def with_pixels(self, min_pixels: int | None, max_pixels: int | None) -> "Preset":
         """The same with other limits, where they are given. Raises ValueError: names a bad one."""
+        if min_pixels is None and max_pixels is None:
+            return self
         least = self.min_pixels if min_pixels is None else min_pixels
         most = self.max_pixels if max_pixels is None else max_pixels
         for name, value in (("min_pixels", least), ("max_pixels", most)):

@@ -6,7 +6,11 @@ from e5v_jax.families.llava_next.model import build, example_batch, image_cost
 from e5v_jax.families.llava_next.parameters import parameters
 from e5v_jax.families.llava_next.preprocessor import check_preprocessor, match_preprocessor
 from e5v_jax.families.llava_next.presets import ARCHITECTURES, CHECKPOINTS
-from e5v_jax.families.llava_next.processor import LlavaNextProcessor, match_tokenizer
+from e5v_jax.families.llava_next.processor import (
+    LlavaNextProcessor,
+    image_shape,
+    match_tokenizer,
+)
 
 LLAVA_NEXT = Family(
     read_config=LlavaNextConfig.from_hf,
@@ -15,6 +19,7 @@ LLAVA_NEXT = Family(
     parameters=parameters,
     processor=LlavaNextProcessor,
     example_batch=example_batch,
+    image_shape=image_shape,
     image_cost=image_cost,
     match_tokenizer=match_tokenizer,
     hf_config=transformers_layout,

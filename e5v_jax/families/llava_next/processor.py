@@ -56,14 +56,7 @@ class LlavaNextProcessor(TextProcessor):
 
     def measure_image(self, size: Size) -> tuple[int, int]:
         """(tokens, tiles) of an image of ``size`` (height, width) pixels."""
-        vision, grid = self.config.vision, self.config.image_grid_pinpoints
-        size = self.preset.resize or size
-        height, width = select_best_resolution(size, grid)
-        tiles = 1 + (height // vision.image_size) * (width // vision.image_size)
-        tokens = num_image_tokens(
-            size, grid_pinpoints=grid, image_size=vision.image_size, patch_size=vision.patch_size
-        )
-        return tokens, tiles
+        return measure_image(self.config, self.preset.resize or size)
 
     @property
     def load(self) -> Callable[[Measured], Any]:
@@ -95,6 +88,23 @@ class LlavaNextProcessor(TextProcessor):
                 image_index[row, : len(index)] = index
         input_ids = np.where(image_index >= 0, 0, input_ids)  # `<image>` may have no row
         return ImageBatch(input_ids, last_index, image_index, tiles.reshape(-1, size, size, 3))
+
+
+def measure_image(config: LlavaNextConfig, size: Size) -> tuple[int, int]:
+    """(tokens, tiles) of an image of ``size`` (height, width) pixels."""
+    vision, grid = config.vision, config.image_grid_pinpoints
+    height, width = select_best_resolution(size, grid)
+    tiles = 1 + (height // vision.image_size) * (width // vision.image_size)
+    tokens = num_image_tokens(
+        size, grid_pinpoints=grid, image_size=vision.image_size, patch_size=vision.patch_size
+    )
+    return tokens, tiles
+
+
+def image_shape(config: LlavaNextConfig, size: Size, beside: int) -> tuple[int, int]:
+    """See :attr:`e5v_jax.families.base.Family.image_shape`."""
+    tokens, tiles = measure_image(config, size)
+    return bucket_length(tokens + beside, IMAGE_BUCKETS), tiles
 
 
 def load(item: Measured, config: LlavaNextConfig, resize: Size | None) -> Prepared | list[int]:

@@ -6,7 +6,7 @@ from e5v_jax.families.qwen_vl.model import build, example_batch, image_cost
 from e5v_jax.families.qwen_vl.parameters import parameters
 from e5v_jax.families.qwen_vl.preprocessor import check_preprocessor
 from e5v_jax.families.qwen_vl.presets import ARCHITECTURES, CHECKPOINTS
-from e5v_jax.families.qwen_vl.processor import QwenVLProcessor, match_tokenizer
+from e5v_jax.families.qwen_vl.processor import QwenVLProcessor, image_shape, match_tokenizer
 
 QWEN_VL = Family(
     read_config=QwenVLConfig.from_hf,
@@ -15,6 +15,7 @@ QWEN_VL = Family(
     parameters=parameters,
     processor=QwenVLProcessor,
     example_batch=example_batch,
+    image_shape=image_shape,
     image_cost=image_cost,
     match_tokenizer=match_tokenizer,
     hf_config=exported_config,

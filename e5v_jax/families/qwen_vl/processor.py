@@ -22,7 +22,7 @@ from e5v_jax.families.qwen_vl.vision_config import QWEN3
 from e5v_jax.families.text.processor import TextProcessor
 from e5v_jax.presets import E5_V, Preset
 
-PATCH_BUCKETS = (208, 384, 640, 768, 1216, 1600, 2176, 2688, 3456, 5120, 7200)
+PATCH_BUCKETS = (208, 384, 640, 768, 1216, 1728, 2432, 3456, 5120, 7200)
 """Patches of 16 pixels that images are padded to. Fine where photographs of data sets are (224 x
 224 has 196, 500 x 375 has 768, 640 x 480 has 1200), and at both caps: 1280 and 1800 tokens."""
 OLD_PATCH_BUCKETS = (256, 448, 704, 960, 1152, 1664, 2176, 2944, 4096, 5120, 7168)
@@ -101,7 +101,7 @@ class QwenVLProcessor(TextProcessor):
         """
         if shape_key:
             length = max(length, shape_key // self.config.vision.merged + _PROMPT)
-            return bucket_length(length, (128, *IMAGE_BUCKETS))
+            return _padded(length)
         return bucket_length(length, _TEXT_LENGTHS)
 
     def stack(self, items: Sequence[Any], shape: BatchShape) -> Batch:
@@ -141,6 +141,21 @@ class QwenVLProcessor(TextProcessor):
             Patches(pixels, place, grid),
             first_index,
         )
+
+
+def image_shape(config: QwenVLConfig, size: Size, beside: int) -> tuple[int, int]:
+    """See :attr:`e5v_jax.families.base.Family.image_shape`; the limits are those without preset."""
+    vision, is_new = config.vision, config.vision.model_type == QWEN3
+    most = MAX_TOKENS if is_new else OLD_MAX_TOKENS
+    limits = ((MIN_TOKENS * vision.factor**2, most * vision.factor**2),)
+    height, width = resize_steps(size, factor=vision.factor, limits=limits)[-1]
+    patches = (height // vision.patch_size) * (width // vision.patch_size)
+    bucket = bucket_length(patches, PATCH_BUCKETS if is_new else OLD_PATCH_BUCKETS)
+    return _padded(bucket // vision.merged + max(beside, _PROMPT)), bucket
+
+
+def _padded(length: int) -> int:
+    return bucket_length(length, (128, *IMAGE_BUCKETS))
 
 
 def load(
