@@ -25,7 +25,7 @@ from e5v_jax.presets import E5_V, Preset
 PATCH_BUCKETS = (208, 384, 640, 768, 1216, 1728, 2432, 3456, 5120, 7200)
 """Patches of 16 pixels that images are padded to. Fine where photographs of data sets are (224 x
 224 has 196, 500 x 375 has 768, 640 x 480 has 1200), and at both caps: 1280 and 1800 tokens."""
-OLD_PATCH_BUCKETS = (256, 448, 704, 960, 1088, 1600, 2112, 2752, 3584, 5120, 7200)
+OLD_PATCH_BUCKETS = (256, 448, 704, 960, 1152, 1664, 2176, 2944, 4096, 5120, 7168)
 """The same of 14 pixels: there they have 256, 936 or at least 1064, and 1564."""
 _TEXT_LENGTHS = (16, 32, *(size * 2**power for power in range(4, 14) for size in (3, 4)))
 """Positions that texts are padded to: fewer than other families', which have no tower's shapes."""
