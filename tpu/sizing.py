@@ -237,13 +237,12 @@ def backbones_table(done: _Results) -> str:
         if record is None:
             return
         peak, capacity = (x / 2**30 for x in (record["memory"]["peak"], record["capacity"]))
+        memory = f"{peak:.1f} / {capacity:.1f}{'' if record['fits'] else ': does not fit'}"
         best = record["step_seconds"]
         hours = f"{718 * best / 3600:.1f} h" if record["item"] == "triplets" else ""
-        fits = "" if record["fits"] else " does not fit"
         lines.append(
-            f"| {backbone} | {what} | {topology} | {peak:.1f} / {capacity:.1f}{fits} | {best:.2f} s "
-            f"| {record['bound']} | {record['items_per_step'] / best:.0f} {record['item']} "
-            f"| {hours} |"
+            f"| {backbone} | {what} | {topology} | {memory} | {best:.2f} s | {record['bound']} "
+            f"| {record['items_per_step'] / best:.0f} {record['item']} | {hours} |"
         )
 
     for backbone, config in _RECIPES.items():
