@@ -427,4 +427,4 @@ def test_image_cost_is_that_of_the_program(name: str, depths: Any) -> None:
         return features
 
     found = traced_flops(jax.make_jaxpr(run)(state, tiles))
-    assert found == LLAVA_NEXT.image_cost(config, 1, 3, 2).flops
+    assert found == LLAVA_NEXT.image_cost(config, 3, 2).flops
