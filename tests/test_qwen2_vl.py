@@ -322,19 +322,18 @@ def test_parameter_counts(name: str, total: int, folder: str) -> None:
 
 
 def test_flops_of_an_image_are_the_traced_ones() -> None:
-    """Where all blocks attend everywhere, or none does: of a choice, the tracer counts the most."""
+    """Four of 32 blocks attend everywhere; in Qwen2-VL all do."""
     base = ARCHITECTURES["qwen2.5-vl-7b"]
     assert QWEN_VL.image_cost(base, 1, 3996, 2).flops / 1e12 == pytest.approx(5.41, rel=0.03)
     runtime = Runtime.on(make_mesh(1, 1, 1, devices=jax.devices()[:1]))
     build = Build(Precision(jnp.bfloat16, jnp.bfloat16), runtime)
-    everywhere = dataclasses.replace(base.vision, fullatt_block_indexes=tuple(range(32)))
-    for config in (dataclasses.replace(base, vision=everywhere), ARCHITECTURES["qwen2-vl-7b"]):
+    for config in (base, ARCHITECTURES["qwen2-vl-7b"]):
         graphdef, state = nnx.split(abstract_model(QWEN_VL, config, build).visual)
         batch = jax.eval_shape(
-            lambda config=config: QWEN_VL.example_batch(config, BatchShape(2, 128, 960)).patches
+            lambda config=config: QWEN_VL.example_batch(config, BatchShape(2, 128, 4096)).patches
         )
-        jaxpr = jax.make_jaxpr(lambda s, b, g=graphdef: nnx.merge(g, s)(b))(state, batch)
-        by_hand = QWEN_VL.image_cost(config, 2, 960, 2).flops
+        jaxpr = jax.make_jaxpr(jax.jit(lambda s, b, g=graphdef: nnx.merge(g, s)(b)))(state, batch)
+        by_hand = QWEN_VL.image_cost(config, 2, 4096, 2).flops
         assert traced_flops(jaxpr) == pytest.approx(by_hand, rel=0.01)
 
 

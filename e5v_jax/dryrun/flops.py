@@ -1,10 +1,12 @@
 """Floating-point operations: counted in the traced program, and by hand from the parameters."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from jax.extend.core import ClosedJaxpr
+import numpy as np
+from jax.extend.core import ClosedJaxpr, Var
 
 from e5v_jax.families.base import Family, ModelConfig
 from e5v_jax.nn.decoder import Remat
@@ -12,14 +14,17 @@ from e5v_jax.nn.layers import LoRAConfig
 from e5v_jax.nn.parameters import ParameterTable
 
 
-def traced_flops(jaxpr: Any) -> float:
+def traced_flops(jaxpr: Any, known: Mapping[Any, Any] | None = None) -> float:
     """FLOPs of all matmuls and convolutions of a jaxpr, each as often as its loops run it.
 
     Of the whole program, over all devices: 2 per multiply-add. Element-wise work is left out, as in
-    the hand count. (XLA's own cost analysis counts the body of a loop once.)
+    the hand count. (XLA's own cost analysis counts the body of a loop once.) Of a choice between
+    branches the mean of those taken counts where a loop runs over constants that say which, as over
+    a tower's blocks with windows and without; else the larger one. ``known`` are values of the
+    jaxpr's variables, in a loop those of all turns.
     Raises ValueError: a matmul in a loop of unknown length, or an unknown kernel.
     """
-    total = 0.0
+    total, known = 0.0, {**(known or {}), **_constants(jaxpr)}
     for eqn in jaxpr.eqns:
         name = eqn.primitive.name
         if name == "dot_general":
@@ -35,7 +40,12 @@ def traced_flops(jaxpr: Any) -> float:
         elif name == "shard_map":  # its shapes are those of one device
             total += eqn.params["mesh"].size * traced_flops(eqn.params["jaxpr"])
         elif name == "cond":
-            total += max(traced_flops(branch) for branch in eqn.params["branches"])
+            costs = [traced_flops(branch) for branch in eqn.params["branches"]]
+            taken = _value(eqn.invars[0], known)
+            total += max(costs) if taken is None else float(np.mean(np.take(costs, taken)))
+        elif name == "convert_element_type":  # of the flag that chooses a branch
+            if (value := _value(eqn.invars[0], known)) is not None:
+                known[eqn.outvars[0]] = np.asarray(value, eqn.params["new_dtype"])
         elif name == "while":
             if traced_flops(eqn.params["body_jaxpr"]):
                 raise ValueError("matmuls in a loop of unknown length")
@@ -44,8 +54,29 @@ def traced_flops(jaxpr: Any) -> float:
             for inside in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
                 if (found := eqn.params.get(inside)) is not None:
                     inner = found.jaxpr if isinstance(found, ClosedJaxpr) else found
-                    total += times * traced_flops(inner)
+                    # what a loop carries changes: of its inputs those that it runs over are known
+                    first = eqn.params["num_consts"] + eqn.params["num_carry"] if times > 1 else 0
+                    values = {
+                        own: value
+                        for given, own in zip(
+                            eqn.invars[first:], inner.invars[first:], strict=False
+                        )
+                        if (value := _value(given, known)) is not None
+                    }
+                    total += times * traced_flops(found, values)
     return total
+
+
+def _constants(jaxpr: Any) -> dict[Any, Any]:
+    """The values of the variables of a jaxpr that are constants: small ones, as flags are."""
+    if not isinstance(jaxpr, ClosedJaxpr):
+        return {}
+    pairs = zip(jaxpr.jaxpr.constvars, jaxpr.consts, strict=True)
+    return {var: value for var, value in pairs if var.aval.ndim == 1}
+
+
+def _value(var: Any, known: Mapping[Any, Any]) -> Any:
+    return known.get(var) if isinstance(var, Var) else None  # a literal is no key
 
 
 _SPLASH_MATMULS = {"fwd": 2, "dq": 3, "dkv": 4}  # the backward kernels compute the scores again
