@@ -245,14 +245,14 @@ def backbones_table(done: _Results) -> str:
             f"| {record['items_per_step'] / best:.0f} {record['item']} | {hours} |"
         )
 
-    for backbone, config in _RECIPES.items():
-        for topology in _SLICES:
-            add(backbone, f"{config}.py", topology, partial(_recipe, backbone, topology))
     for backbone in _PHOTOGRAPHED:
         for topology in _SLICES:
             quantize = "int8" if topology == "v5e:1x1" and backbone != "qwen3-vl-2b" else None
             what = f"photographs, {quantize or 'bf16'}"
             add(backbone, what, topology, partial(_photographs, backbone, topology, quantize))
+    for backbone, config in _RECIPES.items():
+        for topology in _SLICES:
+            add(backbone, f"{config}.py", topology, partial(_recipe, backbone, topology))
     return "\n".join(lines)
 
 
