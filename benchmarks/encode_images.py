@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -49,7 +50,7 @@ class Args:
     tiny: bool = False
     """A model small enough for a test."""
     model: Path | None = None
-    """Folder with the random model, as hf/ and converted/; by default it is made."""
+    """Folder to make the random model in, as hf/ and converted/, and keep it."""
     side: Side | None = None
     """Be one side (the command starts itself so)."""
 
@@ -212,12 +213,12 @@ def main(args: Args) -> None:
         else:
             serve(lambda: open_reference(args, args.model / "hf", images))
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() if args.model is None else nullcontext(args.model) as folder:
         hf, converted = Path(folder) / "hf", Path(folder) / "converted"
         make_model(hf, args)
         command = [sys.executable, "-m", "convert.from_hf", str(hf), str(converted)]
         subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
-        results = compare(args.repetitions, Path(folder), "--model", folder)
+        results = compare(args.repetitions, Path(folder), "--model", str(folder))
         print_table("images", len(images), results)
 
 

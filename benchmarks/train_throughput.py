@@ -5,7 +5,8 @@
     python benchmarks/train_throughput.py --model BASE --data triplets_snli.csv --batch-size 64 \
         --gradient-checkpointing
 
-BASE is SmolLM2-135M, converted (docs/results.md). Both sides train LoRA r 16 in fp32 as
+BASE is SmolLM2-135M, converted (docs/results.md), or FOLDER/converted of a random Qwen3-VL:
+benchmarks/encode_images.py --family qwen3_vl --model FOLDER. Both sides train LoRA r 16 in fp32 as
 configs/demo.py says, from the same factors, on the same token ids in the same order. PyTorch runs
 the decoder alone, without lm_head, on all sentences of a batch at once, padded to its longest, as
 the authors' training script does. Losses are compared step by step. Tables: docs/benchmarks.md.
@@ -172,18 +173,26 @@ def open_reference(args: Args) -> tuple[Step, Notes]:
     """The same step in PyTorch: left padding and the last position, as the authors do."""
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
+    from transformers import (
+        AutoConfig,
+        AutoModelForCausalLM,
+        AutoModelForImageTextToText,
+        get_linear_schedule_with_warmup,
+    )
 
     torch.set_num_threads(args.threads)
     assert args.folder is not None
     contents = json.loads((args.folder / "batches.json").read_text())
     recipe, batches = contents["recipe"], iter(contents["batches"])
-    base = AutoModelForCausalLM.from_pretrained(args.folder / "model", dtype=torch.float32)
+    has_tower = hasattr(AutoConfig.from_pretrained(args.folder / "model"), "vision_config")
+    auto: Any = AutoModelForImageTextToText if has_tower else AutoModelForCausalLM
+    base = auto.from_pretrained(args.folder / "model", dtype=torch.float32)
     if args.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     model: Any = PeftModel.from_pretrained(base, args.folder / "adapter", is_trainable=True)
     model.train()  # dropout is 0; without this, transformers checkpoints nothing
     decoder = model.base_model.model.model
+    decoder = decoder.language_model if has_tower else decoder
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(
         parameters,
