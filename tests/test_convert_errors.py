@@ -202,7 +202,7 @@ def test_text_model_with_vision_keys(
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"model_type": "qwen2_vl", "architectures": ["Qwen2VLModel"]}, "'Qwen2VLModel'"),
+        ({"model_type": "mllama", "architectures": ["MllamaModel"]}, "'MllamaModel'"),
         ({"model_type": None, "architectures": None}, "unsupported architecture None"),
         ({"text_config": {"model_type": "gemma2"}}, "'gemma2'"),
         ({"text_config": {"model_type": "nonesuch"}}, "nonesuch"),

@@ -40,7 +40,7 @@ from e5v_jax.families.qwen_vl.resize import smart_resize
 from e5v_jax.families.qwen_vl.windows import window_attention
 from e5v_jax.nn.config import UnsupportedModelError
 from e5v_jax.nn.layers import Build, Precision, l2_normalize
-from e5v_jax.presets import E5_V, PRESETS
+from e5v_jax.presets import E5_V, PRESETS, find_preset
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh
 
@@ -479,6 +479,12 @@ def test_configurations_that_are_refused(
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         open_source(tmp_path)
     assert "\n" not in str(error.value)
+
+
+def test_moca_is_refused_by_its_name() -> None:
+    """Nothing in its files says that its attention is not causal."""
+    with pytest.raises(ValueError, match=r"^MoCa-Qwen25VL-3B: its tokens see those after them"):
+        find_preset(None, "moca-embed/MoCa-Qwen25VL-3B")
 
 
 def test_image_processors(old: Callable[[str], OldCase]) -> None:
