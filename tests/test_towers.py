@@ -412,13 +412,14 @@ def test_parameter_counts_of_published_towers(name: str) -> None:
 @pytest.mark.parametrize("depths", [-1, (-2, 3)], ids=["one", "two"])
 @pytest.mark.parametrize("name", ["siglip-so400m", "dinov2-base", "dinov2-giant"])
 def test_image_cost_is_that_of_the_program(name: str, depths: Any) -> None:
-    """To the last multiplication."""
+    """To the last multiplication, on a TPU, where one block of queries holds those of a tile."""
     base = LLAVA_NEXT.architectures["llava-next-mistral-7b"]
     vision = VisionConfig.from_hf(PUBLISHED[name][0])
     side = vision.image_size
     config = LlavaNextConfig(base.text, vision, depths, 32000, ((side, 2 * side),))
     precision = Precision(jnp.bfloat16, jnp.bfloat16)
-    build = dataclasses.replace(EMPTY, precision=precision)
+    runtime = dataclasses.replace(EMPTY.runtime, platform="tpu")
+    build = dataclasses.replace(EMPTY, precision=precision, runtime=runtime)
     graph, state = nnx.split(abstract_model(LLAVA_NEXT, config, build))
     tiles = jax.ShapeDtypeStruct((3, side, side, 3), jnp.uint8)
 
@@ -427,4 +428,4 @@ def test_image_cost_is_that_of_the_program(name: str, depths: Any) -> None:
         return features
 
     found = traced_flops(jax.make_jaxpr(run)(state, tiles))
-    assert found == LLAVA_NEXT.image_cost(config, 3, 2).flops
+    assert found == LLAVA_NEXT.image_cost(config, 1, 3, 2).flops
