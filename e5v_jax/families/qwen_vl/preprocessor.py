@@ -22,7 +22,7 @@ _IGNORED_SETTINGS = {
         ("data_format", "input_data_format", "return_tensors", "device", "disable_grouping"),
         "how transformers holds its arrays",
     ),
-    **dict.fromkeys(_SIZES, "the cap is that of the authors' script, which does not read these"),
+    **dict.fromkeys(_SIZES, "the limits are the preset's or an option's: docs/models.md"),
     "default_to_square": "the size is an area in any case",
     "auto_map": "code that is never run",
     "chat_template": "prompts are those of presets.py",
