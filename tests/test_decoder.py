@@ -188,6 +188,7 @@ def test_equals_transformers(name: str) -> None:
     assert difference(pooled, expected[[0, 1], index]) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["yarn", "qwen2", "qwen3_vl"])
 def test_bf16(name: str) -> None:
     x = embeddings()

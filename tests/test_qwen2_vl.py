@@ -100,6 +100,7 @@ def test_embeddings_equal_torch(name: str, old: Callable[[str], OldCase]) -> Non
     assert difference(case.e5v.encode(ITEMS), theirs) <= 1e-5
 
 
+@pytest.mark.slow
 def test_images_of_another_bucket(old: Callable[[str], OldCase]) -> None:
     """Of more windows than the smallest bucket has: blocks that have others on both sides."""
     case = dataclasses.replace(old("qwen2.5"), max_tokens=180)

@@ -136,6 +136,7 @@ def test_embeddings_equal_torch(name: str, qwen: Callable[[str], QwenCase]) -> N
     assert difference(case.e5v.encode(ITEMS), theirs) <= 1e-5
 
 
+@pytest.mark.slow
 def test_images_of_other_buckets(qwen: Callable[[str], QwenCase]) -> None:
     """Up to 600 tokens, of which the largest image would have 775; and its transparency dropped."""
     case = dataclasses.replace(qwen("tied"), max_tokens=600)
@@ -409,6 +410,7 @@ def test_there_and_back_again(qwen: Callable[[str], QwenCase], tmp_path: Path) -
     assert np.abs(frames[:, :, 0] - frames[:, :, 1]).max() > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("quantize", "least"), [("int8", 0.999), ("nf4", 0.8)])
 def test_quantised_decoders(quantize: str, least: float, tmp_path: Path) -> None:
     recipe = QwenRecipe(text={"hidden_size": 64, "intermediate_size": 128}, seed=34)

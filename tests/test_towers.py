@@ -120,6 +120,7 @@ def changed_folder(folder: Path, out: Path, change: dict[str, Any], file: str) -
 @pytest.mark.parametrize(
     ("name", "layer"), [("siglip", -2), ("siglip", 1), ("dinov2", -1), ("dinov2", 1)]
 )
+@pytest.mark.slow
 def test_feature_layers(name: str, layer: int, llava: Llava, tmp_path: Path) -> None:
     """What the projector makes of the layer asked for, the class token left out if there is one."""
     case = llava(name)
@@ -319,6 +320,7 @@ def test_settings_around_the_image_processor(llava: Llava, tmp_path: Path) -> No
         ("dinov2", "vision_tower.embeddings.position_embeddings", "short"),
     ],
 )
+@pytest.mark.slow
 def test_bad_weights(name: str, key: str, change: str, llava: Llava, tmp_path: Path) -> None:
     source, out = llava(name).folder, tmp_path / "bad"
     out.mkdir()
