@@ -125,7 +125,8 @@ def _read_key(key: str, table: ParameterTable, file: Path) -> tuple[Slot, str]:
     if not match or not slot or not slot.row.lora:
         known = f"{_HEAD}{table.adapter_prefix}layers.0.mlp.up_proj.lora_A.weight"
         raise ValueError(
-            f"{file}: {key}: only LoRA on the decoder's linear maps is supported, such as {known}"
+            f"{file}: {key}: only LoRA on the decoder's linear maps is supported, such as {known}; "
+            "merge this one with peft first (merge_and_unload) and convert the result"
         )
     if (slot.layer or 0) >= (slot.row.layers or 0):
         raise ValueError(f"{file}: {key}: the model has only {slot.row.layers} layers")
