@@ -271,7 +271,7 @@ def run(main: Callable[[list[str]], None], *words: object) -> None:
 def test_commands(
     at: Callable[[str], Place], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    """Encode, evaluate and analyse with a model that is loaded once, and mteb."""
+    """Encode and evaluate with a model that is loaded once, and mteb."""
     found = at("qwen3-vl")
     e5v, base, photos = found.e5v(), found.folder / "base", found.folder / "photos"
     monkeypatch.setattr(E5V, "from_pretrained", lambda *_, **__: e5v)
@@ -301,15 +301,22 @@ def test_commands(
     run(evaluate_main, *model, "--data", photos, "--tasks", "retrieval", "--output", out)
     assert json.loads((out / "results.json").read_text())["results"]
     run(evaluate_main, *model, "--data", tmp_path, "--tasks", "stsb")
-    both = ("--data", photos, "--sts", tmp_path, "--output", tmp_path / "space")
-    run(evaluate_main, "analyse", *model, *both)
-    assert json.loads((tmp_path / "space" / "analysis.json").read_text())
     assert "STS-B" in capsys.readouterr().out
 
     result = mteb.evaluate(
         MtebEncoder(model=e5v), make_task("it2i"), cache=None, show_progress_bar=False
     )
     assert "recall_at_1" in result.task_results[0].scores["test"][0]
+
+
+@pytest.mark.slow
+def test_analyse(at: Callable[[str], Place], tmp_path: Path) -> None:
+    """Less and less of the prompt, grey images, plots."""
+    found = at("qwen2.5-vl")
+    model = ("--model", found.folder / "base", "--dtype", "float32")
+    out = ("--data", found.folder / "photos", "--output", tmp_path / "space")
+    run(evaluate_main, "analyse", *model, *out)
+    assert json.loads((tmp_path / "space" / "analysis.json").read_text())["images"]
 
 
 @pytest.mark.parametrize("topology", ["cpu", "gpu:h100:1"])
