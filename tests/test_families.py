@@ -178,6 +178,7 @@ def test_vectors_of_pairs_are_those_of_encode(name: str, at: Callable[[str], Pla
     np.testing.assert_allclose(l2_normalize(vectors), expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_training_on_images(at: Callable[[str], Place], tmp_path: Path) -> None:
     """Images of different sizes, two at a time: it learns."""
     found = at("qwen3-vl")
