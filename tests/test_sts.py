@@ -431,6 +431,8 @@ def test_command_writes_the_results(
         "dtype": "float32",
         "adapter": Path("run"),
         "preset": None,
+        "min_pixels": None,
+        "max_pixels": None,
         "template": "mistral",
         "quantize": "int8",
         "attn_implementation": "xla",

@@ -5,8 +5,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from transformers import AutoConfig
-
 from e5v_jax.families.qwen_vl.vision_config import OMNI, QwenVisionConfig
 from e5v_jax.nn.config import LARGEST, UnsupportedModelError, from_fields, transformers_config
 from e5v_jax.nn.text_config import TextConfig
@@ -112,7 +110,7 @@ class QwenVLConfig:
         if "text_config" in raw:
             _check_object(raw, "text_config")
         elif kind in ("qwen2_vl", "qwen2_5_vl"):  # the hub's files have its fields at the top
-            text = AutoConfig.for_model(f"{kind}_text").to_dict()
+            text = transformers_config({}, f"{kind}_text").to_dict()
             known |= {*text, *_OLD_ROPE}
         else:
             _check_object(raw, "text_config")
