@@ -294,7 +294,11 @@ def test_deepstack_equals_transformers(count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "arrays", "modes"), [("qwen2", 37, ("dots",)), ("qwen3_vl", 34, ("none", "full"))]
+    ("name", "arrays", "modes"),
+    [
+        pytest.param("qwen2", 37, ("dots",), marks=pytest.mark.slow),
+        ("qwen3_vl", 34, ("none", "full")),
+    ],
 )
 def test_gradients_equal_torch(name: str, arrays: int, modes: tuple[Remat, ...]) -> None:
     """Of every parameter, those of biases and head norms among them, and of image features.

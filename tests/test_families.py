@@ -116,7 +116,10 @@ def at(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Place]:
 # --- training ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "quantize"), [("qwen3-vl", None), ("qwen2.5-vl", "nf4")])
+@pytest.mark.parametrize(
+    ("name", "quantize"),
+    [("qwen3-vl", None), pytest.param("qwen2.5-vl", "nf4", marks=pytest.mark.slow)],
+)
 def test_training_on_texts(
     name: str, quantize: Quantization | None, at: Callable[[str], Place], tmp_path: Path
 ) -> None:
