@@ -28,12 +28,12 @@ _UNIME_LLAVA = Preset(
 
 # github.com/TIGER-AI-Lab/VLM2Vec, branch v1: README, src/dataset.py (process_image), src/model.py.
 # An instruction is what MMEB puts in front of a text, colon and all.
-_VLM2VEC = Prompts(
+VLM2VEC = Prompts(
     text="<sent>",
     image="<image> Represent the given image.",
     text_image="<image> Represent the given image with the following question: <sent>",
 )
-_VLM2VEC_INSTRUCTED = Prompts(
+VLM2VEC_INSTRUCTED = Prompts(
     text="<instruction> <sent>",
     image="<image> <instruction>",
     text_image="<image> <instruction> <sent>",
@@ -42,10 +42,10 @@ _VLM2VEC_LLAVA = Preset(
     name="vlm2vec-llava-next",
     checkpoints="vlm2vec-llava-?next.*",
     about="VLM2Vec-LLaVa-Next (MMEB 62.9 to 63.3, by table)",
-    document=_VLM2VEC,
-    query=_VLM2VEC,
-    instructed_query=_VLM2VEC_INSTRUCTED,
-    instructed_document=_VLM2VEC_INSTRUCTED,
+    document=VLM2VEC,
+    query=VLM2VEC,
+    instructed_query=VLM2VEC_INSTRUCTED,
+    instructed_document=VLM2VEC_INSTRUCTED,
     template="{}",
     resize=(1344, 1344),
 )

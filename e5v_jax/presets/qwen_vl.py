@@ -3,6 +3,7 @@
 The source of each value stands above it; the strings are byte-exact.
 """
 
+from e5v_jax.presets.llava_next import VLM2VEC, VLM2VEC_INSTRUCTED
 from e5v_jax.presets.preset import Preset
 from e5v_jax.prompts import Prompts
 
@@ -58,22 +59,10 @@ _VLM2VEC_V2 = Preset(
     name="vlm2vec-v2.0",
     checkpoints="vlm2vec-v2.*",
     about="VLM2Vec-V2.0, LoRA on Qwen2-VL-2B (MMEB 64.9, arXiv 2601.04720)",
-    document=Prompts(
-        text="<sent>",
-        image="<image> Represent the given image.",
-        text_image="<image> Represent the given image with the following question: <sent>",
-    ),
-    query=Prompts(
-        text="<sent>",
-        image="<image> Represent the given image.",
-        text_image="<image> Represent the given image with the following question: <sent>",
-    ),
-    instructed_query=Prompts(
-        "<instruction> <sent>", "<image> <instruction>", "<image> <instruction> <sent>"
-    ),
-    instructed_document=Prompts(
-        "<instruction> <sent>", "<image> <instruction>", "<image> <instruction> <sent>"
-    ),
+    document=VLM2VEC,
+    query=VLM2VEC,
+    instructed_query=VLM2VEC_INSTRUCTED,
+    instructed_document=VLM2VEC_INSTRUCTED,
     template="{}",
     image_text="<|image_pad|>",
     positions="1d",

@@ -62,32 +62,14 @@ class QwenVLProcessor(TextProcessor):
     ) -> None:
         """Raise ValueError: the template cannot be told, or as :func:`match_tokenizer`."""
         super().__init__(match_tokenizer(config, tokenizer), tokenizer, template, preset)
-        is_new = config.vision.model_type == QWEN3
-        self.buckets = PATCH_BUCKETS if is_new else OLD_PATCH_BUCKETS
         self.image_text = preset.image_text or type(self).image_text
-        token = config.vision.factor**2  # pixels
-        limits = [
-            (
-                preset.min_pixels or MIN_TOKENS * token,
-                preset.max_pixels or (MAX_TOKENS if is_new else OLD_MAX_TOKENS) * token,
-            )
-        ]
-        if preset.first_pixels is not None:
-            limits.insert(0, preset.first_pixels)
-        self.resize = partial(resize_steps, factor=config.vision.factor, limits=tuple(limits))
+        self.resize = _resize(config, preset)
         """The sizes that an image of a size (height, width) is resized to, one after the other."""
 
     def measure_image(self, size: Size) -> tuple[int, int]:
         """(tokens, padded patches) of an image of ``size`` (height, width) pixels."""
-        vision = self.config.vision
-        height, width = self.resize(self.preset.resize or size)[-1]
-        patches = (height // vision.patch_size) * (width // vision.patch_size)
-        if patches > self.buckets[-1]:
-            raise ValueError(
-                f"an image of {size[1]}x{size[0]} pixels would have {patches} patches, at most "
-                f"{self.buckets[-1]} are supported: give a smaller max_pixels"
-            )
-        return patches // vision.merged, bucket_length(patches, self.buckets)
+        patches, bucket = _count_patches(self.config, self.preset.resize or size, self.resize)
+        return patches // self.config.vision.merged, bucket
 
     @property
     def load(self) -> Callable[[Measured], Any]:
@@ -145,13 +127,34 @@ class QwenVLProcessor(TextProcessor):
 
 def image_shape(config: QwenVLConfig, size: Size, beside: int) -> tuple[int, int]:
     """See :attr:`e5v_jax.families.base.Family.image_shape`; the limits are those without preset."""
-    vision, is_new = config.vision, config.vision.model_type == QWEN3
-    most = MAX_TOKENS if is_new else OLD_MAX_TOKENS
-    limits = ((MIN_TOKENS * vision.factor**2, most * vision.factor**2),)
-    height, width = resize_steps(size, factor=vision.factor, limits=limits)[-1]
+    _, bucket = _count_patches(config, size, _resize(config, E5_V))
+    return _padded(bucket // config.vision.merged + max(beside, _PROMPT)), bucket
+
+
+def _resize(config: QwenVLConfig, preset: Preset) -> Callable[[Size], list[Size]]:
+    """What gives the sizes that an image is resized to, one after the other."""
+    token = config.vision.factor**2  # pixels
+    most = MAX_TOKENS if config.vision.model_type == QWEN3 else OLD_MAX_TOKENS
+    limits = [(preset.min_pixels or MIN_TOKENS * token, preset.max_pixels or most * token)]
+    if preset.first_pixels is not None:
+        limits.insert(0, preset.first_pixels)
+    return partial(resize_steps, factor=config.vision.factor, limits=tuple(limits))
+
+
+def _count_patches(
+    config: QwenVLConfig, size: Size, resize: Callable[[Size], list[Size]]
+) -> tuple[int, int]:
+    """(patches, what they are padded to) of an image; raises ValueError: more than any bucket."""
+    vision = config.vision
+    buckets = PATCH_BUCKETS if vision.model_type == QWEN3 else OLD_PATCH_BUCKETS
+    height, width = resize(size)[-1]
     patches = (height // vision.patch_size) * (width // vision.patch_size)
-    bucket = bucket_length(patches, PATCH_BUCKETS if is_new else OLD_PATCH_BUCKETS)
-    return _padded(bucket // vision.merged + max(beside, _PROMPT)), bucket
+    if patches > buckets[-1]:
+        raise ValueError(
+            f"an image of {size[1]}x{size[0]} pixels would have {patches} patches, at most "
+            f"{buckets[-1]} are supported: give a smaller max_pixels"
+        )
+    return patches, bucket_length(patches, buckets)
 
 
 def _padded(length: int) -> int:
