@@ -25,7 +25,7 @@ from e5v_jax.families.base import Model, Processor
 from e5v_jax.nn.layers import Build, Precision
 from e5v_jax.nn.quantized import Quantization
 from e5v_jax.presets import Preset, check_preset, find_preset
-from e5v_jax.runtime import Implementation, Runtime
+from e5v_jax.runtime import Implementation, Runtime, release_freed_memory
 from e5v_jax.sharding import make_mesh
 from e5v_jax.storage import as_path, check_reachable
 
@@ -108,6 +108,7 @@ class E5V:
         precision = Precision(jnp.dtype(dtype), jnp.dtype(dtype), quantize)
         build = Build(precision, runtime, None if lora is None else lora.lora)
         model = load_model(source, build, lora_values=None if lora is None else lora.values)
+        release_freed_memory()
         return cls(model, processor)
 
     @staticmethod

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from e5v_jax.encode.batching import Batch
 from e5v_jax.families.base import BatchShape, Model, Processor
-from e5v_jax.runtime import Runtime
+from e5v_jax.runtime import Runtime, release_freed_memory
 from e5v_jax.sharding import place_split
 
 T = TypeVar("T")
@@ -88,6 +88,7 @@ class Encoder:
         out = self._run(state, arrays)
         if shape not in statistics.compilations:
             seconds = time.perf_counter() - start
+            release_freed_memory()
             statistics.compilations[shape] = seconds
             _logger.info(
                 "compiled %d rows of %d positions%s in %.1f s (shape %d, %.1f s in all)",

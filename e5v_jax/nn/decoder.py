@@ -10,13 +10,13 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from e5v_jax.nn.attention import attention
-from e5v_jax.nn.layers import Build, Linear, RMSNorm
+from e5v_jax.nn.layers import KEPT, Build, Linear, RMSNorm
 from e5v_jax.nn.parameters import Parameter, Section, linear
 from e5v_jax.nn.rope import apply_rope, mrope_axes, rope_angles, rope_frequencies
 from e5v_jax.nn.text_config import TextConfig
 
 Remat = Literal["none", "dots", "full"]
-"""What a backward pass keeps of each layer: everything, matmul outputs, or only its input."""
+"""What a backward pass keeps of each layer: everything, what its linear maps give, or its input."""
 
 
 def take(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -173,7 +173,7 @@ class Decoder(nnx.Module):
         if remat == "full":
             body = jax.checkpoint(body, prevent_cse=False)
         elif remat == "dots":
-            keep = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            keep = jax.checkpoint_policies.save_only_these_names(*KEPT)
             body = jax.checkpoint(body, prevent_cse=False, policy=keep)
         numbers = None if deepstack is None else jnp.arange(self.cfg.num_hidden_layers)
         x, _ = jax.lax.scan(body, x, (self.layers, keys, numbers))

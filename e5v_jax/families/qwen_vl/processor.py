@@ -33,7 +33,9 @@ MIN_TOKENS = 4
 MAX_TOKENS, OLD_MAX_TOKENS = 1800, 1280
 """Of an image: of Qwen3-VL as its authors' scripts have it, of those before it as transformers'
 image processor has it by default; a preset may say otherwise, in pixels."""
-_PROMPT = 48  # tokens beside the image's, for which the decoder always has room
+_BESIDE = (48, 64, 96, 128, 192, 256, 384, 512, *(2**power for power in range(10, 15)))
+"""The same of the tokens beside an image's; a prompt has up to 48."""
+_FINE = 512  # positions up to which they are a multiple of 16, else of 128
 
 
 @dataclass(frozen=True)
@@ -82,8 +84,8 @@ class QwenVLProcessor(TextProcessor):
         All images of a bucket take what its largest with a short prompt takes: one program.
         """
         if shape_key:
-            length = max(length, shape_key // self.config.vision.merged + _PROMPT)
-            return _padded(length)
+            tokens = shape_key // self.config.vision.merged
+            return _padded(tokens, length - tokens)
         return bucket_length(length, _TEXT_LENGTHS)
 
     def stack(self, items: Sequence[Any], shape: BatchShape) -> Batch:
@@ -128,7 +130,7 @@ class QwenVLProcessor(TextProcessor):
 def image_shape(config: QwenVLConfig, size: Size, beside: int) -> tuple[int, int]:
     """See :attr:`e5v_jax.families.base.Family.image_shape`; the limits are those without preset."""
     _, bucket = _count_patches(config, size, _resize(config, E5_V))
-    return _padded(bucket // config.vision.merged + max(beside, _PROMPT)), bucket
+    return _padded(bucket // config.vision.merged, beside), bucket
 
 
 def _resize(config: QwenVLConfig, preset: Preset) -> Callable[[Size], list[Size]]:
@@ -157,8 +159,10 @@ def _count_patches(
     return patches, bucket_length(patches, buckets)
 
 
-def _padded(length: int) -> int:
-    return bucket_length(length, (128, *IMAGE_BUCKETS))
+def _padded(tokens: int, beside: int) -> int:
+    """Positions for an image of at most so many tokens, with as many ``beside`` them."""
+    length = tokens + bucket_length(beside, _BESIDE)
+    return -(-length // 16) * 16 if length <= _FINE else bucket_length(length, IMAGE_BUCKETS)
 
 
 def load(
