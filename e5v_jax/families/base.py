@@ -15,7 +15,7 @@ from e5v_jax.nn.decoder import Remat
 from e5v_jax.nn.parameters import ParameterTable
 from e5v_jax.nn.text_config import TextConfig
 from e5v_jax.presets import Preset
-from e5v_jax.prompts import PromptChoice
+from e5v_jax.prompts import PromptChoice, SpecialTokens
 from e5v_jax.runtime import Runtime
 
 Array = jax.Array | np.ndarray
@@ -73,6 +73,7 @@ class Measured:
     shape_key: int = 0  # inputs of one key may share a batch; 0 is text, more is more work
     image: ImageSource | str | None = None
     image_size: Size | None = None  # pixels (height, width)
+    truncated: bool = False  # its text was cut
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,11 @@ class Processor(Protocol):
     template: str  # its name in prompts.TEMPLATES, or that of the preset whose own it is
     shape_unit: str  # what shape keys count, for messages
 
-    def check_text(self, text: str) -> None:
+    def check_text(self, text: str, *, special_tokens: SpecialTokens = "text") -> None:
         """Refuse a text that :meth:`measure` refuses as such. Raises ValueError: why."""
+
+    def longest(self, max_length: int | None) -> int:
+        """Most tokens of an input. Raises ValueError: ``max_length`` is more than the model's."""
 
     def measure(
         self,
@@ -118,8 +122,9 @@ class Processor(Protocol):
     ) -> list[Measured]:
         """Fill prompts, tokenise, read the sizes of images; order kept.
 
-        ``max_tokens`` cuts each text before the prompt goes around it. ``on_error`` hears of each
-        bad input, which is then left out.
+        ``prompts`` also say what becomes of special tokens in a text, and of a text too long for
+        the model. ``max_tokens`` cuts each text before that, as the authors' training script does.
+        ``on_error`` hears of each bad input, which is then left out.
 
         Raises:
             InputError: without ``on_error``, the first bad input.
