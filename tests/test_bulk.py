@@ -415,7 +415,7 @@ def test_resumes_where_it_was(command: Command, texts: Path, monkeypatch: Any) -
 
 def test_a_run_that_cannot_begin_binds_none(command: Command, texts: Path) -> None:
     """Its first row is bad: corrected, the input is another, and is taken."""
-    flags = ("--input", texts, "--shard-size", "10")
+    flags = ("--input", texts, "--shard-size", "10", "--special-tokens", "refuse")
     for before in ([], ["out"]):
         for folder in before:
             Path(folder).mkdir()

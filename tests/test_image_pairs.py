@@ -182,7 +182,7 @@ def test_run(case: Case, photos: Path, tmp_path: Path, lora: LoRAConfig | None) 
         ({"image0": "pairs.jsonl"}, [":3: image0: ", "not an image"]),
         ({"image0": ""}, [":3: image0 is empty"]),
         ({"image0": 4}, [":3: image0 is 4, expected a string"]),
-        ({"sent1": "half a \ud83d"}, [":3: sent1: ", "lone surrogate"]),
+        ({"sent1": "half a \ud83d"}, [":3: sent1 has ", "lone surrogate"]),
         ({"image1": "1.png"}, [":3: ", "has a image1 and"]),
     ],
 )

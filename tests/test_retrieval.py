@@ -351,7 +351,7 @@ def test_texts_are_checked_before_the_model_is_loaded(
     write_years(tmp_path)
     file = tmp_path / "STS" / "STSBenchmark" / "sts-test.csv"
     file.write_text(file.read_text().replace("d e", " "))
-    with pytest.raises(ValueError, match=r"sts-test\.csv, row 2: the text is empty"):
+    with pytest.raises(ValueError, match=r"sts-test\.csv, row 2: empty sentence"):
         evaluate(replace(args, tasks="stsb"))
     composed = {"cirr": write_cirr(tmp_path), "fashioniq-dress": write_fashioniq(tmp_path)}
     for task, root in composed.items():
