@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -150,13 +150,16 @@ class TextProcessor:
         self, prompts: PromptChoice, text: str | None, *, has_image: bool
     ) -> tuple[str, bool]:
         """What is tokenised for an input, and whether by ``self._literal``: marked for it."""
-        fill = partial(
-            prompts.fill, has_image=has_image, template=self._chat, image=self.image_text
-        )
-        string = fill(text)
+        around = (has_image, self._chat, self.image_text)
         if text is None:
-            return string, False
-        marked = prompts.insert(self._literal.mark(fill(TEXT_SLOT)), text)
+            return _fill_prompt(prompts, None, *around), False
+        try:
+            frame = _frame(prompts, *around)
+        except ValueError:
+            _fill_prompt(prompts, text, *around)  # the same, and names the text
+            raise
+        string = prompts.insert(frame, text)
+        marked = prompts.insert(self._literal.mark(frame), text)
         literal = self._literal.is_needed(string, marked)
         return marked if literal else string, literal
 
@@ -259,6 +262,18 @@ class TextProcessor:
         input_ids, last_index = pad_right(ids, shape.length, pad_id=0)
         first_index = np.zeros_like(last_index) if self.preset.pooling == "mean" else None
         return TextBatch(input_ids, last_index, first_index)
+
+
+def _fill_prompt(
+    prompts: PromptChoice, text: str | None, has_image: bool, template: str, image: str
+) -> str:
+    return prompts.fill(text, has_image=has_image, template=template, image=image)
+
+
+@lru_cache(maxsize=64)  # many texts have one
+def _frame(prompts: PromptChoice, *around: Any) -> str:
+    """What stands around a text."""
+    return _fill_prompt(prompts, TEXT_SLOT, *around)
 
 
 def _cut(text: str, spans: list[tuple[int, int]], kept: int, what: Truncate) -> str:
