@@ -29,7 +29,6 @@ pytestmark = [
 ]
 # The recipe's dropout adds no matmul and doubles the time to compile: both are seen, one of them by
 # `make test`.
-DROPOUT = pytest.mark.parametrize("dropout", ["0.0", pytest.param("0.05", marks=pytest.mark.slow)])
 TRAIN = ["train", "--model", "e5v-llama3-8b"]
 ENCODE = ["encode", "--model", "e5-v"]
 
@@ -57,11 +56,9 @@ def assert_estimate_agrees(report: dict[str, Any], *flags: str) -> None:
 
 
 # A compilation takes minutes: one training step and one encoder in `make test`, the rest is slow.
-@DROPOUT
-@pytest.mark.parametrize(
-    ("topology", "chips"),
-    [("v5p:2x2x4", 16), pytest.param("v5e:4x8", 32, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("dropout", ["0.0", "0.05"])
+@pytest.mark.parametrize(("topology", "chips"), [("v5p:2x2x4", 16), ("v5e:4x8", 32)])
 def test_paper_recipe_on_a_slice(topology: str, chips: int, dropout: str) -> None:
     flags = ["--lora.dropout", dropout]
     report = dry_run(TRAIN, "--topology", topology, *flags)
@@ -81,7 +78,7 @@ def test_paper_recipe_on_a_slice(topology: str, chips: int, dropout: str) -> Non
 
 
 @pytest.mark.slow
-@DROPOUT
+@pytest.mark.parametrize("dropout", ["0.0", "0.05"])
 def test_paper_recipe_with_nf4_base_on_one_v5e_chip(dropout: str) -> None:
     """All 768 triplets of a step, on 16 GB."""
     flags = ["--quantize", "nf4", "--chunk-size", "64", "--lora.dropout", dropout]
