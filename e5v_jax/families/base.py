@@ -103,6 +103,7 @@ class Processor(Protocol):
     tokenizer: PreTrainedTokenizerFast
     preset: Preset
     template: str  # its name in prompts.TEMPLATES, or that of the preset whose own it is
+    image_text: str  # what stands for an image in a filled prompt
     shape_unit: str  # what shape keys count, for messages
 
     def check_text(self, text: str) -> None:
@@ -163,6 +164,8 @@ class Family:
     """The configuration with what an image processor's settings say of the model."""
     check_preprocessor: Callable[[Any, dict[str, Any]], None] = lambda *_: None
     """Refuses, by name, settings of an image processor that the processor does not follow."""
+    hf_processor: Callable[[Any, Preset], dict[str, Any]] = lambda *_: {}
+    """The ``processor_config.json`` of transformers' processor, for a source without any."""
     image_shape: Callable[[Any, Size, int], tuple[int, int]] = lambda *_: (0, 0)
     """``(config, (height, width) in pixels, tokens beside the image) -> (padded positions, shape
     key)`` of an input with such an image; raises ValueError: none of this size."""

@@ -6,6 +6,7 @@ from typing import Any
 from e5v_jax.families.llava_next.config import LlavaNextConfig, select_strategy
 from e5v_jax.families.settings import check_settings
 from e5v_jax.nn.vision_config import CLIP, IMAGE_MEAN, IMAGE_STD
+from e5v_jax.presets import Preset
 from e5v_jax.prompts import IMAGE_PLACEHOLDER
 
 # transformers' names for what is computed here; the original LLaVA code keeps CLIP's
@@ -49,6 +50,33 @@ def match_preprocessor(config: LlavaNextConfig, settings: dict[str, Any]) -> Lla
     )
     vision = dataclasses.replace(config.vision, image_mean=mean, image_std=std)
     return dataclasses.replace(config, vision=vision)
+
+
+def hf_processor(config: LlavaNextConfig, _: Preset) -> dict[str, Any]:
+    """See :attr:`e5v_jax.families.base.Family.hf_processor`."""
+    size = config.vision.image_size
+    return {
+        "processor_class": "LlavaNextProcessor",
+        "image_token": IMAGE_PLACEHOLDER,
+        "patch_size": config.vision.patch_size,
+        "num_additional_image_tokens": 1 if config.vision.has_class_token else 0,
+        "vision_feature_select_strategy": select_strategy(config.vision),
+        "image_processor": {
+            "image_processor_type": "LlavaNextImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {"shortest_edge": size},
+            "resample": 3,
+            "do_center_crop": True,
+            "crop_size": {"height": size, "width": size},
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(config.vision.image_mean),
+            "image_std": list(config.vision.image_std),
+            "image_grid_pinpoints": [list(pinpoint) for pinpoint in config.image_grid_pinpoints],
+        },
+    }
 
 
 def check_preprocessor(config: LlavaNextConfig, settings: dict[str, Any]) -> None:

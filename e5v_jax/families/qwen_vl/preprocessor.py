@@ -3,8 +3,11 @@
 from typing import Any
 
 from e5v_jax.families.qwen_vl.config import QwenVLConfig
+from e5v_jax.families.qwen_vl.processor import MAX_TOKENS, MIN_TOKENS, OLD_MAX_TOKENS
 from e5v_jax.families.qwen_vl.vision import FRAMES
+from e5v_jax.families.qwen_vl.vision_config import QWEN3
 from e5v_jax.families.settings import check_settings
+from e5v_jax.presets import Preset
 
 _KINDS = ("ImageProcessor", "ImageProcessorFast", "ImageProcessorPil", "Processor")
 _CLASSES = (
@@ -37,6 +40,37 @@ _DEFAULTS = {
     "image_mean": [0.48145466, 0.4578275, 0.40821073],
     "image_std": [0.26862954, 0.26130258, 0.27577711],
 }
+
+
+def hf_processor(config: QwenVLConfig, preset: Preset) -> dict[str, Any]:
+    """See :attr:`e5v_jax.families.base.Family.hf_processor`."""
+    vision, token = config.vision, config.vision.factor**2
+    is_new = vision.model_type == QWEN3
+    most = MAX_TOKENS if is_new else OLD_MAX_TOKENS
+    return {
+        "processor_class": "Qwen3VLProcessor" if is_new else "Qwen2_5_VLProcessor",
+        "video_processor": {  # the processor cannot be loaded without one
+            "video_processor_type": "Qwen3VLVideoProcessor" if is_new else "Qwen2VLVideoProcessor"
+        },
+        "image_processor": {
+            "image_processor_type": "Qwen2VLImageProcessor",
+            "do_convert_rgb": True,
+            "do_resize": True,
+            "size": {
+                "shortest_edge": preset.min_pixels or MIN_TOKENS * token,
+                "longest_edge": preset.max_pixels or most * token,
+            },
+            "resample": 3,
+            "do_rescale": True,
+            "rescale_factor": 1 / 255,
+            "do_normalize": True,
+            "image_mean": list(vision.kind.mean),
+            "image_std": list(vision.kind.std),
+            "patch_size": vision.patch_size,
+            "temporal_patch_size": FRAMES,
+            "merge_size": vision.spatial_merge_size,
+        },
+    }
 
 
 def check_preprocessor(config: QwenVLConfig, settings: dict[str, Any]) -> None:

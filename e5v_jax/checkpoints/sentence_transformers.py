@@ -1,0 +1,121 @@
+"""What sentence-transformers 6 reads beside a Hugging Face checkpoint, so that it embeds as we do.
+
+Its modules, how they pool and normalise, a chat template that renders the prompts byte for byte,
+and transformers' processor, for a source that brought none. vLLM's pooling runner and TEI read the
+same files.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from e5v_jax.checkpoints.preprocessor import FILES
+from e5v_jax.families.base import Family, Processor
+from e5v_jax.prompts import TEMPLATES
+
+_TEXT = "\ue000"  # where the text goes: no prompt holds this character
+_FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}
+_TEMPLATE = """\
+{{#- One message with a text, an image, or both, as the model was trained to see them. -#}}
+{{%- set found = namespace(text='', texts=0, images=0) -%}}
+{{%- for message in messages -%}}
+{{%- if message['content'] is string -%}}
+{{%- set found.text = found.text + message['content'] -%}}{{%- set found.texts = 1 -%}}
+{{%- else -%}}
+{{%- for part in message['content'] -%}}
+{{%- if part['type'] == 'text' -%}}
+{{%- set found.text = found.text + part['text'] -%}}{{%- set found.texts = 1 -%}}
+{{%- elif part['type'] == 'image' -%}}{{%- set found.images = found.images + 1 -%}}
+{{%- else -%}}{{{{- raise_exception('expected texts and images, found ' + part['type']) -}}}}
+{{%- endif -%}}{{%- endfor -%}}{{%- endif -%}}{{%- endfor -%}}
+{{%- if found.images > 1 -%}}{{{{- raise_exception('expected at most one image') -}}}}
+{{%- elif found.images and found.texts -%}}{text_image}
+{{%- elif found.images -%}}{image}
+{{%- else -%}}{text}
+{{%- endif -%}}"""
+
+
+def write_sentence_transformers(
+    folder: Path, family: Family, processor: Processor, width: int
+) -> None:
+    """Write the files into an exported ``folder``; vectors have ``width`` numbers."""
+    images = "image" in processor.config.modalities
+    pooling = "mean" if processor.preset.pooling == "mean" else "lasttoken"
+    name = "sentence_transformers.{}"
+    contents: dict[str, Any] = {
+        "modules.json": [
+            {"idx": i, "name": str(i), "path": path, "type": name.format(kind)}
+            for i, (path, kind) in enumerate(
+                [
+                    ("", "base.modules.transformer.Transformer"),
+                    ("1_Pooling", "sentence_transformer.modules.pooling.Pooling"),
+                    ("2_Normalize", "base.modules.normalize.Normalize"),
+                ]
+            )
+        ],
+        "sentence_bert_config.json": {
+            "transformer_task": "feature-extraction",
+            "modality_config": {
+                "text": _FORWARD,
+                **({"image": _FORWARD} if images else {}),
+                "message": {**_FORWARD, "format": "structured" if images else "flat"},
+            },
+            "module_output_name": "token_embeddings",
+        },
+        "config_sentence_transformers.json": {
+            "model_type": "SentenceTransformer",
+            "prompts": {},
+            "default_prompt_name": None,
+            "similarity_fn_name": "cosine",
+        },
+        "1_Pooling/config.json": {
+            "embedding_dimension": width,
+            "pooling_mode": pooling,
+            "include_prompt": True,
+        },
+        "2_Normalize/config.json": {},
+    }
+    if images and not any((folder / file).is_file() for file in FILES):
+        contents[FILES[1]] = family.hf_processor(processor.config, processor.preset)
+    for file, content in contents.items():
+        (folder / file).parent.mkdir(exist_ok=True)
+        (folder / file).write_text(json.dumps(content, indent=2) + "\n")
+    (folder / "chat_template.json").unlink(missing_ok=True)  # the source's, of another use
+    (folder / "chat_template.jinja").write_text(chat_template(processor))
+
+
+def chat_template(processor: Processor) -> str:
+    """A Jinja template whose strings, tokenised by transformers, have the ids that we embed.
+
+    A tokenizer's ``apply_chat_template`` adds no special tokens: they stand in the template. That
+    of a processor adds them unless the string begins with the one for its beginning.
+    """
+    tokenizer, preset = processor.tokenizer, processor.preset
+    whole, bare = (tokenizer("a", add_special_tokens=added)["input_ids"] for added in (True, False))
+    start = whole.index(bare[0])
+    before = "".join(tokenizer.convert_ids_to_tokens(whole[:start]))
+    after = "".join(tokenizer.convert_ids_to_tokens(whole[start + len(bare) :]))
+    images = "image" in processor.config.modalities
+    own = preset.template is not None and processor.template == preset.name
+    template = preset.template if own and preset.template else TEMPLATES[processor.template]
+    prompts = preset.choose()
+
+    def literal(text: str | None, *, has_image: bool) -> str:
+        """What prints the prompt of a kind of input."""
+        if text and has_image and prompts.adds:
+            return "{{- raise_exception('embed the text and the image apart, and add') -}}"
+        string = prompts.fill(
+            text, has_image=has_image, template=template, image=processor.image_text
+        )
+        if preset.last_token is None:
+            string = before + string + after
+        if images and not before and after:
+            string = string.removesuffix(after)  # the processor's tokenizer puts it there
+        pieces = ["{{- " + ascii(piece) + " -}}" for piece in string.split(_TEXT)]
+        return "{{- found.text -}}".join(pieces)
+
+    return _TEMPLATE.format(
+        text=literal(_TEXT, has_image=False),
+        image=literal(None, has_image=True) if images else "",
+        text_image=literal(_TEXT, has_image=True) if images else "",
+    )
