@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,13 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from e5v_jax.data.images import Size, load_image
-from e5v_jax.data.text import IMAGE_BUCKETS, bucket_length, expand_image_tokens, pad_right
+from e5v_jax.data.text import (
+    IMAGE_BUCKETS,
+    bucket_length,
+    encode_batch,
+    expand_image_tokens,
+    pad_right,
+)
 from e5v_jax.families.base import Batch, BatchShape, Measured
 from e5v_jax.families.qwen_vl.config import QwenVLConfig
 from e5v_jax.families.qwen_vl.model import ImageBatch
@@ -33,8 +39,8 @@ MIN_TOKENS = 4
 MAX_TOKENS, OLD_MAX_TOKENS = 1800, 1280
 """Of an image: of Qwen3-VL as its authors' scripts have it, of those before it as transformers'
 image processor has it by default; a preset may say otherwise, in pixels."""
-_BESIDE = (48, 64, 96, 128, 192, 256, 384, 512, *(2**power for power in range(10, 15)))
-"""The same of the tokens beside an image's; a prompt has up to 48."""
+_BESIDE = (0, 32, 96, 224, 480, *(2**power for power in range(10, 15)))
+"""The same of the tokens beside an image's, those of its bare prompt not counted."""
 _FINE = 512  # positions up to which they are a multiple of 16, else of 128
 
 
@@ -78,14 +84,21 @@ class QwenVLProcessor(TextProcessor):
         """See :attr:`e5v_jax.families.base.Processor.load`."""
         return partial(load, config=self.config, preset=self.preset, resize=self.resize)
 
+    @cached_property
+    def _beside(self) -> int:
+        """Tokens beside an image's when there is no text."""
+        fill, last = self.preset.choose().fill, self.preset.last_token
+        bare = fill(None, has_image=True, template=self._chat, image=self.image_text)
+        return len(encode_batch(self.tokenizer, [bare], last_token=last)[0]) - 1
+
     def padded_length(self, length: int, shape_key: int) -> int:
         """See :meth:`e5v_jax.families.base.Processor.padded_length`.
 
-        All images of a bucket take what its largest with a short prompt takes: one program.
+        All images of a bucket take what its largest takes with its prompt: one program.
         """
         if shape_key:
             tokens = shape_key // self.config.vision.merged
-            return _padded(tokens, length - tokens)
+            return _padded(tokens + self._beside, length - tokens - self._beside)
         return bucket_length(length, _TEXT_LENGTHS)
 
     def stack(self, items: Sequence[Any], shape: BatchShape) -> Batch:
@@ -130,7 +143,7 @@ class QwenVLProcessor(TextProcessor):
 def image_shape(config: QwenVLConfig, size: Size, beside: int) -> tuple[int, int]:
     """See :attr:`e5v_jax.families.base.Family.image_shape`; the limits are those without preset."""
     _, bucket = _count_patches(config, size, _resize(config, E5_V))
-    return _padded(bucket // config.vision.merged, beside), bucket
+    return _padded(bucket // config.vision.merged + beside, 0), bucket
 
 
 def _resize(config: QwenVLConfig, preset: Preset) -> Callable[[Size], list[Size]]:
@@ -159,9 +172,9 @@ def _count_patches(
     return patches, bucket_length(patches, buckets)
 
 
-def _padded(tokens: int, beside: int) -> int:
-    """Positions for an image of at most so many tokens, with as many ``beside`` them."""
-    length = tokens + bucket_length(beside, _BESIDE)
+def _padded(length: int, more: int) -> int:
+    """Positions for an image of ``length`` tokens with its prompt, and a text of ``more``."""
+    length += bucket_length(more, _BESIDE)
     return -(-length // 16) * 16 if length <= _FINE else bucket_length(length, IMAGE_BUCKETS)
 
 
