@@ -41,7 +41,7 @@ def compare(folder: Path, items: list[Any]) -> None:
     np.testing.assert_allclose(together, ours[:2], atol=2e-5)
 
 
-def test_llava_next(llava: "Callable[[str], Case]", tmp_path: Path) -> None:
+def test_llava_next(llava: Callable[[str], Case], tmp_path: Path) -> None:
     compare(exported(llava("llama-gqa").folder, tmp_path), ITEMS)
 
 
@@ -75,7 +75,7 @@ def test_qwen3_vl(tmp_path: Path) -> None:
     E5V.from_pretrained(folder, preset="qwen3-vl-embedding")  # the file is one that we follow
 
 
-def test_what_cannot_be_told_is_refused(llava: "Callable[[str], Case]", tmp_path: Path) -> None:
+def test_what_cannot_be_told_is_refused(llava: Callable[[str], Case], tmp_path: Path) -> None:
     theirs = SentenceTransformer(str(exported(llava("llama-gqa").folder, tmp_path)), device="cpu")
     with pytest.raises(Exception, match="at most one image"):
         theirs.encode([{"image": [picture(30, 30), picture(30, 40)]}])

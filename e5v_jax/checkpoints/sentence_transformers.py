@@ -9,11 +9,18 @@ import json
 from pathlib import Path
 from typing import Any
 
+from e5v_jax.checkpoints.converted import ConvertedFolder
 from e5v_jax.checkpoints.preprocessor import FILES
-from e5v_jax.families.base import Family, Processor
-from e5v_jax.prompts import TEMPLATES
+from e5v_jax.checkpoints.tokenizer import load_tokenizer
+from e5v_jax.families.base import Processor
+from e5v_jax.presets import find_preset
 
 _TEXT = "\ue000"  # where the text goes: no prompt holds this character
+_MODULES = (
+    ("", "base.modules.transformer.Transformer"),
+    ("1_Pooling", "sentence_transformer.modules.pooling.Pooling"),
+    ("2_Normalize", "base.modules.normalize.Normalize"),
+)
 _FORWARD = {"method": "forward", "method_output_name": "last_hidden_state"}
 _TEMPLATE = """\
 {{#- One message with a text, an image, or both, as the model was trained to see them. -#}}
@@ -35,23 +42,19 @@ _TEMPLATE = """\
 {{%- endif -%}}"""
 
 
-def write_sentence_transformers(
-    folder: Path, family: Family, processor: Processor, width: int
-) -> None:
-    """Write the files into an exported ``folder``; vectors have ``width`` numbers."""
-    images = "image" in processor.config.modalities
-    pooling = "mean" if processor.preset.pooling == "mean" else "lasttoken"
-    name = "sentence_transformers.{}"
+def write_sentence_transformers(folder: Path, source: ConvertedFolder) -> None:
+    """Write the files into ``folder``, which has the exported checkpoint of ``source``.
+
+    Raises FileNotFoundError, ValueError: the tokenizer or the prompts' template cannot be told;
+    then nothing is written.
+    """
+    preset, tokenizer = find_preset(None, *source.known_as), load_tokenizer(source.folder)
+    processor = source.family.processor(source.config, tokenizer, None, preset)
+    template, images = chat_template(processor), "image" in source.config.modalities
     contents: dict[str, Any] = {
         "modules.json": [
-            {"idx": i, "name": str(i), "path": path, "type": name.format(kind)}
-            for i, (path, kind) in enumerate(
-                [
-                    ("", "base.modules.transformer.Transformer"),
-                    ("1_Pooling", "sentence_transformer.modules.pooling.Pooling"),
-                    ("2_Normalize", "base.modules.normalize.Normalize"),
-                ]
-            )
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.{kind}"}
+            for i, (path, kind) in enumerate(_MODULES)
         ],
         "sentence_bert_config.json": {
             "transformer_task": "feature-extraction",
@@ -69,19 +72,19 @@ def write_sentence_transformers(
             "similarity_fn_name": "cosine",
         },
         "1_Pooling/config.json": {
-            "embedding_dimension": width,
-            "pooling_mode": pooling,
+            "embedding_dimension": source.config.text.hidden_size,
+            "pooling_mode": "mean" if preset.pooling == "mean" else "lasttoken",
             "include_prompt": True,
         },
         "2_Normalize/config.json": {},
     }
     if images and not any((folder / file).is_file() for file in FILES):
-        contents[FILES[1]] = family.hf_processor(processor.config, processor.preset)
+        contents[FILES[1]] = source.family.hf_processor(source.config, preset)
     for file, content in contents.items():
         (folder / file).parent.mkdir(exist_ok=True)
         (folder / file).write_text(json.dumps(content, indent=2) + "\n")
     (folder / "chat_template.json").unlink(missing_ok=True)  # the source's, of another use
-    (folder / "chat_template.jinja").write_text(chat_template(processor))
+    (folder / "chat_template.jinja").write_text(template)
 
 
 def chat_template(processor: Processor) -> str:
@@ -96,20 +99,16 @@ def chat_template(processor: Processor) -> str:
     before = "".join(tokenizer.convert_ids_to_tokens(whole[:start]))
     after = "".join(tokenizer.convert_ids_to_tokens(whole[start + len(bare) :]))
     images = "image" in processor.config.modalities
-    own = preset.template is not None and processor.template == preset.name
-    template = preset.template if own and preset.template else TEMPLATES[processor.template]
     prompts = preset.choose()
 
     def literal(text: str | None, *, has_image: bool) -> str:
         """What prints the prompt of a kind of input."""
         if text and has_image and prompts.adds:
             return "{{- raise_exception('embed the text and the image apart, and add') -}}"
-        string = prompts.fill(
-            text, has_image=has_image, template=template, image=processor.image_text
-        )
+        string = processor.fill(prompts, text, has_image=has_image)
         if preset.last_token is None:
             string = before + string + after
-        if images and not before and after:
+        if images and not before:
             string = string.removesuffix(after)  # the processor's tokenizer puts it there
         pieces = ["{{- " + ascii(piece) + " -}}" for piece in string.split(_TEXT)]
         return "{{- found.text -}}".join(pieces)

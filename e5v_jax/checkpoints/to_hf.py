@@ -20,8 +20,7 @@ from e5v_jax.checkpoints.json_file import read_json
 from e5v_jax.checkpoints.peft import Adapter, read_merged, write_adapter
 from e5v_jax.checkpoints.safetensors_file import SafetensorsFolder, TensorSpec, write_model
 from e5v_jax.checkpoints.sentence_transformers import write_sentence_transformers
-from e5v_jax.checkpoints.tokenizer import copy_named, load_tokenizer
-from e5v_jax.presets import find_preset
+from e5v_jax.checkpoints.tokenizer import copy_named
 
 SHARD = 5_000_000_000  # bytes; the size Hugging Face shards have
 
@@ -56,11 +55,8 @@ def write_hf(
 ) -> list[str]:
     """Write a Hugging Face checkpoint into ``folder``; one layer is in memory at a time.
 
-    Beside it goes what sentence-transformers reads, where the prompts' template can be told.
-
     Returns what the user should know about it, a line each.
     """
-    notes: list[str] = []
     table, prefixes, dtype = source.table, source.table.export_prefixes, source.info.dtype
     slots = [table.stored[name] for group in table.groups(source.shapes()) for name in group]
     specs = [TensorSpec(slot.key(prefixes), slot.row.hf_shape, np.dtype(dtype)) for slot in slots]
@@ -78,15 +74,7 @@ def write_hf(
                 part[key] = dtype
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     copy_named(source.folder, folder)
-    preset = find_preset(None, *source.known_as)
-    try:
-        tokenizer = load_tokenizer(source.folder)
-        processor = source.family.processor(source.config, tokenizer, None, preset)
-        write_sentence_transformers(
-            folder, source.family, processor, source.config.text.hidden_size
-        )
-    except (FileNotFoundError, ValueError) as error:
-        notes.append(f"nothing for sentence-transformers: {error}")
+    notes = []
     every = {slot.key(prefixes) for slot in table.slots if not slot.row.optional}
     missing = every - {spec.name for spec in specs}
     if config.get("tie_word_embeddings"):
@@ -126,5 +114,9 @@ def convert(args: Args) -> None:
             merged = "" if path is None else f", {path} merged"
             notes = [f"Hugging Face checkpoint in {source.info.dtype}{merged}"]
             notes += write_hf(folder, source, adapter)
+            try:
+                write_sentence_transformers(folder, source)
+            except (FileNotFoundError, ValueError) as error:
+                notes.append(f"nothing for sentence-transformers: {error}")
     for note in notes:
         print(f"{args.dst}: {note}")

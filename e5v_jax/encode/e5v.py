@@ -22,10 +22,11 @@ from e5v_jax.data.inputs import Input, InputError
 from e5v_jax.encode.encoder import Encoder, Statistics
 from e5v_jax.encode.stream import BatchLimits, encode_stream
 from e5v_jax.families.base import Model, Processor
+from e5v_jax.memory import release_freed_memory
 from e5v_jax.nn.layers import Build, Precision
 from e5v_jax.nn.quantized import Quantization
 from e5v_jax.presets import Preset, check_preset, find_preset
-from e5v_jax.runtime import Implementation, Runtime, release_freed_memory
+from e5v_jax.runtime import Implementation, Runtime
 from e5v_jax.sharding import make_mesh
 from e5v_jax.storage import as_path, check_reachable
 

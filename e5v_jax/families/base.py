@@ -103,11 +103,13 @@ class Processor(Protocol):
     tokenizer: PreTrainedTokenizerFast
     preset: Preset
     template: str  # its name in prompts.TEMPLATES, or that of the preset whose own it is
-    image_text: str  # what stands for an image in a filled prompt
     shape_unit: str  # what shape keys count, for messages
 
     def check_text(self, text: str) -> None:
         """Refuse a text that :meth:`measure` refuses as such. Raises ValueError: why."""
+
+    def fill(self, prompts: PromptChoice, text: str | None, *, has_image: bool) -> str:
+        """The string to tokenise for one input, of checked text; raises ValueError: no prompt."""
 
     def measure(
         self,

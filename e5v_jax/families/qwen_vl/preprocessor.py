@@ -3,7 +3,7 @@
 from typing import Any
 
 from e5v_jax.families.qwen_vl.config import QwenVLConfig
-from e5v_jax.families.qwen_vl.processor import MAX_TOKENS, MIN_TOKENS, OLD_MAX_TOKENS
+from e5v_jax.families.qwen_vl.processor import pixel_limits
 from e5v_jax.families.qwen_vl.vision import FRAMES
 from e5v_jax.families.qwen_vl.vision_config import QWEN3
 from e5v_jax.families.settings import check_settings
@@ -44,9 +44,8 @@ _DEFAULTS = {
 
 def hf_processor(config: QwenVLConfig, preset: Preset) -> dict[str, Any]:
     """See :attr:`e5v_jax.families.base.Family.hf_processor`."""
-    vision, token = config.vision, config.vision.factor**2
-    is_new = vision.model_type == QWEN3
-    most = MAX_TOKENS if is_new else OLD_MAX_TOKENS
+    vision, is_new = config.vision, config.vision.model_type == QWEN3
+    least, most = pixel_limits(config, preset)
     return {
         "processor_class": "Qwen3VLProcessor" if is_new else "Qwen2_5_VLProcessor",
         "video_processor": {  # the processor cannot be loaded without one
@@ -56,10 +55,7 @@ def hf_processor(config: QwenVLConfig, preset: Preset) -> dict[str, Any]:
             "image_processor_type": "Qwen2VLImageProcessor",
             "do_convert_rgb": True,
             "do_resize": True,
-            "size": {
-                "shortest_edge": preset.min_pixels or MIN_TOKENS * token,
-                "longest_edge": preset.max_pixels or most * token,
-            },
+            "size": {"shortest_edge": least, "longest_edge": most},
             "resample": 3,
             "do_rescale": True,
             "rescale_factor": 1 / 255,

@@ -87,9 +87,9 @@ class QwenVLProcessor(TextProcessor):
     @cached_property
     def _beside(self) -> int:
         """Tokens beside an image's when there is no text."""
-        fill, last = self.preset.choose().fill, self.preset.last_token
-        bare = fill(None, has_image=True, template=self._chat, image=self.image_text)
-        return len(encode_batch(self.tokenizer, [bare], last_token=last)[0]) - 1
+        bare = self.fill(self.preset.choose(), None, has_image=True)
+        (ids,) = encode_batch(self.tokenizer, [bare], last_token=self.preset.last_token)
+        return len(ids) - 1
 
     def padded_length(self, length: int, shape_key: int) -> int:
         """See :meth:`e5v_jax.families.base.Processor.padded_length`.
@@ -146,11 +146,16 @@ def image_shape(config: QwenVLConfig, size: Size, beside: int) -> tuple[int, int
     return _padded(bucket // config.vision.merged + beside, 0), bucket
 
 
-def _resize(config: QwenVLConfig, preset: Preset) -> Callable[[Size], list[Size]]:
-    """What gives the sizes that an image is resized to, one after the other."""
+def pixel_limits(config: QwenVLConfig, preset: Preset) -> tuple[int, int]:
+    """Least and most pixels of an image."""
     token = config.vision.factor**2  # pixels
     most = MAX_TOKENS if config.vision.model_type == QWEN3 else OLD_MAX_TOKENS
-    limits = [(preset.min_pixels or MIN_TOKENS * token, preset.max_pixels or most * token)]
+    return preset.min_pixels or MIN_TOKENS * token, preset.max_pixels or most * token
+
+
+def _resize(config: QwenVLConfig, preset: Preset) -> Callable[[Size], list[Size]]:
+    """What gives the sizes that an image is resized to, one after the other."""
+    limits = [pixel_limits(config, preset)]
     if preset.first_pixels is not None:
         limits.insert(0, preset.first_pixels)
     return partial(resize_steps, factor=config.vision.factor, limits=tuple(limits))
