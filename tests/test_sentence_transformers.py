@@ -15,6 +15,8 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 
 from e5v_jax import E5V
 from e5v_jax.checkpoints import from_hf, to_hf
+from e5v_jax.checkpoints.sentence_transformers import check_steps
+from e5v_jax.presets import PRESETS
 
 ITEMS: list[Any] = [
     "A dog runs on the beach.",
@@ -73,6 +75,27 @@ def test_qwen3_vl(tmp_path: Path) -> None:
     settings = json.loads((folder / "processor_config.json").read_text())
     Qwen2VLImageProcessorPil(**settings["image_processor"])
     E5V.from_pretrained(folder, preset="qwen3-vl-embedding")  # the file is one that we follow
+
+
+def test_presets_of_which_images_would_differ(
+    llava: Callable[[str], Case], tmp_path: Path, capsys: Any
+) -> None:
+    """transformers does not resize twice, number tokens 1-D, or pool an image's tokens alone."""
+    refused = set()
+    for name, preset in PRESETS.items():
+        try:
+            check_steps(preset)
+        except ValueError as error:
+            assert str(error).startswith(f"the preset {name} ")
+            refused.add(name)
+    assert refused == {
+        *("vlm2vec-llava-next", "bge-vl-mllm"),
+        *("gme-qwen2-vl", "vlm2vec-v2.0", "lamra-ret", "unite-qwen2-vl"),
+        "jina-embeddings-v4",
+    }
+    folder = exported(llava("llama-gqa").folder, tmp_path, "bge-vl-mllm")
+    assert "nothing for sentence-transformers: the preset bge-vl-mllm" in capsys.readouterr().out
+    assert not (folder / "modules.json").exists()
 
 
 def test_what_cannot_be_told_is_refused(llava: Callable[[str], Case], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from e5v_jax.checkpoints.converted import ConvertedFolder
 from e5v_jax.checkpoints.preprocessor import FILES
 from e5v_jax.checkpoints.tokenizer import load_tokenizer
 from e5v_jax.families.base import Processor
-from e5v_jax.presets import find_preset
+from e5v_jax.presets import Preset, find_preset
 
 _TEXT = "\ue000"  # where the text goes: no prompt holds this character
 _MODULES = (
@@ -42,15 +42,20 @@ _TEMPLATE = """\
 {{%- endif -%}}"""
 
 
-def write_sentence_transformers(folder: Path, source: ConvertedFolder) -> None:
+def write_sentence_transformers(folder: Path, source: ConvertedFolder) -> list[str]:
     """Write the files into ``folder``, which has the exported checkpoint of ``source``.
 
-    Raises FileNotFoundError, ValueError: the tokenizer or the prompts' template cannot be told;
-    then nothing is written.
+    Returns what the user should know about it, a line each.
+
+    Raises FileNotFoundError, ValueError: the tokenizer or the prompts' template cannot be told, or
+    there the preset's images would get other vectors; then nothing is written.
     """
     preset, tokenizer = find_preset(None, *source.known_as), load_tokenizer(source.folder)
+    images = "image" in source.config.modalities
+    if images:
+        check_steps(preset)
     processor = source.family.processor(source.config, tokenizer, None, preset)
-    template, images = chat_template(processor), "image" in source.config.modalities
+    template = chat_template(processor)
     contents: dict[str, Any] = {
         "modules.json": [
             {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.{kind}"}
@@ -85,6 +90,26 @@ def write_sentence_transformers(folder: Path, source: ConvertedFolder) -> None:
         (folder / file).write_text(json.dumps(content, indent=2) + "\n")
     (folder / "chat_template.json").unlink(missing_ok=True)  # the source's, of another use
     (folder / "chat_template.jinja").write_text(template)
+    if images and preset.transparency == "white":
+        return ["sentence-transformers drops transparency, where here it becomes white"]
+    return []
+
+
+def check_steps(preset: Preset) -> None:
+    """Refuse what a preset does with images and transformers' processor and model do not.
+
+    Raises ValueError: names the preset and the step.
+    """
+    for step, is_there in (
+        ("resizes images before the processor does", preset.resize or preset.first_pixels),
+        ("numbers the tokens of an image one after the other", preset.positions == "1d"),
+        ("takes the mean of an image's tokens alone", preset.pooling == "mean"),
+    ):
+        if is_there:
+            raise ValueError(
+                f"the preset {preset.name} {step}, which transformers would not: its vectors of "
+                "images would be others"
+            )
 
 
 def chat_template(processor: Processor) -> str:

@@ -115,7 +115,7 @@ def convert(args: Args) -> None:
             notes = [f"Hugging Face checkpoint in {source.info.dtype}{merged}"]
             notes += write_hf(folder, source, adapter)
             try:
-                write_sentence_transformers(folder, source)
+                notes += write_sentence_transformers(folder, source)
             except (FileNotFoundError, ValueError) as error:
                 notes.append(f"nothing for sentence-transformers: {error}")
     for note in notes:
