@@ -80,7 +80,7 @@ class E5V:
             preset: how the model's authors call it, a name in ``e5v_jax.presets.PRESETS``; None is
                 what the converted folder says, else told from the name, else "e5-v".
             min_pixels: an image with fewer is enlarged to it, where a model takes images of any
-                size; None is the preset's.
+                size; None is the preset's, else the model folder's.
             max_pixels: an image with more is reduced to it. Qwen3-VL-Embedding's script has
                 1,843,200 (1800 tokens), its processor's file 1,310,720.
 

@@ -54,7 +54,8 @@ _GME = Preset(
 )
 
 # github.com/TIGER-AI-Lab/VLM2Vec, main: README; its images have no marks around them, without which
-# its get_rope_index finds none: positions count up
+# its get_rope_index finds none: positions count up. Images thinner than a token are made 56 x 56
+# (src/model/processor.py, Qwen2_VL_process_fn)
 _VLM2VEC_V2 = Preset(
     name="vlm2vec-v2.0",
     checkpoints="vlm2vec-v2.*",
@@ -66,6 +67,8 @@ _VLM2VEC_V2 = Preset(
     template="{}",
     image_text="<|image_pad|>",
     positions="1d",
+    resize=(56, 56),
+    resize_below=28,
     min_pixels=4 * _TOKEN,
     max_pixels=1280 * _TOKEN,
 )

@@ -66,6 +66,8 @@ class QwenVLConfig:
     image_token_id: int  # of `<|image_pad|>`, which stands for a token of an image
     vision_start_token_id: int
     vision_end_token_id: int
+    min_pixels: int | None = None  # of an image, as the model folder's image processor has it
+    max_pixels: int | None = None
 
     def __post_init__(self) -> None:
         """Check what every source of a configuration must hold. Raises ValueError: names it."""
@@ -73,6 +75,8 @@ class QwenVLConfig:
             token = getattr(self, name)
             if type(token) is not int or not 0 <= token <= LARGEST:
                 raise ValueError(f"{name} is {token!r}: expected the id of a token")
+        if (self.min_pixels, self.max_pixels) != (None, None):
+            check_limits({"min_pixels": self.min_pixels, "max_pixels": self.max_pixels})
         if self.vision.out_hidden_size != self.text.hidden_size:
             raise ValueError(
                 f"vision_config.out_hidden_size is {self.vision.out_hidden_size}: expected "
@@ -123,6 +127,19 @@ class QwenVLConfig:
             vision=QwenVisionConfig.from_hf(raw["vision_config"], hf.vision_config),
             **tokens,
         )
+
+
+def check_limits(limits: Mapping[str, Any]) -> None:
+    """Check the least and the most pixels of an image, by the names that a file has for them.
+
+    Raises ValueError: names the one that is no count of pixels, or both.
+    """
+    for name, value in limits.items():
+        if type(value) is not int or not 1 <= value <= LARGEST:
+            raise ValueError(f"{name} is {value!r}: expected a number of pixels, 1 to {LARGEST}")
+    (low, least), (high, most) = limits.items()
+    if least > most:
+        raise ValueError(f"{low} is {least}: expected at most {high}, {most}")
 
 
 def thinker_alone(raw: dict[str, Any]) -> dict[str, Any]:
