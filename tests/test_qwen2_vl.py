@@ -1,10 +1,13 @@
 """Qwen2-VL, Qwen2.5-VL and Omni's thinker against PyTorch's on random models, and what is new."""
 
+import copy
 import dataclasses
+import itertools
 import json
 import math
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from flax import nnx
 from hf_models import picture
 from PIL import Image
 from qwen2_models import RECIPES, OldCase, build_old
+from qwen_models import QwenRecipe
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
@@ -32,7 +36,7 @@ from e5v_jax.dryrun.flops import traced_flops
 from e5v_jax.encode.batching import plan_batches
 from e5v_jax.families import architecture_of, find_family
 from e5v_jax.families.base import BatchShape, Measured
-from e5v_jax.families.qwen_vl import QWEN_VL
+from e5v_jax.families.qwen_vl import QWEN_VL, layouts, vision_config
 from e5v_jax.families.qwen_vl.patches import cut_patches, window_order
 from e5v_jax.families.qwen_vl.positions import position_ids
 from e5v_jax.families.qwen_vl.presets import ARCHITECTURES
@@ -437,6 +441,170 @@ def test_all_of_omni(old: Callable[[str], OldCase], tmp_path: Path) -> None:
     assert find_family(raw).hf_config(raw, source.config) == thinker
 
 
+# --- jina-embeddings-v4's own repository ----------------------------------------------------------
+
+TASKS = ("retrieval", "text-matching", "code")
+JINA = {
+    "architectures": ["JinaEmbeddingsV4Model"],
+    "auto_map": {"AutoModel": "modeling_jina_embeddings_v4.JinaEmbeddingsV4Model"},
+    "single_vector_pool_strategy": "mean",
+    "multi_vector_projector_dim": 8,
+    "matryoshka_dims": [16, 32, 64],
+    "task_names": list(TASKS),
+    "truncate_dim": None,
+    "_attn_implementation": "sdpa",
+}
+PROJECTIONS = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
+RANK, ALPHA = 4, 6
+
+
+def jina_factors(case: OldCase) -> dict[str, np.ndarray]:
+    """By the keys of adapter_model.safetensors, whose header public code has written down."""
+    rng, found = np.random.default_rng(5), {}
+    layers = case.torch_model.model.language_model.layers
+    for i, projection, task in itertools.product(range(len(layers)), PROJECTIONS, TASKS):
+        rows, columns = layers[i].get_submodule(projection).weight.shape
+        start = f"base_model.model.model.language_model.layers.{i}.{projection}"
+        for factor, shape in (("A", (RANK, columns)), ("B", (rows, RANK))):
+            array = rng.standard_normal(shape).astype(np.float32) * 0.1
+            found[f"{start}.lora_{factor}.{task}.weight"] = array
+    for task, (factor, shape) in itertools.product(
+        TASKS, {"A": (RANK, 64), "B": (8, RANK)}.items()
+    ):
+        key = f"base_model.model.multi_vector_projector.lora_{factor}.{task}.weight"
+        found[key] = np.ones(shape, np.float32)
+    return found
+
+
+@pytest.fixture(scope="module")
+def jina(old: Callable[[str], OldCase], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in that layout: the decoder's fields twice, no model_type, three adapters."""
+    case, folder = old("qwen2.5"), tmp_path_factory.mktemp("jina")
+    raw = json.loads((case.folder / "config.json").read_text())
+    text = raw["text_config"]
+    rope = text.pop("rope_parameters")
+    text["rope_scaling"] = {"type": "default", "rope_type": "default",
+                            "mrope_section": rope["mrope_section"]}  # fmt: skip
+    text["rope_theta"] = rope["rope_theta"]
+    copies = {name: x for name, x in text.items() if name not in ("model_type", "vocab_size")}
+    del raw["model_type"]
+    (folder / "config.json").write_text(json.dumps({**copies, **raw, **JINA}))
+    tensors = safetensors.numpy.load_file(case.folder / "model.safetensors")
+    tensors["multi_vector_projector.weight"] = np.ones((8, 64), np.float32)
+    tensors["multi_vector_projector.bias"] = np.ones(8, np.float32)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    for file in case.folder.glob("*token*"):
+        (folder / file.name).symlink_to(file)
+    (folder / "adapters").mkdir()
+    factors = jina_factors(case)
+    safetensors.numpy.save_file(factors, folder / "adapters" / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "FEATURE_EXTRACTION",
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "lora_dropout": 0.1,
+        "target_modules": "(.*(model).*(down_proj|gate_proj|up_proj|k_proj|q_proj|v_proj|o_proj).*$"
+        "|.*(single_vector_projector|multi_vector_projector).*$)",
+        "exclude_modules": ".*visual.*",
+    }
+    (folder / "adapters" / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_jina_equals_torch(
+    task: str, jina: Path, old: Callable[[str], OldCase], tmp_path: Path
+) -> None:
+    """One adapter by the preset, the mean of states; with its prompts and without its projector."""
+    case = old("qwen2.5")
+    merged = copy.deepcopy(case.torch_model)
+    factors = {name: torch.tensor(array) for name, array in jina_factors(case).items()}
+    for i, layer in enumerate(merged.model.language_model.layers):
+        for projection in PROJECTIONS:
+            start = f"base_model.model.model.language_model.layers.{i}.{projection}"
+            a, b = (factors[f"{start}.lora_{factor}.{task}.weight"] for factor in "AB")
+            layer.get_submodule(projection).weight.data += ALPHA / RANK * b @ a
+    case, image = dataclasses.replace(case, torch_model=merged), IMAGES[0]
+    start, end = "<|im_start|>user\n", "Describe the image.<|im_end|>\n"
+    own = case.torch_states(f"{start}<image>{end}", image)
+    before, after = (len(case.tokenizer(text)["input_ids"]) for text in (start, end))
+    said = "Query" if task == "text-matching" else "Passage"
+    states = [case.torch_states(f"{said}: {TEXTS[0]}"), own[before : len(own) - after]]
+    means = torch.stack([one.mean(0) for one in states])
+    theirs = torch.nn.functional.normalize(means, dim=-1).numpy()
+    name = None if task == "retrieval" else f"jina-embeddings-v4-{task}"
+    limits = {"min_pixels": 4 * 64, "max_pixels": MAX_TOKENS * 64}
+    model = E5V.from_pretrained(jina, dtype="float32", preset=name, **limits)
+    assert model.preset.adapter == task
+    assert difference(model.encode([TEXTS[0], image]), theirs) <= 1e-5
+    if task == "code":  # converted, the folder keeps all three, and the preset that was told
+        convert(Args(src=str(jina), dst=tmp_path / "ours", preset=name))
+        again = E5V.from_pretrained(tmp_path / "ours", dtype="float32", **limits)
+        assert again.preset.name == name
+        assert difference(again.encode(TEXTS[:1]), theirs[:1]) <= 1e-5
+        export(ExportArgs(tmp_path / "ours", tmp_path / "theirs"))
+        raw = json.loads((tmp_path / "theirs" / "config.json").read_text())
+        assert raw["architectures"] == ["Qwen2_5_VLForConditionalGeneration"]
+        assert raw["model_type"] == "qwen2_5_vl" and not raw.keys() & (
+            JINA.keys() - {"architectures", "_attn_implementation"}
+        )
+        exported = open_source(tmp_path / "theirs")
+        weights = dict(merged.model.language_model.named_parameters())
+        row = "language_model.layers.1.mlp.up_proj.kernel"
+        (found,) = exported.read([row])
+        np.testing.assert_allclose(
+            found.T, weights["layers.1.mlp.up_proj.weight"].detach(), atol=1e-6
+        )
+    if task == "retrieval":
+        convert(Args(src=str(jina), dst=tmp_path / "merged", merge=True))
+        again = E5V.from_pretrained(tmp_path / "merged", dtype="float32", **limits)
+        assert not (tmp_path / "merged" / "adapter").exists()
+        assert difference(again.encode(TEXTS[:1]), theirs[:1]) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"truncate_dim": 16}, "truncate_dim is 16: only None is supported"),
+        (
+            {"single_vector_pool_strategy": "last"},
+            "single_vector_pool_strategy is 'last': only 'mean'",
+        ),
+        (
+            {"single_vector_projector_dim": 16},
+            "single_vector_projector_dim is 16: this field is not",
+        ),
+        ({"hidden_size": 32}, "hidden_size is 32, but text_config has 64: make them agree"),
+        ({"rope_theta": 5.0}, "rope_theta is 5.0, but text_config has 50000.0: make them agree"),
+        ({"model_type": "jina_embeddings_v4"}, "unsupported architecture 'JinaEmbeddingsV4Model'"),
+    ],
+)
+def test_jina_configurations_that_are_refused(
+    changes: dict[str, Any], message: str, jina: Path, tmp_path: Path
+) -> None:
+    raw = {**json.loads((jina / "config.json").read_text()), **changes}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "model.safetensors").symlink_to(jina / "model.safetensors")
+    with pytest.raises(UnsupportedModelError) as error:
+        open_source(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path}/config.json: {message}")
+
+
+def test_adapters_of_jina_that_are_not_told(jina: Path, tmp_path: Path) -> None:
+    """Another preset has no say in which of them is taken; and they must be there."""
+    with pytest.raises(ValueError, match=r"by name \(code, retrieval, text-matching\): choose"):
+        E5V.from_pretrained(jina, preset="e5-v")
+    for file in jina.iterdir():
+        if file.name != "adapters":
+            (tmp_path / file.name).symlink_to(file)
+    with pytest.raises(FileNotFoundError, match=f"^{tmp_path}/adapters: neither a PEFT adapter"):
+        E5V.from_pretrained(tmp_path)
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 CONFIGS: list[tuple[str, dict[str, Any], str]] = [
@@ -481,6 +649,94 @@ def test_configurations_that_are_refused(
     with pytest.raises(ValueError, match=re.escape(message)) as error:
         open_source(tmp_path)
     assert "\n" not in str(error.value)
+
+
+LISTED = {*layouts._NOT_NEEDED, *layouts._OMNI_NOT_NEEDED, *vision_config._NOT_NEEDED}
+TOGETHER = {"use_sliding_window", "sliding_window", "max_window_layers"}  # none alone says a window
+# What a message about a field may name in its place: what follows from it.
+FOLLOWS = {
+    "num_attention_heads": "head_dim",
+    "hidden_size": "head",
+    "embed_dim": "out_hidden_size",
+    "rope_theta": "rope",
+    "depth": "fullatt_block_indexes",
+    "model_type": "unsupported architecture 'another'",
+}
+
+
+def changed(value: Any) -> Any:
+    """Another value of the same kind."""
+    match value:
+        case bool():
+            return not value
+        case int() | float():
+            return 2 * value
+        case list():
+            return value[:-1]
+        case dict():
+            return {"0": "a", "1": "b"}
+        case None:
+            return 7
+    return "another"
+
+
+def parts_of(raw: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every object in a configuration that has fields to change, by its dotted name."""
+    yield "", raw
+    for name, value in raw.items():
+        if isinstance(value, dict) and name not in ("id2label", "label2id", "audio_config"):
+            yield from ((f"{name}.{part}".rstrip("."), x) for part, x in parts_of(value))
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "qwen3_vl"])
+def test_no_field_is_ignored_in_silence(kind: str) -> None:
+    """Each that transformers' class has, changed alone, is followed, refused by name or listed."""
+    recipes = {recipe.kind: recipe for recipe in reversed(RECIPES.values())}
+    hf = recipes[kind].config() if kind in recipes else QwenRecipe().config()
+    saved, full = json.loads(hf.to_json_string()), json.loads(json.dumps(hf.to_dict()))
+
+    def read(raw: dict[str, Any]) -> Any:
+        return find_family(raw).read_config(raw)
+
+    usual, outcomes = read(saved), Counter()
+    for part, fields in parts_of(full):
+        for name, value in fields.items():
+            if isinstance(value, dict) and name not in ("id2label", "label2id"):
+                continue
+            raw = copy.deepcopy(saved)
+            place = raw
+            for key in filter(None, part.split(".")):
+                place = place.setdefault(key, {})
+            place[name] = changed(value)
+            where = f"{part}.{name}".lstrip(".")
+            try:
+                same = read(raw) == usual
+            except Exception as error:  # of transformers, many types
+                assert name in str(error) or FOLLOWS.get(name, "?") in str(error), (where, error)
+                outcomes["refused"] += 1
+                continue
+            listed = {
+                *LISTED,
+                *TOGETHER,
+                *(layouts._TEXT_NOT_NEEDED if "vision" not in part else ()),
+            }
+            listed -= set() if part else set(layouts.TOKENS)
+            assert not same or name in listed, where
+            outcomes["listed" if same else "followed"] += 1
+    print(kind, dict(outcomes))
+    assert min(outcomes[name] for name in ("refused", "followed", "listed")) >= 10
+    for part in ("", "text_config.", "vision_config."):
+        raw = copy.deepcopy(saved)
+        (raw[part[:-1]] if part else raw)["new"] = 3
+        with pytest.raises(
+            UnsupportedModelError, match=f"^{part}new is 3: this field is not known"
+        ):
+            read(raw)
+    if kind != "qwen3_vl":
+        raw = copy.deepcopy(saved)
+        raw["text_config"] |= {"use_sliding_window": True, "sliding_window": 9, "layer_types": None,
+                               "max_window_layers": 0}  # fmt: skip
+        assert read(raw).text.sliding_window == 9
 
 
 def test_moca_is_refused_by_its_name() -> None:

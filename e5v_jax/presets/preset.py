@@ -59,6 +59,8 @@ class Preset:
     max_pixels: int | None = None
     """Of images of any size; None: what the model folder's image processor says, and without one 4
     tokens to 1,800 on Qwen3-VL, to 1,280 on those before it."""
+    adapter: str | None = None
+    """The one to take of an adapter folder that has several by name."""
     transparency: Literal["drop", "white"] = "drop"
 
     def check_tokens(self, known: Collection[str]) -> None:

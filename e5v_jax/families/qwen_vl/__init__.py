@@ -1,7 +1,8 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: towers of native resolution, decoders with M-RoPE."""
 
 from e5v_jax.families.base import Family
-from e5v_jax.families.qwen_vl.config import QwenVLConfig, exported_config
+from e5v_jax.families.qwen_vl.config import QwenVLConfig
+from e5v_jax.families.qwen_vl.layouts import exported_config
 from e5v_jax.families.qwen_vl.model import build, example_batch, image_cost
 from e5v_jax.families.qwen_vl.parameters import parameters
 from e5v_jax.families.qwen_vl.preprocessor import check_preprocessor, match_preprocessor
