@@ -53,7 +53,7 @@ def test_text(tmp_path: Path) -> None:
     )
 
 
-def test_qwen3_vl(tmp_path: Path) -> None:
+def test_qwen3_vl(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """transformers' processor of it needs torchvision, which is not here: ids and its file only."""
     recipe = QwenRecipe(
         {"num_hidden_layers": 2, "vocab_size": 263}, {"depth": 2, "deepstack_visual_indexes": [0]}
@@ -75,6 +75,13 @@ def test_qwen3_vl(tmp_path: Path) -> None:
     settings = json.loads((folder / "processor_config.json").read_text())
     Qwen2VLImageProcessorPil(**settings["image_processor"])
     E5V.from_pretrained(folder, preset="qwen3-vl-embedding")  # the file is one that we follow
+    assert "resizes images" not in capsys.readouterr().out
+    size = {"shortest_edge": 4096, "longest_edge": 9999}  # of the folder: the preset goes before it
+    settings["image_processor"]["size"] = size
+    (case.folder / "processor_config.json").write_text(json.dumps(settings))
+    exported(case.folder, tmp_path / "again", "qwen3-vl-embedding")
+    said = "resizes images to 4096 to 9999 pixels, as the folder's image processor says, where here"
+    assert f"{said} they have 4096 to 1843200" in capsys.readouterr().out
 
 
 def test_presets_of_which_images_would_differ(
@@ -91,7 +98,7 @@ def test_presets_of_which_images_would_differ(
     assert refused == {
         *("vlm2vec-llava-next", "bge-vl-mllm"),
         *("gme-qwen2-vl", "vlm2vec-v2.0", "lamra-ret", "unite-qwen2-vl"),
-        "jina-embeddings-v4",
+        *("jina-embeddings-v4", "jina-embeddings-v4-code", "jina-embeddings-v4-text-matching"),
     }
     folder = exported(llava("llama-gqa").folder, tmp_path, "bge-vl-mllm")
     assert "nothing for sentence-transformers: the preset bge-vl-mllm" in capsys.readouterr().out

@@ -15,6 +15,7 @@ from rich.progress import track
 from e5v_jax import cli
 from e5v_jax.atomic import check_new, new_folder
 from e5v_jax.checkpoints import converted
+from e5v_jax.checkpoints.adapters import carried_adapter
 from e5v_jax.checkpoints.finite import cast
 from e5v_jax.checkpoints.hf_source import HfSource, open_source, resolve
 from e5v_jax.checkpoints.peft import ADAPTER_FILES, Adapter, read_adapter, read_merged
@@ -36,7 +37,8 @@ class Args:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Storage dtype of the weights; auto keeps the source's."""
     adapter: Path | None = None
-    """PEFT LoRA folder to carry along (applied whenever the model is loaded)."""
+    """PEFT LoRA folder to carry along (applied whenever the model is loaded); jina-embeddings-v4's
+    own is carried without this."""
     merge: bool = False
     """Merge the adapter into the weights instead of carrying it."""
     revision: str | None = None
@@ -65,8 +67,6 @@ def write_unused(folder: Path, source: HfSource, dtype: np.dtype[Any]) -> None:
 
 def convert(args: Args) -> None:
     """Convert; ``args.dst`` appears only when whole. Raises ValueError or OSError, saying why."""
-    if args.merge and args.adapter is None:
-        raise cli.UsageError("--merge: needs --adapter")
     if args.preset is not None:
         try:
             check_preset(args.preset)
@@ -77,6 +77,9 @@ def convert(args: Args) -> None:
     if converted.is_converted(path):
         raise ValueError(f"{path}: already a converted folder")
     source = open_source(path)
+    lora = args.adapter or carried_adapter(path, source)
+    if args.merge and lora is None:
+        raise cli.UsageError("--merge: needs --adapter")
     tokenizer = load_tokenizer(path)  # before the weights: what is bad is found in seconds
     size = len(tokenizer)
     config = source.match_tokenizer(tokenizer)
@@ -86,7 +89,7 @@ def convert(args: Args) -> None:
         encode_batch(tokenizer, [f"A dog.{last or ''}"], last_token=last)  # what is around a prompt
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    adapter = None if args.adapter is None else read_adapter(args.adapter, source.table)
+    adapter = None if lora is None else read_adapter(lora, source.table, preset.adapter)
     dtype = source.dtype() if args.dtype == "auto" else np.dtype(args.dtype)
     with new_folder(args.dst) as folder:
         groups = _read_groups(source, dtype, adapter if args.merge else None)
@@ -95,9 +98,9 @@ def convert(args: Args) -> None:
         copy_named(path, folder)
         if path.is_file() or len(tokenizer) != size:  # a GGUF file's, or with tokens it lacked
             tokenizer.save_pretrained(folder)
-        if args.adapter is not None and not args.merge:
+        if lora is not None and not args.merge:
             (folder / "adapter").mkdir()  # without a training checkpoint's optimizer and the like
-            copy_named(args.adapter, folder / "adapter", ADAPTER_FILES)
+            copy_named(lora, folder / "adapter", ADAPTER_FILES)
         (folder / "hf_config.json").write_text(json.dumps(source.raw_config, indent=1) + "\n")
         info = converted.ConvertedInfo(
             format_version=converted.FORMAT_VERSION,

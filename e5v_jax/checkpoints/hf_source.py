@@ -14,7 +14,7 @@ from e5v_jax.checkpoints.json_file import read_json
 from e5v_jax.checkpoints.names import map_keys
 from e5v_jax.checkpoints.preprocessor import match_preprocessor
 from e5v_jax.checkpoints.safetensors_file import SafetensorsFolder
-from e5v_jax.families import find_family
+from e5v_jax.families import find_family, with_model_type
 from e5v_jax.nn.config import UnsupportedModelError
 from e5v_jax.storage import as_path, check_reachable, in_bucket
 
@@ -32,7 +32,8 @@ class HfSource:
             ValueError: an invalid configuration, a key that no row knows or that is one too many,
                 a missing key or a wrong shape or dtype, by its name in the checkpoint.
         """
-        self.path, self.tensors, self.raw_config = path, tensors, raw_config
+        self.path, self.tensors = path, tensors
+        self.raw_config = raw_config = with_model_type(raw_config)
         classes = raw_config.get("architectures")
         self.known_as = (str(path), *(map(str, classes) if isinstance(classes, list) else ()))
         file = path / "config.json" if path.is_dir() else path

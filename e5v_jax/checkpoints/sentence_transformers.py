@@ -6,6 +6,7 @@ same files.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,16 +84,34 @@ def write_sentence_transformers(folder: Path, source: ConvertedFolder) -> list[s
         },
         "2_Normalize/config.json": {},
     }
-    if images and not any((folder / file).is_file() for file in FILES):
+    brought = any((folder / file).is_file() for file in FILES)
+    if images and not brought:
         contents[FILES[1]] = source.family.hf_processor(source.config, preset)
     for file, content in contents.items():
         (folder / file).parent.mkdir(exist_ok=True)
         (folder / file).write_text(json.dumps(content, indent=2) + "\n")
     (folder / "chat_template.json").unlink(missing_ok=True)  # the source's, of another use
     (folder / "chat_template.jinja").write_text(template)
+    notes = []
     if images and preset.transparency == "white":
-        return ["sentence-transformers drops transparency, where here it becomes white"]
-    return []
+        notes.append("sentence-transformers drops transparency, where here it becomes white")
+    if images and brought and (differing := _size_limits(source, preset)):
+        notes.append(differing)
+    return notes
+
+
+def _size_limits(source: ConvertedFolder, preset: Preset) -> str | None:
+    """What to say of a preset's least and most pixels, if they go before those of the folder."""
+    followed, of_folder = (
+        source.family.hf_processor(source.config, one)["image_processor"]["size"]
+        for one in (preset, replace(preset, min_pixels=None, max_pixels=None))
+    )
+    if followed == of_folder:
+        return None
+    return (
+        "sentence-transformers resizes images to {} to {} pixels, as the folder's image processor "
+        "says, where here they have {} to {}".format(*of_folder.values(), *followed.values())
+    )
 
 
 def check_steps(preset: Preset) -> None:
@@ -101,7 +120,10 @@ def check_steps(preset: Preset) -> None:
     Raises ValueError: names the preset and the step.
     """
     for step, is_there in (
-        ("resizes images before the processor does", preset.resize or preset.first_pixels),
+        (
+            "resizes images before the processor does",
+            preset.resize or preset.resize_below or preset.first_pixels,
+        ),
         ("numbers the tokens of an image one after the other", preset.positions == "1d"),
         ("takes the mean of an image's tokens alone", preset.pooling == "mean"),
     ):

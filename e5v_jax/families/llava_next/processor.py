@@ -56,12 +56,12 @@ class LlavaNextProcessor(TextProcessor):
 
     def measure_image(self, size: Size) -> tuple[int, int]:
         """(tokens, tiles) of an image of ``size`` (height, width) pixels."""
-        return measure_image(self.config, self.preset.resize or size)
+        return measure_image(self.config, self.preset.first_size(size) or size)
 
     @property
     def load(self) -> Callable[[Measured], Any]:
         """See :attr:`e5v_jax.families.base.Processor.load`."""
-        return partial(load, config=self.config, resize=self.preset.resize)
+        return partial(load, config=self.config, preset=self.preset)
 
     def padded_length(self, length: int, shape_key: int) -> int:
         """See :meth:`e5v_jax.families.base.Processor.padded_length`."""
@@ -107,10 +107,11 @@ def image_shape(config: LlavaNextConfig, size: Size, beside: int) -> tuple[int, 
     return bucket_length(tokens + beside, IMAGE_BUCKETS), tiles
 
 
-def load(item: Measured, config: LlavaNextConfig, resize: Size | None) -> Prepared | list[int]:
+def load(item: Measured, config: LlavaNextConfig, preset: Preset) -> Prepared | list[int]:
     """Decode, resize and tile an input's image, if any. Raises ValueError: it cannot be decoded."""
-    if item.image is None:
+    if item.image is None or item.image_size is None:
         return item.ids
+    resize = preset.first_size(item.image_size)
     vision, pinpoints = config.vision, config.image_grid_pinpoints
     tiled = tile_image(
         load_image(item.image, resize), image_size=vision.image_size, grid_pinpoints=pinpoints

@@ -38,7 +38,8 @@ _TEXT_LENGTHS = (16, 32, *(size * 2**power for power in range(4, 14) for size in
 MIN_TOKENS = 4
 MAX_TOKENS, OLD_MAX_TOKENS = 1800, 1280
 """Of an image: of Qwen3-VL as its authors' scripts have it, of those before it as transformers'
-image processor has it by default; a preset may say otherwise, in pixels."""
+image processor has it by default. The model folder's image processor may say otherwise, in pixels,
+and a preset goes before that."""
 _BESIDE = (0, 32, 96, 224, 480, *(2**power for power in range(10, 15)))
 """The same of the tokens beside an image's, those of its bare prompt not counted."""
 _FINE = 512  # positions up to which they are a multiple of 16, else of 128
@@ -68,7 +69,9 @@ class QwenVLProcessor(TextProcessor):
         template: str | None = None,
         preset: Preset = E5_V,
     ) -> None:
-        """Raise ValueError: the template cannot be told, or as :func:`match_tokenizer`."""
+        """Raise ValueError: the template cannot be told, or a least size of images is no less than
+        the most, or as :func:`match_tokenizer`.
+        """
         super().__init__(match_tokenizer(config, tokenizer), tokenizer, template, preset)
         self.image_text = preset.image_text or type(self).image_text
         self.resize = _resize(config, preset)
@@ -76,7 +79,8 @@ class QwenVLProcessor(TextProcessor):
 
     def measure_image(self, size: Size) -> tuple[int, int]:
         """(tokens, padded patches) of an image of ``size`` (height, width) pixels."""
-        patches, bucket = _count_patches(self.config, self.preset.resize or size, self.resize)
+        size = self.preset.first_size(size) or size
+        patches, bucket = _count_patches(self.config, size, self.resize)
         return patches // self.config.vision.merged, bucket
 
     @property
@@ -147,10 +151,14 @@ def image_shape(config: QwenVLConfig, size: Size, beside: int) -> tuple[int, int
 
 
 def pixel_limits(config: QwenVLConfig, preset: Preset) -> tuple[int, int]:
-    """Least and most pixels of an image."""
+    """Least and most pixels of an image. Raises ValueError: no number of pixels is within both."""
     token = config.vision.factor**2  # pixels
     most = MAX_TOKENS if config.vision.model_type == QWEN3 else OLD_MAX_TOKENS
-    return preset.min_pixels or MIN_TOKENS * token, preset.max_pixels or most * token
+    least = preset.min_pixels or config.min_pixels or MIN_TOKENS * token
+    most = preset.max_pixels or config.max_pixels or most * token
+    if least > most:  # one may be an option's, the other the folder's
+        raise ValueError(f"min_pixels {least}: expected at most max_pixels, {most}")
+    return least, most
 
 
 def _resize(config: QwenVLConfig, preset: Preset) -> Callable[[Size], list[Size]]:
@@ -187,12 +195,13 @@ def load(
     item: Measured, config: QwenVLConfig, preset: Preset, resize: Callable[[Size], list[Size]]
 ) -> Prepared | list[int]:
     """Decode, resize and cut an input's image, if any. Raises ValueError: it cannot be decoded."""
-    if item.image is None:
+    if item.image is None or item.image_size is None:
         return item.ids
     vision = config.vision
-    image = load_image(item.image, preset.resize, transparency=preset.transparency)
+    first_size = preset.first_size(item.image_size)
+    image = load_image(item.image, first_size, transparency=preset.transparency)
     size = (image.height, image.width)
-    if preset.resize is None and size != item.image_size:
+    if first_size is None and size != item.image_size:
         raise ValueError(
             f"the image's header says {item.image_size} (height, width), its data {size}: save it "
             "again"
