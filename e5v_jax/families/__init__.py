@@ -19,6 +19,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": TEXT,
     "qwen3": TEXT,
     "llava_next": LLAVA_NEXT,
+    "llava_onevision": LLAVA_NEXT,
     "llava": LLAVA_NEXT,
     "llava_llama": LLAVA_NEXT,
     "llava_mistral": LLAVA_NEXT,
