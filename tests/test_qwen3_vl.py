@@ -519,7 +519,7 @@ def test_image_processors(
     assert (config.min_pixels, config.max_pixels) == (65536, 16777216)
     if message is None:
         QWEN_VL.check_preprocessor(config, settings)
-        with pytest.raises(UnsupportedModelError, match=r"say 65536 to 16777216 pixels, but"):
+        with pytest.raises(UnsupportedModelError, match=r"say 65536 to 16777216 pixels, where"):
             QWEN_VL.check_preprocessor(qwen("tied").e5v.config, settings)
         return
     with pytest.raises(UnsupportedModelError, match=message):
