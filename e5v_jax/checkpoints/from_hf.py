@@ -65,6 +65,42 @@ def write_unused(folder: Path, source: HfSource, dtype: np.dtype[Any]) -> None:
         write_file(folder / "unused.safetensors", specs, arrays)
 
 
+def write_source(
+    folder: Path,
+    source: HfSource,
+    config: Any,
+    dtype: np.dtype[Any],
+    adapter: Adapter | None = None,
+    *,
+    name: str,
+    preset: str,
+    revision: str | None = None,
+) -> str:
+    """Write what a converted folder has of ``source``; files beside it are there already.
+
+    ``config`` is the source's, as the tokenizer has it; ``adapter`` is merged; ``name`` and
+    ``revision`` say where the source is from. Returns what was written, in a few words.
+    """
+    content_hash, shapes = converted.write_params(folder, _read_groups(source, dtype, adapter))
+    write_unused(folder, source, dtype)
+    (folder / "hf_config.json").write_text(json.dumps(source.raw_config, indent=1) + "\n")
+    info = converted.ConvertedInfo(
+        format_version=converted.FORMAT_VERSION,
+        model_type=source.raw_config["model_type"],
+        model=asdict(config),
+        source=name,
+        revision=revision,
+        dtype=dtype.name,
+        content_hash=content_hash,
+        parameters=shapes,
+        preset=preset,
+    )
+    converted.write_info(folder, info)
+    write_checksums(folder)
+    count = sum(math.prod(shape) for shape in shapes.values())
+    return f"{count / 1e6:.1f} M parameters in {dtype.name}, hash {content_hash[:12]}"
+
+
 def convert(args: Args) -> None:
     """Convert; ``args.dst`` appears only when whole. Raises ValueError or OSError, saying why."""
     if args.preset is not None:
@@ -92,28 +128,20 @@ def convert(args: Args) -> None:
     adapter = None if lora is None else read_adapter(lora, source.table, preset.adapter)
     dtype = source.dtype() if args.dtype == "auto" else np.dtype(args.dtype)
     with new_folder(args.dst) as folder:
-        groups = _read_groups(source, dtype, adapter if args.merge else None)
-        content_hash, shapes = converted.write_params(folder, groups)
-        write_unused(folder, source, dtype)
         copy_named(path, folder)
         if path.is_file() or len(tokenizer) != size:  # a GGUF file's, or with tokens it lacked
             tokenizer.save_pretrained(folder)
         if lora is not None and not args.merge:
             (folder / "adapter").mkdir()  # without a training checkpoint's optimizer and the like
             copy_named(lora, folder / "adapter", ADAPTER_FILES)
-        (folder / "hf_config.json").write_text(json.dumps(source.raw_config, indent=1) + "\n")
-        info = converted.ConvertedInfo(
-            format_version=converted.FORMAT_VERSION,
-            model_type=source.raw_config["model_type"],
-            model=asdict(config),
-            source=Path(args.src).name if path.is_file() else args.src,
-            revision=args.revision,
-            dtype=dtype.name,
-            content_hash=content_hash,
-            parameters=shapes,
+        written = write_source(
+            folder,
+            source,
+            config,
+            dtype,
+            adapter if args.merge else None,
+            name=Path(args.src).name if path.is_file() else args.src,
             preset=preset.name,
+            revision=args.revision,
         )
-        converted.write_info(folder, info)
-        write_checksums(folder)
-    count = sum(math.prod(shape) for shape in shapes.values())
-    print(f"{args.dst}: {count / 1e6:.1f} M parameters in {dtype.name}, hash {content_hash[:12]}")
+    print(f"{args.dst}: {written}")

@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -19,12 +19,26 @@ from e5v_jax.nn.config import UnsupportedModelError
 from e5v_jax.storage import as_path, check_reachable, in_bucket
 
 
+class Tensors(Protocol):
+    """Arrays under Hugging Face keys, as torch has them, each read when it is asked for."""
+
+    def keys(self) -> list[str]:
+        """All keys."""
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of one tensor."""
+
+    def dtype(self, key: str) -> np.dtype[Any]:
+        """Dtype of one tensor. Raises ValueError: not a dtype of weights."""
+
+    def read(self, key: str) -> np.ndarray:
+        """One tensor. Raises ValueError: the file is damaged."""
+
+
 class HfSource:
     """A Hugging Face checkpoint under our names (a :class:`WeightSource`)."""
 
-    def __init__(
-        self, path: Path, tensors: SafetensorsFolder | GGUFTensors, raw_config: dict[str, Any]
-    ) -> None:
+    def __init__(self, path: Path, tensors: Tensors, raw_config: dict[str, Any]) -> None:
         """Map every key of ``path``, and compare every shape with what the configuration asks for.
 
         Raises:
