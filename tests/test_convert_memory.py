@@ -9,6 +9,7 @@ import pytest
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "convert_memory.py"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in KiB on Linux only")
 def test_peak_memory_of_a_conversion(tmp_path: Path) -> None:
     """0.88 GB of weights within 0.94 GB, of which Python and its libraries take 0.5 GB."""

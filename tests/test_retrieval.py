@@ -333,7 +333,7 @@ def test_texts_are_checked_before_the_model_is_loaded(
     """By its own tokenizer; a drawn caption may say anything."""
     write_set(tmp_path)
     captions = tmp_path / "captions.jsonl"
-    captions.write_text(captions.read_text().replace("picture 2, told way 3", "a \\ud83d here"))
+    captions.write_text(captions.read_text().replace("picture 2, told way 3", "a <|eot_id|> here"))
 
     def load(*_: Any, **__: Any) -> None:
         raise RuntimeError("loaded")
@@ -343,21 +343,23 @@ def test_texts_are_checked_before_the_model_is_loaded(
     args = EvaluateConfig(model=folder, data=tmp_path, tasks="i2i-retrieval")
     with pytest.raises(RuntimeError, match="loaded"):
         evaluate(args)
-    message = r"captions\.jsonl, row 3: the text contains the lone surrogate '\\ud83d'"
+    message = r"captions\.jsonl, row 3: the text contains '<\|eot_id\|>' \(at character 2\), which"
     with pytest.raises(ValueError, match=message):
         evaluate(replace(args, tasks="i2i-retrieval,retrieval"))
     with pytest.raises(ValueError, match=message):
         analyse(AnalyseArgs(model=folder, data=tmp_path, output=tmp_path / "out"))
     write_years(tmp_path)
     file = tmp_path / "STS" / "STSBenchmark" / "sts-test.csv"
-    file.write_text(file.read_text().replace("d e", " "))
-    with pytest.raises(ValueError, match=r"sts-test\.csv, row 2: empty sentence"):
+    file.write_text(file.read_text().replace("d e", "d </s>"))
+    with pytest.raises(ValueError, match=r"sts-test\.csv, row 2: the text contains '</s>' \(at"):
         evaluate(replace(args, tasks="stsb"))
     composed = {"cirr": write_cirr(tmp_path), "fashioniq-dress": write_fashioniq(tmp_path)}
     for task, root in composed.items():
         (file,) = root.glob(f"{task.partition('-')[0]}/captions/cap*.json")
-        file.write_text(file.read_text().replace(" 7", " \\ud83d"))
-        with pytest.raises(ValueError, match=r"query 7: the text contains the lone surrogate"):
+        file.write_text(file.read_text().replace(" 7", " <image>"))
+        with pytest.raises(
+            ValueError, match=r"query 7: the text contains '<image>' \(at character"
+        ):
             evaluate(replace(args, tasks=task))
 
 

@@ -27,9 +27,8 @@ pytestmark = [
         reason="libtpu is not installed: pip install -e '.[tpu]'",
     ),
 ]
-# The recipe's dropout adds no matmul and doubles the time to compile: both are seen, one of them by
-# `make test`.
-DROPOUT = pytest.mark.parametrize("dropout", ["0.0", pytest.param("0.05", marks=pytest.mark.slow)])
+# The recipe's dropout adds no matmul and doubles the time to compile: both are seen.
+DROPOUT = pytest.mark.parametrize("dropout", ["0.0", "0.05"])
 TRAIN = ["train", "--model", "e5v-llama3-8b"]
 ENCODE = ["encode", "--model", "e5-v"]
 
@@ -56,12 +55,10 @@ def assert_estimate_agrees(report: dict[str, Any], *flags: str) -> None:
     assert estimate["flops"] == pytest.approx(report["flops"], rel=0.01)
 
 
-# A compilation takes minutes: one training step and one encoder in `make test`, the rest is slow.
+# A compilation takes minutes: one encoder is in `make test`, the rest is slow.
+@pytest.mark.slow
 @DROPOUT
-@pytest.mark.parametrize(
-    ("topology", "chips"),
-    [("v5p:2x2x4", 16), pytest.param("v5e:4x8", 32, marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize(("topology", "chips"), [("v5p:2x2x4", 16), ("v5e:4x8", 32)])
 def test_paper_recipe_on_a_slice(topology: str, chips: int, dropout: str) -> None:
     flags = ["--lora.dropout", dropout]
     report = dry_run(TRAIN, "--topology", topology, *flags)

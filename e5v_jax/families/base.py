@@ -109,6 +109,9 @@ class Processor(Protocol):
     def check_text(self, text: str, *, special_tokens: SpecialTokens = "text") -> None:
         """Refuse a text that :meth:`measure` refuses as such. Raises ValueError: why."""
 
+    def fill(self, prompts: PromptChoice, text: str | None, *, has_image: bool) -> str:
+        """The string to tokenise for one input, of checked text; raises ValueError: no prompt."""
+
     def longest(self, max_length: int | None) -> int:
         """Most tokens of an input. Raises ValueError: ``max_length`` is more than the model's."""
 
@@ -168,6 +171,8 @@ class Family:
     """The configuration with what an image processor's settings say of the model."""
     check_preprocessor: Callable[[Any, dict[str, Any]], None] = lambda *_: None
     """Refuses, by name, settings of an image processor that the processor does not follow."""
+    hf_processor: Callable[[Any, Preset], dict[str, Any]] = lambda *_: {}
+    """The ``processor_config.json`` of transformers' processor, for a source without any."""
     image_shape: Callable[[Any, Size, int], tuple[int, int]] = lambda *_: (0, 0)
     """``(config, (height, width) in pixels, tokens beside the image) -> (padded positions, shape
     key)`` of an input with such an image; raises ValueError: none of this size."""

@@ -93,6 +93,7 @@ def set_up(cfg: TrainConfig, base: ConvertedFolder, triplets: TrainingPairs) -> 
             "convert the model again with --adapter and --merge"
         )
     preset = find_preset(cfg.data.preset, *base.known_as, str(cfg.model))
+    preset = preset.with_pixels(cfg.data.min_pixels, cfg.data.max_pixels)
     processor = base.family.processor(
         base.config, load_tokenizer(cfg.model), cfg.data.template, preset
     )

@@ -31,9 +31,9 @@ from e5v_jax.prompts import (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Filled:
-    """An input inside its prompt, before and after the prompt is tokenised."""
+    """An input inside its prompt, which is tokenised later."""
 
     position: int  # in the call
     text: str | None
@@ -140,6 +140,10 @@ class TextProcessor:
             self.check_text(text, special_tokens=prompts.special_tokens)
         return position, text, image
 
+    def fill(self, prompts: PromptChoice, text: str | None, *, has_image: bool) -> str:
+        """See :meth:`e5v_jax.families.base.Processor.fill`."""
+        return prompts.fill(text, has_image=has_image, template=self._chat, image=self.image_text)
+
     def _fill(self, prompts: PromptChoice, position: int, text: str | None, image: Any) -> _Filled:
         string, literal = self._insert(prompts, text, has_image=image is not None)
         size = None if image is None else image_size(image)
@@ -150,18 +154,19 @@ class TextProcessor:
         self, prompts: PromptChoice, text: str | None, *, has_image: bool
     ) -> tuple[str, bool]:
         """What is tokenised for an input, and whether by ``self._literal``: marked for it."""
-        around = (has_image, self._chat, self.image_text)
         if text is None:
-            return _fill_prompt(prompts, None, *around), False
+            return self.fill(prompts, None, has_image=has_image), False
         try:
-            frame = _frame(prompts, *around)
+            frame = _frame(prompts, has_image, self._chat, self.image_text)
         except ValueError:
-            _fill_prompt(prompts, text, *around)  # the same, and names the text
+            self.fill(prompts, text, has_image=has_image)  # the same, and names the text
             raise
         string = prompts.insert(frame, text)
-        marked = prompts.insert(self._literal.mark(frame), text)
-        literal = self._literal.is_needed(string, marked)
-        return marked if literal else string, literal
+        if self._literal.may_name(frame, text):
+            marked = prompts.insert(self._literal.mark(frame), text)
+            if self._literal.is_needed(string, marked):
+                return marked, True
+        return string, False
 
     def _tokenise(self, rows: Iterable[_Filled]) -> list[_Filled]:
         """Give rows their ids."""
@@ -175,7 +180,7 @@ class TextProcessor:
                 literal=self._literal if literal else None,
             )
             for i, ids in zip(chosen, all_ids, strict=True):
-                rows[i] = replace(rows[i], ids=ids)
+                rows[i].ids = ids
         return rows
 
     def _truncate(self, prompts: PromptChoice, rows: list[_Filled]) -> list[_Filled]:
@@ -264,16 +269,10 @@ class TextProcessor:
         return TextBatch(input_ids, last_index, first_index)
 
 
-def _fill_prompt(
-    prompts: PromptChoice, text: str | None, has_image: bool, template: str, image: str
-) -> str:
-    return prompts.fill(text, has_image=has_image, template=template, image=image)
-
-
 @lru_cache(maxsize=64)  # many texts have one
-def _frame(prompts: PromptChoice, *around: Any) -> str:
+def _frame(prompts: PromptChoice, has_image: bool, template: str, image: str) -> str:
     """What stands around a text."""
-    return _fill_prompt(prompts, TEXT_SLOT, *around)
+    return prompts.fill(TEXT_SLOT, has_image=has_image, template=template, image=image)
 
 
 def _cut(text: str, spans: list[tuple[int, int]], kept: int, what: Truncate) -> str:
