@@ -118,12 +118,15 @@ def test_ids_are_those_of_the_segment_alone(name: str, request: pytest.FixtureRe
 
 
 def test_names_that_begin_in_the_prompt(kind: Kind) -> None:
-    """Halves of a name: one in the text, the other in the words around it."""
+    """Parts of a name: one in the text, the others in the words around it."""
     for name in sorted(kind.names)[:40]:
         for cut in range(1, len(name)):
             if not name[cut:].isspace() and name[:cut] not in kind.names:
                 assert not kind.forged([name[cut:]], PromptChoice(f"{name[:cut]}<sent>: "))
                 assert not kind.forged([name[:cut]], PromptChoice(f": <sent>{name[cut:]}"))
+            if name[1:cut].strip():
+                around = PromptChoice(f"{name[0]}<sent>{name[cut:]}")
+                assert not kind.forged([name[1:cut]], around)
 
 
 def test_prompts_keep_their_special_tokens(kind: Kind) -> None:

@@ -35,32 +35,32 @@ def test_what_is_left_is_the_longest_text_that_fits(
     processor, template = make_processor(name, tokenizer), TEMPLATES[KINDS[name]]
     names = special_strings(tokenizer, template)
     rng = np.random.default_rng(len(name))
-    pieces = odd_strings(names, 80, lambda n: int(rng.integers(n)), whole=True)
-    texts = ["x " + "".join(pieces[i : i + 8]) + " y" for i in range(0, 80, 8)]
-    frame = len(processor.measure(["a"], PLAIN)[0].ids)
+    pieces = odd_strings(names, 30, lambda n: int(rng.integers(n)), whole=True)
+    texts = ["x " + "".join(pieces[i : i + 3]) + " y" for i in range(0, 30, 3)]
+    plain = processor.measure(["a"], PLAIN)[0].ids
     special = special_ids(tokenizer)
-    for limit in (frame + 5, frame + 30):
-        prompts = PromptChoice(max_length=limit, truncate=truncate)
-        found = processor.measure(texts, prompts)
-        for text, item, whole in zip(texts, found, processor.measure(texts, PLAIN), strict=True):
+    limits = (len(plain) + 5, len(plain) + 30)
+    found = [
+        processor.measure(texts, PromptChoice(max_length=limit, truncate=truncate))
+        for limit in limits
+    ]
+    for text, whole, *items in zip(texts, processor.measure(texts, PLAIN), *found, strict=True):
+        # every part that may be meant, as the library itself reads it
+        parts = [text[:i] if truncate == "end" else text[i:] for i in range(1, len(text))]
+        parts = [part for part in parts if part.strip()]
+        same = [part.ids for part in processor.measure(parts, PLAIN)]
+        for limit, item in zip(limits, items, strict=True):
             assert item.length == len(item.ids) <= limit
             assert item.truncated == (whole.length > limit)
             if not item.truncated:
                 assert item.ids == whole.ids
                 continue
-            # every part that may be meant, as the library itself reads it
-            ends = range(1, len(text))
-            parts = [text[:i] if truncate == "end" else text[i:] for i in ends]
-            parts = [part for part in parts if part.strip()]
-            same = [ids.ids for ids in processor.measure(parts, PLAIN)]
             assert item.ids in same
-            assert [i for i in item.ids if i in special] == [
-                i for i in processor.measure(["a"], PLAIN)[0].ids if i in special
-            ]
+            assert [i for i in item.ids if i in special] == [i for i in plain if i in special]
             # none is longer by much: a character may be several tokens
             assert max(len(ids) for ids in same if len(ids) <= limit) - len(item.ids) <= 4
-        if limit == frame + 5:
-            assert any(item.truncated for item in found)
+    cut = [sum(item.truncated for item in items) for items in found]
+    assert cut[0] == len(texts) and cut[1] > 1
 
 
 def test_the_prompt_is_never_cut(request: pytest.FixtureRequest) -> None:

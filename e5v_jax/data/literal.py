@@ -3,11 +3,12 @@
 import re
 import secrets
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from e5v_jax.prompts import any_of
+from e5v_jax.prompts import TEXT_SLOT, any_of
 
 NO_TOKEN = -1
 """The id where characters of a text would have become a special token's after all."""
@@ -33,6 +34,9 @@ class LiteralTokenizer:
         backend, added = tokenizer.backend_tokenizer, tokenizer.added_tokens_decoder
         special = {token.content for token in added.values()} & set(special)
         self._special = re.compile(any_of(special) or "(?!)")
+        self._begins = re.compile(any_of({name[0] for name in special}) or "(?!)")
+        self._beginnings = tuple({name[:i] for name in special for i in range(1, len(name))})
+        self._is_open = lru_cache(maxsize=64)(self._leaves_open)  # many texts have one frame
         self._secret = f"{{{secrets.token_hex(8)}}}"
         self._copy = Tokenizer(backend.model)  # the vocabulary is shared
         self._copy.normalizer, self._copy.pre_tokenizer = backend.normalizer, backend.pre_tokenizer
@@ -58,6 +62,18 @@ class LiteralTokenizer:
     def mark(self, frame: str) -> str:
         """``frame``, the words around a text, with the copy's names of special tokens."""
         return self._special.sub(lambda found: self._secret + found.group(), frame)
+
+    def may_name(self, frame: str, text: str) -> bool:
+        """Whether :meth:`is_needed` is worth asking: a name might begin in ``text`` or before it.
+
+        ``frame`` has :data:`e5v_jax.prompts.TEXT_SLOT` for the text.
+        """
+        begins = self._begins.search(text) is not None
+        return begins or self._always or self._is_open(frame)
+
+    def _leaves_open(self, frame: str) -> bool:
+        """Whether the words before a text might be the beginning of a name."""
+        return any(words.endswith(self._beginnings) for words in frame.split(TEXT_SLOT)[:-1])
 
     def is_needed(self, filled: str, marked: str) -> bool:
         """Whether the tokenizer would find a special token that the frame does not say.
