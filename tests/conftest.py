@@ -16,6 +16,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 if TYPE_CHECKING:
     from hf_models import Case
+    from qwen_models import QwenCase
 
 os.environ.setdefault("E5V_COMPILATION_CACHE", "off")  # tests do not write to the home folder
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
@@ -133,6 +134,26 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[str], Case]":
 
     recipes = {**RECIPES, **TOWER_RECIPES}
     return cache(lambda name: build_llava(recipes[name], tmp_path_factory.mktemp(name)))
+
+
+@pytest.fixture(scope="session")
+def qwen(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[str], QwenCase]":
+    """Random tiny Qwen3-VL models by their name in qwen_models, each built once."""
+    from qwen_models import QWEN3_RECIPES, build_qwen3_vl
+
+    @cache
+    def make(name: str) -> "QwenCase":
+        case = build_qwen3_vl(QWEN3_RECIPES[name], tmp_path_factory.mktemp(name), ends=True)
+        case.max_tokens, case.preset = 50, "qwen3-vl-embedding"  # all images in one bucket
+        return case
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def sts_data(shared: Path) -> Path:
+    """SentEval's STS files."""
+    return shared / "data" / "sts"
 
 
 @pytest.fixture(scope="session")
