@@ -105,6 +105,14 @@ class Processor(Protocol):
     template: str  # its name in prompts.TEMPLATES, or that of the preset whose own it is
     shape_unit: str  # what shape keys count, for messages
 
+    @property
+    def end_of_turn(self) -> str | None:
+        """The token that ends what somebody says.
+
+        In the template it is the first control token after the prompt. A template without any has
+        the tokenizer's EOS, or None.
+        """
+
     def check_text(self, text: str) -> None:
         """Refuse a text that :meth:`measure` refuses as such. Raises ValueError: why."""
 
@@ -168,6 +176,9 @@ class Family:
     key)`` of an input with such an image; raises ValueError: none of this size."""
     image_cost: Callable[[Any, int, int, int], ImageCost] = lambda *_: ImageCost(0, 0)
     """``(config, images of a batch, their shape key, bytes of a value) -> ImageCost``."""
+    projector: tuple[str, ...] = ()
+    """What of a model is between the tower and the decoder, which alignment trains; beginnings of
+    paths. Empty: nothing that can be told apart."""
     architectures: Mapping[str, ModelConfig] = field(default_factory=dict)
     """Architectures of known checkpoints by name."""
     checkpoints: Mapping[str, str] = field(default_factory=dict)

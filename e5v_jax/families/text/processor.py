@@ -1,5 +1,6 @@
 """Texts to token sequences; families that embed more build on this."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -88,6 +89,13 @@ class TextProcessor:
         )
         rows = ((*row[:2], ids) for row, ids in zip(filled, all_ids, strict=True))
         return list(tried(rows, self._measure))
+
+    @property
+    def end_of_turn(self) -> str | None:
+        """See :attr:`e5v_jax.families.base.Processor.end_of_turn`."""
+        found = re.search(r"<\|[^|]+\|>", self._chat.partition("{}")[2])
+        eos: str | None = self.tokenizer.eos_token
+        return found.group() if found else eos
 
     def check_text(self, text: str) -> None:
         """See :meth:`e5v_jax.families.base.Processor.check_text`."""
