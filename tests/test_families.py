@@ -61,6 +61,11 @@ BUILDERS: dict[str, Callable[[Path], QwenCase]] = {
         OldRecipe("qwen2_5_vl", _TEXT, {"depth": 2, "fullatt_block_indexes": [1]}, seed=62), folder
     ),
 }
+_OTHERS: dict[str, Callable[[Path], QwenCase]] = {
+    "qwen2-vl": lambda folder: build_old(
+        OldRecipe("qwen2_vl", _TEXT, {"depth": 2}, seed=63), folder
+    )
+}
 ITEMS: list[Any] = [
     "a dog runs",
     picture(30, 50),
@@ -95,7 +100,7 @@ class Place:
 def at(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Place]:
     def make(name: str) -> Place:
         folder = tmp_path_factory.mktemp(name)
-        case = BUILDERS[name](folder / "hf")
+        case = (BUILDERS | _OTHERS)[name](folder / "hf")
         from_hf.convert(from_hf.Args(str(folder / "hf"), folder / "base"))
         write_csv(folder / "data.csv")
         (folder / "photos").mkdir()
@@ -118,7 +123,11 @@ def at(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Place]:
 
 @pytest.mark.parametrize(
     ("name", "quantize"),
-    [("qwen3-vl", None), pytest.param("qwen2.5-vl", "nf4", marks=pytest.mark.slow)],
+    [
+        ("qwen3-vl", None),
+        pytest.param("qwen2.5-vl", "nf4", marks=pytest.mark.slow),
+        pytest.param("qwen2-vl", None, marks=pytest.mark.slow),
+    ],
 )
 def test_training_on_texts(
     name: str, quantize: Quantization | None, at: Callable[[str], Place], tmp_path: Path
@@ -185,10 +194,14 @@ def test_vectors_of_pairs_are_those_of_encode(name: str, at: Callable[[str], Pla
 def test_training_on_images(at: Callable[[str], Place], tmp_path: Path) -> None:
     """Images of different sizes, two at a time: it learns."""
     found = at("qwen3-vl")
-    data = DataConfig(path=(found.folder / "photos" / "pairs.jsonl",))
+    data = DataConfig(path=(found.folder / "photos" / "pairs.jsonl",), max_pixels=48**2)
     cfg = config(found.folder, tmp_path / "run", lora=LORA, batch_size=4, data=data)
     train(replace(cfg, chunk_size=2, num_epochs=4))
     losses = [line["loss"] for line in read_metrics(cfg.output)]
+    base = ConvertedFolder(cfg.model)
+    training = set_up(cfg, base, load_data(data))
+    most = max(item.length for item in training.processor.measure([picture(88, 80)], E5_V.choose()))
+    assert training.feed.lengths[-1] == training.processor.padded_length(most, 64)
     assert len(losses) == 8 and np.mean(losses[-3:]) < np.mean(losses[:3])
 
 

@@ -36,6 +36,7 @@ FLOORS = (  # from low to high; a file imports from its own floor and those belo
     "cli",
     "distributed",
     "lock",
+    "memory",
     "prompts",
     "presets",
     "sharding",

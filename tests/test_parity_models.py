@@ -322,6 +322,7 @@ MODEL_CHANGES: dict[str, list[Any]] = {
     "vision_feature_layer": [-1, -3, (-2, -3), (), (-2, 4), (-2, "1")],
     "image_token_id": [None, 0],
     "image_grid_pinpoints": [((28, 56),), ()],
+    "max_tiles": [1, 0, -1, "2"],
 }
 
 

@@ -382,6 +382,7 @@ def test_names_that_tell() -> None:
             assert find_preset(None, told).name == expected
         assert find_preset("e5-v", name).name == "e5-v"
     for name in PRESETS:  # what a converted folder records
+        assert find_preset(None, name).name == name  # as a converted folder has it
         assert find_preset(None, name, "BAAI/BGE-VL-MLLM-S1", "UniME-LLaVA-1.6-7B").name == name
     assert find_preset(None, "/models/mine", "LLaVANextForEmbedding").name == "bge-vl-mllm"
 

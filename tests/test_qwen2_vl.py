@@ -1,10 +1,13 @@
 """Qwen2-VL, Qwen2.5-VL and Omni's thinker against PyTorch's on random models, and what is new."""
 
+import copy
 import dataclasses
+import itertools
 import json
 import math
 import re
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,8 @@ from flax import nnx
 from hf_models import picture
 from PIL import Image
 from qwen2_models import RECIPES, OldCase, build_old
+from qwen_models import QwenRecipe
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.vision_utils import get_vision_position_ids, get_vision_window_index
 
 from e5v_jax import E5V
@@ -31,8 +36,8 @@ from e5v_jax.dryrun.flops import traced_flops
 from e5v_jax.encode.batching import plan_batches
 from e5v_jax.families import architecture_of, find_family
 from e5v_jax.families.base import BatchShape, Measured
-from e5v_jax.families.qwen_vl import QWEN_VL
-from e5v_jax.families.qwen_vl.patches import window_order
+from e5v_jax.families.qwen_vl import QWEN_VL, layouts, vision_config
+from e5v_jax.families.qwen_vl.patches import cut_patches, window_order
 from e5v_jax.families.qwen_vl.positions import position_ids
 from e5v_jax.families.qwen_vl.presets import ARCHITECTURES
 from e5v_jax.families.qwen_vl.processor import OLD_PATCH_BUCKETS, QwenVLProcessor
@@ -436,6 +441,170 @@ def test_all_of_omni(old: Callable[[str], OldCase], tmp_path: Path) -> None:
     assert find_family(raw).hf_config(raw, source.config) == thinker
 
 
+# --- jina-embeddings-v4's own repository ----------------------------------------------------------
+
+TASKS = ("retrieval", "text-matching", "code")
+JINA = {
+    "architectures": ["JinaEmbeddingsV4Model"],
+    "auto_map": {"AutoModel": "modeling_jina_embeddings_v4.JinaEmbeddingsV4Model"},
+    "single_vector_pool_strategy": "mean",
+    "multi_vector_projector_dim": 8,
+    "matryoshka_dims": [16, 32, 64],
+    "task_names": list(TASKS),
+    "truncate_dim": None,
+    "_attn_implementation": "sdpa",
+}
+PROJECTIONS = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
+RANK, ALPHA = 4, 6
+
+
+def jina_factors(case: OldCase) -> dict[str, np.ndarray]:
+    """By the keys of adapter_model.safetensors, whose header public code has written down."""
+    rng, found = np.random.default_rng(5), {}
+    layers = case.torch_model.model.language_model.layers
+    for i, projection, task in itertools.product(range(len(layers)), PROJECTIONS, TASKS):
+        rows, columns = layers[i].get_submodule(projection).weight.shape
+        start = f"base_model.model.model.language_model.layers.{i}.{projection}"
+        for factor, shape in (("A", (RANK, columns)), ("B", (rows, RANK))):
+            array = rng.standard_normal(shape).astype(np.float32) * 0.1
+            found[f"{start}.lora_{factor}.{task}.weight"] = array
+    for task, (factor, shape) in itertools.product(
+        TASKS, {"A": (RANK, 64), "B": (8, RANK)}.items()
+    ):
+        key = f"base_model.model.multi_vector_projector.lora_{factor}.{task}.weight"
+        found[key] = np.ones(shape, np.float32)
+    return found
+
+
+@pytest.fixture(scope="module")
+def jina(old: Callable[[str], OldCase], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in that layout: the decoder's fields twice, no model_type, three adapters."""
+    case, folder = old("qwen2.5"), tmp_path_factory.mktemp("jina")
+    raw = json.loads((case.folder / "config.json").read_text())
+    text = raw["text_config"]
+    rope = text.pop("rope_parameters")
+    text["rope_scaling"] = {"type": "default", "rope_type": "default",
+                            "mrope_section": rope["mrope_section"]}  # fmt: skip
+    text["rope_theta"] = rope["rope_theta"]
+    copies = {name: x for name, x in text.items() if name not in ("model_type", "vocab_size")}
+    del raw["model_type"]
+    (folder / "config.json").write_text(json.dumps({**copies, **raw, **JINA}))
+    tensors = safetensors.numpy.load_file(case.folder / "model.safetensors")
+    tensors["multi_vector_projector.weight"] = np.ones((8, 64), np.float32)
+    tensors["multi_vector_projector.bias"] = np.ones(8, np.float32)
+    safetensors.numpy.save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    for file in case.folder.glob("*token*"):
+        (folder / file.name).symlink_to(file)
+    (folder / "adapters").mkdir()
+    factors = jina_factors(case)
+    safetensors.numpy.save_file(factors, folder / "adapters" / "adapter_model.safetensors")
+    config = {
+        "peft_type": "LORA",
+        "task_type": "FEATURE_EXTRACTION",
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "lora_dropout": 0.1,
+        "target_modules": "(.*(model).*(down_proj|gate_proj|up_proj|k_proj|q_proj|v_proj|o_proj).*$"
+        "|.*(single_vector_projector|multi_vector_projector).*$)",
+        "exclude_modules": ".*visual.*",
+    }
+    (folder / "adapters" / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_jina_equals_torch(
+    task: str, jina: Path, old: Callable[[str], OldCase], tmp_path: Path
+) -> None:
+    """One adapter by the preset, the mean of states; with its prompts and without its projector."""
+    case = old("qwen2.5")
+    merged = copy.deepcopy(case.torch_model)
+    factors = {name: torch.tensor(array) for name, array in jina_factors(case).items()}
+    for i, layer in enumerate(merged.model.language_model.layers):
+        for projection in PROJECTIONS:
+            start = f"base_model.model.model.language_model.layers.{i}.{projection}"
+            a, b = (factors[f"{start}.lora_{factor}.{task}.weight"] for factor in "AB")
+            layer.get_submodule(projection).weight.data += ALPHA / RANK * b @ a
+    case, image = dataclasses.replace(case, torch_model=merged), IMAGES[0]
+    start, end = "<|im_start|>user\n", "Describe the image.<|im_end|>\n"
+    own = case.torch_states(f"{start}<image>{end}", image)
+    before, after = (len(case.tokenizer(text)["input_ids"]) for text in (start, end))
+    said = "Query" if task == "text-matching" else "Passage"
+    states = [case.torch_states(f"{said}: {TEXTS[0]}"), own[before : len(own) - after]]
+    means = torch.stack([one.mean(0) for one in states])
+    theirs = torch.nn.functional.normalize(means, dim=-1).numpy()
+    name = None if task == "retrieval" else f"jina-embeddings-v4-{task}"
+    limits = {"min_pixels": 4 * 64, "max_pixels": MAX_TOKENS * 64}
+    model = E5V.from_pretrained(jina, dtype="float32", preset=name, **limits)
+    assert model.preset.adapter == task
+    assert difference(model.encode([TEXTS[0], image]), theirs) <= 1e-5
+    if task == "code":  # converted, the folder keeps all three, and the preset that was told
+        convert(Args(src=str(jina), dst=tmp_path / "ours", preset=name))
+        again = E5V.from_pretrained(tmp_path / "ours", dtype="float32", **limits)
+        assert again.preset.name == name
+        assert difference(again.encode(TEXTS[:1]), theirs[:1]) <= 1e-5
+        export(ExportArgs(tmp_path / "ours", tmp_path / "theirs"))
+        raw = json.loads((tmp_path / "theirs" / "config.json").read_text())
+        assert raw["architectures"] == ["Qwen2_5_VLForConditionalGeneration"]
+        assert raw["model_type"] == "qwen2_5_vl" and not raw.keys() & (
+            JINA.keys() - {"architectures", "_attn_implementation"}
+        )
+        exported = open_source(tmp_path / "theirs")
+        weights = dict(merged.model.language_model.named_parameters())
+        row = "language_model.layers.1.mlp.up_proj.kernel"
+        (found,) = exported.read([row])
+        np.testing.assert_allclose(
+            found.T, weights["layers.1.mlp.up_proj.weight"].detach(), atol=1e-6
+        )
+    if task == "retrieval":
+        convert(Args(src=str(jina), dst=tmp_path / "merged", merge=True))
+        again = E5V.from_pretrained(tmp_path / "merged", dtype="float32", **limits)
+        assert not (tmp_path / "merged" / "adapter").exists()
+        assert difference(again.encode(TEXTS[:1]), theirs[:1]) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"truncate_dim": 16}, "truncate_dim is 16: only None is supported"),
+        (
+            {"single_vector_pool_strategy": "last"},
+            "single_vector_pool_strategy is 'last': only 'mean'",
+        ),
+        (
+            {"single_vector_projector_dim": 16},
+            "single_vector_projector_dim is 16: this field is not",
+        ),
+        ({"hidden_size": 32}, "hidden_size is 32, but text_config has 64: make them agree"),
+        ({"rope_theta": 5.0}, "rope_theta is 5.0, but text_config has 50000.0: make them agree"),
+        ({"model_type": "jina_embeddings_v4"}, "unsupported architecture 'JinaEmbeddingsV4Model'"),
+    ],
+)
+def test_jina_configurations_that_are_refused(
+    changes: dict[str, Any], message: str, jina: Path, tmp_path: Path
+) -> None:
+    raw = {**json.loads((jina / "config.json").read_text()), **changes}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    (tmp_path / "model.safetensors").symlink_to(jina / "model.safetensors")
+    with pytest.raises(UnsupportedModelError) as error:
+        open_source(tmp_path)
+    assert str(error.value).startswith(f"{tmp_path}/config.json: {message}")
+
+
+def test_adapters_of_jina_that_are_not_told(jina: Path, tmp_path: Path) -> None:
+    """Another preset has no say in which of them is taken; and they must be there."""
+    with pytest.raises(ValueError, match=r"by name \(code, retrieval, text-matching\): choose"):
+        E5V.from_pretrained(jina, preset="e5-v")
+    for file in jina.iterdir():
+        if file.name != "adapters":
+            (tmp_path / file.name).symlink_to(file)
+    with pytest.raises(FileNotFoundError, match=f"^{tmp_path}/adapters: neither a PEFT adapter"):
+        E5V.from_pretrained(tmp_path)
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 CONFIGS: list[tuple[str, dict[str, Any], str]] = [
@@ -482,6 +651,94 @@ def test_configurations_that_are_refused(
     assert "\n" not in str(error.value)
 
 
+LISTED = {*layouts._NOT_NEEDED, *layouts._OMNI_NOT_NEEDED, *vision_config._NOT_NEEDED}
+TOGETHER = {"use_sliding_window", "sliding_window", "max_window_layers"}  # none alone says a window
+# What a message about a field may name in its place: what follows from it.
+FOLLOWS = {
+    "num_attention_heads": "head_dim",
+    "hidden_size": "head",
+    "embed_dim": "out_hidden_size",
+    "rope_theta": "rope",
+    "depth": "fullatt_block_indexes",
+    "model_type": "unsupported architecture 'another'",
+}
+
+
+def changed(value: Any) -> Any:
+    """Another value of the same kind."""
+    match value:
+        case bool():
+            return not value
+        case int() | float():
+            return 2 * value
+        case list():
+            return value[:-1]
+        case dict():
+            return {"0": "a", "1": "b"}
+        case None:
+            return 7
+    return "another"
+
+
+def parts_of(raw: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Every object in a configuration that has fields to change, by its dotted name."""
+    yield "", raw
+    for name, value in raw.items():
+        if isinstance(value, dict) and name not in ("id2label", "label2id", "audio_config"):
+            yield from ((f"{name}.{part}".rstrip("."), x) for part, x in parts_of(value))
+
+
+@pytest.mark.parametrize("kind", ["qwen2_vl", "qwen2_5_vl", "qwen2_5_omni_thinker", "qwen3_vl"])
+def test_no_field_is_ignored_in_silence(kind: str) -> None:
+    """Each that transformers' class has, changed alone, is followed, refused by name or listed."""
+    recipes = {recipe.kind: recipe for recipe in reversed(RECIPES.values())}
+    hf = recipes[kind].config() if kind in recipes else QwenRecipe().config()
+    saved, full = json.loads(hf.to_json_string()), json.loads(json.dumps(hf.to_dict()))
+
+    def read(raw: dict[str, Any]) -> Any:
+        return find_family(raw).read_config(raw)
+
+    usual, outcomes = read(saved), Counter()
+    for part, fields in parts_of(full):
+        for name, value in fields.items():
+            if isinstance(value, dict) and name not in ("id2label", "label2id"):
+                continue
+            raw = copy.deepcopy(saved)
+            place = raw
+            for key in filter(None, part.split(".")):
+                place = place.setdefault(key, {})
+            place[name] = changed(value)
+            where = f"{part}.{name}".lstrip(".")
+            try:
+                same = read(raw) == usual
+            except Exception as error:  # of transformers, many types
+                assert name in str(error) or FOLLOWS.get(name, "?") in str(error), (where, error)
+                outcomes["refused"] += 1
+                continue
+            listed = {
+                *LISTED,
+                *TOGETHER,
+                *(layouts._TEXT_NOT_NEEDED if "vision" not in part else ()),
+            }
+            listed -= set() if part else set(layouts.TOKENS)
+            assert not same or name in listed, where
+            outcomes["listed" if same else "followed"] += 1
+    print(kind, dict(outcomes))
+    assert min(outcomes[name] for name in ("refused", "followed", "listed")) >= 10
+    for part in ("", "text_config.", "vision_config."):
+        raw = copy.deepcopy(saved)
+        (raw[part[:-1]] if part else raw)["new"] = 3
+        with pytest.raises(
+            UnsupportedModelError, match=f"^{part}new is 3: this field is not known"
+        ):
+            read(raw)
+    if kind != "qwen3_vl":
+        raw = copy.deepcopy(saved)
+        raw["text_config"] |= {"use_sliding_window": True, "sliding_window": 9, "layer_types": None,
+                               "max_window_layers": 0}  # fmt: skip
+        assert read(raw).text.sliding_window == 9
+
+
 def test_moca_is_refused_by_its_name() -> None:
     """Nothing in its files says that its attention is not causal."""
     with pytest.raises(ValueError, match=r"^MoCa-Qwen25VL-3B: its tokens see those after them"):
@@ -500,6 +757,8 @@ def test_image_processors(old: Callable[[str], OldCase]) -> None:
         "processor_class": "Qwen2VLProcessor",
         "image_processor_type": "Qwen2VLImageProcessor",
     }
+    config = QWEN_VL.match_preprocessor(config, settings)
+    assert (config.min_pixels, config.max_pixels) == (3136, 12845056)
     QWEN_VL.check_preprocessor(config, settings)
     mean = [0.48145466, 0.4578275, 0.40821073]
     QWEN_VL.check_preprocessor(config, {**settings, "image_mean": mean})
@@ -507,11 +766,144 @@ def test_image_processors(old: Callable[[str], OldCase]) -> None:
         QWEN_VL.check_preprocessor(config, {**settings, "image_mean": [0.5] * 3})
 
 
+def with_files(case: OldCase, folder: Path, files: dict[str, Any]) -> Path:
+    """The model of ``case`` with other files of an image processor."""
+    folder.mkdir()
+    for file in case.folder.iterdir():
+        (folder / file.name).symlink_to(file)
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return folder
+
+
+SETTINGS = {"image_processor_type": "Qwen2VLImageProcessor", "patch_size": 4}
+SIZE = {"shortest_edge": 700, "longest_edge": 9000}
+SPELLINGS: dict[str, dict[str, Any]] = {
+    "size": {"size": SIZE},
+    "pixels": {"min_pixels": 700, "max_pixels": 9000},
+    "both": {
+        "size": {"shortest_edge": 1, "longest_edge": 2},
+        "min_pixels": 700,
+        "max_pixels": 9000,
+    },
+    "one": {"size": SIZE, "min_pixels": 900, "max_pixels": None},
+    "half": {"max_pixels": 5000},  # the other is that of the class
+    "none": {},
+}
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_limits_are_those_of_the_folder(
+    spelling: str, old: Callable[[str], OldCase], tmp_path: Path
+) -> None:
+    """As transformers' processor has them, in each of its two files; converted, they stay."""
+    case, settings = old("qwen2"), {**SETTINGS, **SPELLINGS[spelling]}
+    theirs = Qwen2VLImageProcessorPil(**json.loads(json.dumps(settings)))
+    sizes = [(10, 12), (20, 33), (50, 81), (300, 100), (99, 98), (320, 340)]
+    expected = [theirs.get_number_of_image_patches(*size) // 4 for size in sizes]
+    first = with_files(case, tmp_path / "4", {"preprocessor_config": settings})
+    second = {"image_processor": settings, "processor_class": "Qwen2VLProcessor"}
+    folders = [first, with_files(case, tmp_path / "5", {"processor_config": second})]
+    if spelling == "one":
+        convert(Args(src=str(first), dst=tmp_path / "converted"))
+        (tmp_path / "without").mkdir()
+        for file in (tmp_path / "converted").iterdir():
+            if file.name != "preprocessor_config.json":
+                (tmp_path / "without" / file.name).symlink_to(file)
+        folders += [tmp_path / "converted", tmp_path / "without"]
+    for folder in folders:
+        processor = E5V.load_processor(folder)
+        assert [processor.measure_image(size)[0] for size in sizes] == expected, folder
+
+
+def test_what_goes_before_the_limits_of_the_folder(
+    old: Callable[[str], OldCase], tmp_path: Path
+) -> None:
+    """An option, then a preset that states its own; each limit alone."""
+    settings = {**SETTINGS, "min_pixels": 64 * 20, "max_pixels": 64 * 100}
+    folder = with_files(old("qwen2"), tmp_path / "a", {"preprocessor_config": settings})
+
+    def tokens(side: int, **options: Any) -> int:
+        processor = E5V.load_processor(folder, **options)
+        found: int = processor.measure_image((side, side))[0]
+        return found
+
+    assert (tokens(8), tokens(400)) == (25, 100)
+    assert (tokens(8, min_pixels=64 * 36), tokens(400, min_pixels=64 * 36)) == (36, 100)
+    assert (tokens(8, max_pixels=64 * 49), tokens(400, max_pixels=64 * 49)) == (25, 49)
+    assert (tokens(30, preset="vlm2vec-v2.0"), tokens(200, preset="vlm2vec-v2.0")) == (49, 625)
+    with pytest.raises(ValueError, match=r"^min_pixels 9000: expected at most max_pixels, 6400$"):
+        tokens(8, min_pixels=9000)
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"preprocessor_config": {"min_pixels": 0}},
+            "min_pixels is 0: expected a number of pixels",
+        ),
+        ({"preprocessor_config": {"max_pixels": 64.0}}, "max_pixels is 64.0: expected a number"),
+        ({"preprocessor_config": {"max_pixels": True}}, "max_pixels is True: expected a number"),
+        ({"preprocessor_config": {"size": 224}}, "size is 224: expected an object"),
+        (
+            {"preprocessor_config": {"size": {"shortest_edge": 9}}},
+            "size.longest_edge is None: expected a number of pixels",
+        ),
+        (
+            {"preprocessor_config": {"size": {"min_pixels": 9, "max_pixels": 99}}},
+            "size.shortest_edge is None: expected a number of pixels",
+        ),
+        (
+            {"preprocessor_config": {"size": SIZE, "max_pixels": 600}},
+            "size.shortest_edge is 700: expected at most max_pixels, 600",
+        ),
+        (
+            {"preprocessor_config": {"size": SIZE}, "processor_config": {"image_processor": {}}},
+            "size, min_pixels and max_pixels say 700 to 9000 pixels, where the folder's other file "
+            "or its conversion has 3136 to 1003520",
+        ),
+    ],
+)
+def test_limits_that_cannot_be(
+    files: dict[str, dict[str, Any]], message: str, old: Callable[[str], OldCase], tmp_path: Path
+) -> None:
+    """One line that names file and key."""
+    full = {
+        name: {"image_processor": SETTINGS} if name == "processor_config" else {**SETTINGS, **given}
+        for name, given in files.items()
+    }
+    folder = with_files(old("qwen2"), tmp_path / "a", full)
+    with pytest.raises(UnsupportedModelError) as error:
+        open_source(folder)
+    assert str(error.value).startswith(f"{folder}/preprocessor_config.json: {message}")
+    assert "\n" not in str(error.value)
+
+
 def test_limits_of_an_image(old: Callable[[str], OldCase]) -> None:
-    """As transformers has them, unless a preset or the caller says otherwise."""
+    """As transformers has them, unless the folder, a preset or the caller says otherwise."""
     case = old("qwen2")
     assert E5V.load_processor(case.folder).measure_image((800, 800)) == (35**2, 5120)
     processor = E5V.load_processor(case.folder, max_pixels=10**6)
     most = OLD_PATCH_BUCKETS[-1]
     with pytest.raises(ValueError, match=rf"would have 40000 patches, at most {most}"):
         processor.measure_image((800, 800))
+
+
+def test_vlm2vec_makes_thin_images_square(old: Callable[[str], OldCase], tmp_path: Path) -> None:
+    """Those with a side under 28 become 56 x 56, as its authors' code says it; byte for byte."""
+    case, preset = old("qwen2"), PRESETS["vlm2vec-v2.0"]
+    processor = E5V.load_processor(case.folder, preset=preset.name)
+    limits = {"factor": 8, "min_pixels": preset.min_pixels, "max_pixels": preset.max_pixels}
+    for size in [(27, 150), (150, 27), (4, 900), (27, 27), (28, 28), (28, 61)]:
+        picture(*size).quantize(30).save(tmp_path / "a.png")  # a palette: filters differ
+        image = Image.open(tmp_path / "a.png")
+        if image.size[0] < 28 or image.size[1] < 28:
+            image = image.resize((56, 56))
+        image = image.convert("RGB")
+        resized = smart_resize((image.height, image.width), **limits)
+        (item,) = processor.measure([tmp_path / "a.png"], preset.choose())
+        expected = cut_patches(image, resized, patch=4, merge=2, window=0)
+        np.testing.assert_array_equal(processor.load(item).image.pixels, expected.pixels)
+        assert item.length == len(expected.pixels) // 4 + len(item.ids) - 1
+    assert (resized, len(expected.pixels)) == ((40, 88), 220)

@@ -515,9 +515,12 @@ def test_image_processors(
     changes: dict[str, Any], message: str | None, qwen: Callable[[str], QwenCase]
 ) -> None:
     settings = {**GOOD_SETTINGS, **changes}
-    config = qwen("tied").e5v.config
+    config = QWEN_VL.match_preprocessor(qwen("tied").e5v.config, settings)  # as a folder is read
+    assert (config.min_pixels, config.max_pixels) == (65536, 16777216)
     if message is None:
         QWEN_VL.check_preprocessor(config, settings)
+        with pytest.raises(UnsupportedModelError, match=r"say 65536 to 16777216 pixels, where"):
+            QWEN_VL.check_preprocessor(qwen("tied").e5v.config, settings)
         return
     with pytest.raises(UnsupportedModelError, match=message):
         QWEN_VL.check_preprocessor(config, settings)

@@ -92,6 +92,8 @@ def test_round_trip_is_exact(case: Case, dtype: torch.dtype, tmp_path: Path) -> 
         "config.json",
         "model.safetensors",
         *TOKENIZER_FILES,
+        *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
+        *("1_Pooling", "2_Normalize"),  # test_sentence_transformers.py
     }
 
 

@@ -27,8 +27,8 @@ pytestmark = [
         reason="libtpu is not installed: pip install -e '.[tpu]'",
     ),
 ]
-# The recipe's dropout adds no matmul and doubles the time to compile: both are seen, one of them by
-# `make test`.
+# The recipe's dropout adds no matmul and doubles the time to compile: both are seen.
+DROPOUT = pytest.mark.parametrize("dropout", ["0.0", "0.05"])
 TRAIN = ["train", "--model", "e5v-llama3-8b"]
 ENCODE = ["encode", "--model", "e5-v"]
 
@@ -55,9 +55,9 @@ def assert_estimate_agrees(report: dict[str, Any], *flags: str) -> None:
     assert estimate["flops"] == pytest.approx(report["flops"], rel=0.01)
 
 
-# A compilation takes minutes: one training step and one encoder in `make test`, the rest is slow.
+# A compilation takes minutes: one encoder is in `make test`, the rest is slow.
 @pytest.mark.slow
-@pytest.mark.parametrize("dropout", ["0.0", "0.05"])
+@DROPOUT
 @pytest.mark.parametrize(("topology", "chips"), [("v5p:2x2x4", 16), ("v5e:4x8", 32)])
 def test_paper_recipe_on_a_slice(topology: str, chips: int, dropout: str) -> None:
     flags = ["--lora.dropout", dropout]
@@ -78,7 +78,7 @@ def test_paper_recipe_on_a_slice(topology: str, chips: int, dropout: str) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dropout", ["0.0", "0.05"])
+@DROPOUT
 def test_paper_recipe_with_nf4_base_on_one_v5e_chip(dropout: str) -> None:
     """All 768 triplets of a step, on 16 GB."""
     flags = ["--quantize", "nf4", "--chunk-size", "64", "--lora.dropout", dropout]

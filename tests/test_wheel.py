@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from hf_models import TEXT_RECIPES, build_text
 
+from e5v_jax import __version__
+
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("convert", "export", "train", "encode", "evaluate", "dryrun", "demo")
 
@@ -45,7 +47,10 @@ def test_contents(installed: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"e5v_jax"}
     assert "e5v_jax/demo/train.csv" in names and "e5v_jax/demo/heldout.csv" in names
-    assert "e5v_jax/evaluate/published.csv" in names
+    assert "e5v_jax/evaluate/published.csv" in names and "e5v_jax/py.typed" in names
+    assert wheel.name.startswith(f"e5v_jax-{__version__}-")
+    cited = (ROOT / "CITATION.cff").read_text().splitlines()
+    assert f"version: {__version__}" in cited
     assert {f"e5v-{name}" for name in COMMANDS} <= {f.name for f in (installed / "bin").iterdir()}
 
 

@@ -29,6 +29,8 @@ class CaptionsConfig:
     in a template without one the tokenizer's EOS."""
     preset: Annotated[str | None, tyro.conf.arg(help=HELP)] = None
     template: str | None = None  # Chat template name; None takes the preset's.
+    min_pixels: int | None = None  # Of images, where a model takes any size; None is the preset's.
+    max_pixels: int | None = None  # Larger images are reduced to it: less work and memory.
 
 
 @dataclass(frozen=True)

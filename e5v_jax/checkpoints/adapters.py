@@ -9,11 +9,12 @@ import numpy as np
 from flax import nnx
 from orbax.checkpoint import v1 as ocp
 
-from e5v_jax.checkpoints.converted import WeightSource
+from e5v_jax.checkpoints.converted import WeightSource, is_converted
 from e5v_jax.checkpoints.loading import dotted
 from e5v_jax.checkpoints.peft import ADAPTER_FILES, Adapter, read_adapter, zero_factors
 from e5v_jax.checksums import verify_checksums
 from e5v_jax.nn.layers import LoRAConfig, LoRAParam
+from e5v_jax.presets import PRESETS
 from e5v_jax.storage import absolute, without_wildcards
 
 _logger = logging.getLogger(__name__)
@@ -70,8 +71,19 @@ def read_run_adapter(run: Path, step: int | None, base: WeightSource) -> Adapter
     return Adapter(lora, {dotted(path): np.asarray(leaf[...]) for path, leaf in values})
 
 
-def load_adapter(folder: Path, base: WeightSource) -> Adapter:
+def carried_adapter(folder: Path, base: WeightSource) -> Path | None:
+    """The adapter folder in a model folder: a converted one's, or jina-embeddings-v4's own."""
+    if is_converted(folder):
+        return folder / "adapter" if (folder / "adapter").is_dir() else None
+    classes = [preset.architecture for preset in PRESETS.values() if preset.adapter is not None]
+    # vectors of the weights alone are not the model's: without that folder it is an error
+    return folder / "adapters" if set(classes) & set(base.known_as) else None
+
+
+def load_adapter(folder: Path, base: WeightSource, wanted: str | None = None) -> Adapter:
     """LoRA factors of a PEFT folder, RUN/checkpoints/STEP or RUN (of its end, else the newest).
+
+    ``wanted`` is the one to take of several, see :func:`e5v_jax.checkpoints.peft.read_adapter`.
 
     Raises:
         FileNotFoundError: neither.
@@ -95,7 +107,7 @@ def load_adapter(folder: Path, base: WeightSource) -> Adapter:
         if step is not None or not (folder / ADAPTER_FILES[0]).is_file():
             return read_run_adapter(run, step, base)
     if (folder / ADAPTER_FILES[0]).is_file():
-        return read_adapter(folder, base.table)
+        return read_adapter(folder, base.table, wanted)
     raise FileNotFoundError(
         f"{folder}: neither a PEFT adapter (adapter_config.json) nor a run folder (run.json) or "
         "one of its checkpoints"

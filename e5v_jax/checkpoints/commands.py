@@ -1,4 +1,4 @@
-"""The commands ``e5v-convert`` and ``e5v-export``, guarded from their first import on."""
+"""``e5v-convert``, ``e5v-compose`` and ``e5v-export``, guarded from their first import on."""
 
 from e5v_jax.exits import guarded
 
@@ -19,3 +19,12 @@ def export() -> None:
         from e5v_jax.checkpoints import to_hf
 
         cli.run(to_hf.convert, to_hf.Args, argv=words)
+
+
+def compose() -> None:
+    """Run ``e5v-compose LLM TOWER DST``: a decoder and a vision tower -> a converted folder."""
+    with guarded(None) as words:
+        from e5v_jax import cli
+        from e5v_jax.checkpoints import compose
+
+        cli.run(compose.compose, compose.Args, argv=words)

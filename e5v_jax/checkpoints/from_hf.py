@@ -15,6 +15,7 @@ from rich.progress import track
 from e5v_jax import cli
 from e5v_jax.atomic import check_new, new_folder
 from e5v_jax.checkpoints import converted
+from e5v_jax.checkpoints.adapters import carried_adapter
 from e5v_jax.checkpoints.finite import cast
 from e5v_jax.checkpoints.hf_source import HfSource, open_source, resolve
 from e5v_jax.checkpoints.peft import ADAPTER_FILES, Adapter, read_adapter, read_merged
@@ -36,7 +37,8 @@ class Args:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Storage dtype of the weights; auto keeps the source's."""
     adapter: Path | None = None
-    """PEFT LoRA folder to carry along (applied whenever the model is loaded)."""
+    """PEFT LoRA folder to carry along (applied whenever the model is loaded); jina-embeddings-v4's
+    own is carried without this."""
     merge: bool = False
     """Merge the adapter into the weights instead of carrying it."""
     revision: str | None = None
@@ -63,10 +65,44 @@ def write_unused(folder: Path, source: HfSource, dtype: np.dtype[Any]) -> None:
         write_file(folder / "unused.safetensors", specs, arrays)
 
 
+def write_source(
+    folder: Path,
+    source: HfSource,
+    config: Any,
+    dtype: np.dtype[Any],
+    adapter: Adapter | None = None,
+    *,
+    name: str,
+    preset: str,
+    revision: str | None = None,
+) -> str:
+    """Write what a converted folder has of ``source``; files beside it are there already.
+
+    ``config`` is the source's, as the tokenizer has it; ``adapter`` is merged; ``name`` and
+    ``revision`` say where the source is from. Returns what was written, in a few words.
+    """
+    content_hash, shapes = converted.write_params(folder, _read_groups(source, dtype, adapter))
+    write_unused(folder, source, dtype)
+    (folder / "hf_config.json").write_text(json.dumps(source.raw_config, indent=1) + "\n")
+    info = converted.ConvertedInfo(
+        format_version=converted.FORMAT_VERSION,
+        model_type=source.raw_config["model_type"],
+        model=asdict(config),
+        source=name,
+        revision=revision,
+        dtype=dtype.name,
+        content_hash=content_hash,
+        parameters=shapes,
+        preset=preset,
+    )
+    converted.write_info(folder, info)
+    write_checksums(folder)
+    count = sum(math.prod(shape) for shape in shapes.values())
+    return f"{count / 1e6:.1f} M parameters in {dtype.name}, hash {content_hash[:12]}"
+
+
 def convert(args: Args) -> None:
     """Convert; ``args.dst`` appears only when whole. Raises ValueError or OSError, saying why."""
-    if args.merge and args.adapter is None:
-        raise cli.UsageError("--merge: needs --adapter")
     if args.preset is not None:
         try:
             check_preset(args.preset)
@@ -77,6 +113,9 @@ def convert(args: Args) -> None:
     if converted.is_converted(path):
         raise ValueError(f"{path}: already a converted folder")
     source = open_source(path)
+    lora = args.adapter or carried_adapter(path, source)
+    if args.merge and lora is None:
+        raise cli.UsageError("--merge: needs --adapter")
     tokenizer = load_tokenizer(path)  # before the weights: what is bad is found in seconds
     size = len(tokenizer)
     config = source.match_tokenizer(tokenizer)
@@ -86,31 +125,23 @@ def convert(args: Args) -> None:
         encode_batch(tokenizer, [f"A dog.{last or ''}"], last_token=last)  # what is around a prompt
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    adapter = None if args.adapter is None else read_adapter(args.adapter, source.table)
+    adapter = None if lora is None else read_adapter(lora, source.table, preset.adapter)
     dtype = source.dtype() if args.dtype == "auto" else np.dtype(args.dtype)
     with new_folder(args.dst) as folder:
-        groups = _read_groups(source, dtype, adapter if args.merge else None)
-        content_hash, shapes = converted.write_params(folder, groups)
-        write_unused(folder, source, dtype)
         copy_named(path, folder)
         if path.is_file() or len(tokenizer) != size:  # a GGUF file's, or with tokens it lacked
             tokenizer.save_pretrained(folder)
-        if args.adapter is not None and not args.merge:
+        if lora is not None and not args.merge:
             (folder / "adapter").mkdir()  # without a training checkpoint's optimizer and the like
-            copy_named(args.adapter, folder / "adapter", ADAPTER_FILES)
-        (folder / "hf_config.json").write_text(json.dumps(source.raw_config, indent=1) + "\n")
-        info = converted.ConvertedInfo(
-            format_version=converted.FORMAT_VERSION,
-            model_type=source.raw_config["model_type"],
-            model=asdict(config),
-            source=Path(args.src).name if path.is_file() else args.src,
-            revision=args.revision,
-            dtype=dtype.name,
-            content_hash=content_hash,
-            parameters=shapes,
+            copy_named(lora, folder / "adapter", ADAPTER_FILES)
+        written = write_source(
+            folder,
+            source,
+            config,
+            dtype,
+            adapter if args.merge else None,
+            name=Path(args.src).name if path.is_file() else args.src,
             preset=preset.name,
+            revision=args.revision,
         )
-        converted.write_info(folder, info)
-        write_checksums(folder)
-    count = sum(math.prod(shape) for shape in shapes.values())
-    print(f"{args.dst}: {count / 1e6:.1f} M parameters in {dtype.name}, hash {content_hash[:12]}")
+    print(f"{args.dst}: {written}")

@@ -3,7 +3,7 @@
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from transformers import PreTrainedTokenizerFast
@@ -14,17 +14,31 @@ from e5v_jax.checkpoints.json_file import read_json
 from e5v_jax.checkpoints.names import map_keys
 from e5v_jax.checkpoints.preprocessor import match_preprocessor
 from e5v_jax.checkpoints.safetensors_file import SafetensorsFolder
-from e5v_jax.families import find_family
+from e5v_jax.families import find_family, with_model_type
 from e5v_jax.nn.config import UnsupportedModelError
 from e5v_jax.storage import as_path, check_reachable, in_bucket
+
+
+class Tensors(Protocol):
+    """Arrays under Hugging Face keys, as torch has them, each read when it is asked for."""
+
+    def keys(self) -> list[str]:
+        """All keys."""
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        """Shape of one tensor."""
+
+    def dtype(self, key: str) -> np.dtype[Any]:
+        """Dtype of one tensor. Raises ValueError: not a dtype of weights."""
+
+    def read(self, key: str) -> np.ndarray:
+        """One tensor. Raises ValueError: the file is damaged."""
 
 
 class HfSource:
     """A Hugging Face checkpoint under our names (a :class:`WeightSource`)."""
 
-    def __init__(
-        self, path: Path, tensors: SafetensorsFolder | GGUFTensors, raw_config: dict[str, Any]
-    ) -> None:
+    def __init__(self, path: Path, tensors: Tensors, raw_config: dict[str, Any]) -> None:
         """Map every key of ``path``, and compare every shape with what the configuration asks for.
 
         Raises:
@@ -32,7 +46,8 @@ class HfSource:
             ValueError: an invalid configuration, a key that no row knows or that is one too many,
                 a missing key or a wrong shape or dtype, by its name in the checkpoint.
         """
-        self.path, self.tensors, self.raw_config = path, tensors, raw_config
+        self.path, self.tensors = path, tensors
+        self.raw_config = raw_config = with_model_type(raw_config)
         classes = raw_config.get("architectures")
         self.known_as = (str(path), *(map(str, classes) if isinstance(classes, list) else ()))
         file = path / "config.json" if path.is_dir() else path

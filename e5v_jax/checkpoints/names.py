@@ -47,7 +47,7 @@ def map_keys(keys: Iterable[str], table: ParameterTable) -> dict[str, Slot]:
         for prefix in reversed(section.prefixes)  # of several, the first in the row wins
         if any(prefix + anchor in present for anchor in section.anchors)
     }
-    if "text" not in found:
+    if "text" in table.sections and "text" not in found:
         raise ValueError(
             "no embed_tokens.weight under any known prefix: not a Llama or LLaVA-NeXT checkpoint "
             f"(first key: {keys[0] if keys else 'none'})"

@@ -22,7 +22,10 @@ from e5v_jax.storage import as_path
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 _HEAD = "base_model.model."  # of peft, before the model's own names
-_KEY = re.compile(re.escape(_HEAD) + r"(?P<name>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.weight")
+_KEY = re.compile(
+    re.escape(_HEAD) + r"(?P<name>.+)\.lora_(?P<factor>[AB])(?:\.(?P<of>[^.]+))?\.weight"
+)
+_UNNAMED = (None, "default")  # what an adapter that is alone in its file may be called
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,10 @@ def zero_factors(table: ParameterTable, lora: LoRAConfig) -> dict[str, np.ndarra
     return values
 
 
-def read_adapter(folder: Path, table: ParameterTable) -> Adapter:
+def read_adapter(folder: Path, table: ParameterTable, wanted: str | None = None) -> Adapter:
     """Read a PEFT LoRA folder for a model of ``table``; untouched linear maps get zero factors.
 
+    Of a file with several adapters by name, as jina-embeddings-v4's, ``wanted`` is the one to take.
     A key that peft would leave out, or a module that it would look for in vain, is an error: peft
     warns of the second at most.
 
@@ -66,11 +70,38 @@ def read_adapter(folder: Path, table: ParameterTable) -> Adapter:
             )
     config = read_peft_config(folder / "adapter_config.json")
     file = folder / "adapter_model.safetensors"
-    found = _find_factors(read_tensors(file), config, table, file)
+    tensors = _one_adapter(read_tensors(file), wanted, table, file)
+    found = _find_factors(tensors, config, table, file)
     values = zero_factors(table, config.lora)  # only now: their size is known to be the file's
     for (slot, factor), array in found.items():
         values[_path(slot.row, factor)][slot.layer or 0] = array
     return Adapter(config.lora, values)
+
+
+def _one_adapter(
+    tensors: Mapping[str, np.ndarray], wanted: str | None, table: ParameterTable, file: Path
+) -> dict[str, np.ndarray]:
+    """The tensors of one adapter under keys without its name, but for parts that nobody needs."""
+    kept: dict[str, np.ndarray] = {}
+    names: set[str] = set()
+    for key, array in tensors.items():
+        if any(re.fullmatch(pattern, key.removeprefix(_HEAD)) for pattern in table.ignored):
+            continue
+        match = _KEY.fullmatch(key)
+        if match and match["of"] not in _UNNAMED:
+            names.add(match["of"])
+            if match["of"] != wanted:
+                continue
+        plain = f"{key[: match.end('factor')]}.weight" if match else key
+        if plain in kept:
+            raise ValueError(f"{file}: {key}: comes twice, under two names of adapters")
+        kept[plain] = array
+    if names and wanted not in names:
+        raise ValueError(
+            f"{file}: has adapters by name ({', '.join(sorted(names))}): choose one by its preset, "
+            "such as --preset jina-embeddings-v4"
+        )
+    return kept
 
 
 def _find_factors(

@@ -17,7 +17,7 @@ def match_preprocessor(folder: Path, family: Family, config: ModelConfig) -> Mod
 
     Raises as :func:`check_preprocessor`, which the rest of it passes.
     """
-    for file, settings in _read(folder):
+    for file, settings in read_settings(folder):
         if _KEY in settings:
             try:
                 config = family.match_preprocessor(config, settings)
@@ -38,14 +38,14 @@ def check_preprocessor(folder: Path, family: Family, config: ModelConfig) -> Non
         UnsupportedModelError: names file and setting.
         ValueError: a file that is no JSON object.
     """
-    for file, settings in _read(folder):
+    for file, settings in read_settings(folder):
         try:
             family.check_preprocessor(config, settings)
         except UnsupportedModelError as error:
             raise UnsupportedModelError(f"{file}: {error}") from error
 
 
-def _read(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+def read_settings(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Each group of settings with its file."""
     for name in FILES:
         if not (file := folder / name).exists():

@@ -19,7 +19,9 @@ from e5v_jax.checkpoints.converted import ConvertedFolder
 from e5v_jax.checkpoints.json_file import read_json
 from e5v_jax.checkpoints.peft import Adapter, read_merged, write_adapter
 from e5v_jax.checkpoints.safetensors_file import SafetensorsFolder, TensorSpec, write_model
+from e5v_jax.checkpoints.sentence_transformers import write_sentence_transformers
 from e5v_jax.checkpoints.tokenizer import copy_named
+from e5v_jax.presets import find_preset
 
 SHARD = 5_000_000_000  # bytes; the size Hugging Face shards have
 
@@ -104,7 +106,11 @@ def convert(args: Args) -> None:
     path = args.adapter or (carried if carried.is_dir() else None)
     if path is None and (args.merge or args.peft):
         raise cli.UsageError(f"{args.src} carries no adapter: name one with --adapter")
-    adapter = None if path is None else load_adapter(path, source)
+    adapter = (
+        None
+        if path is None
+        else load_adapter(path, source, find_preset(None, *source.known_as).adapter)
+    )
     with new_folder(args.dst) as folder:
         if args.peft and adapter is not None:
             write_adapter(folder, adapter, source.table, base_model=source.info.source)
@@ -113,5 +119,9 @@ def convert(args: Args) -> None:
             merged = "" if path is None else f", {path} merged"
             notes = [f"Hugging Face checkpoint in {source.info.dtype}{merged}"]
             notes += write_hf(folder, source, adapter)
+            try:
+                notes += write_sentence_transformers(folder, source)
+            except (FileNotFoundError, ValueError) as error:
+                notes.append(f"nothing for sentence-transformers: {error}")
     for note in notes:
         print(f"{args.dst}: {note}")

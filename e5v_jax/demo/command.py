@@ -5,17 +5,22 @@ import importlib.util
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from e5v_jax import E5V, cli
 from e5v_jax.checkpoints import from_hf
 from e5v_jax.demo.config import HERE
+from e5v_jax.demo.scores import COLUMNS, compare, draw_cosines, nearest, score
 from e5v_jax.train.config import TrainConfig
 from e5v_jax.train.loop import train
 
-QUERIES = 3
+SEARCHES = ["an animal in trouble", "somebody lost a lot of money", "music that went wrong"]
+NEXT = """
+Yours next:
+  search     python -m e5v_jax.encode --model {model} --adapter {output} --dtype float32 --text ...
+  own pairs  python -m e5v_jax.train --config configs/demo.py --data.path my.csv --output runs/mine
+  GPU, TPU   README.md, "From laptop to pod": the same command with configs/e5v_qwen3_vl_2b.py
+"""
 
 
 @dataclass(frozen=True)
@@ -41,53 +46,36 @@ def find_gguf() -> Path:
     return files[0]
 
 
-def score(
-    model: E5V, rows: list[dict[str, str]]
-) -> tuple[dict[str, float], list[list[tuple[float, str]]]]:
-    """Embed the held-out triplets and rank.
-
-    Returns the shares of rows whose sent0 is closer to its sent1 than to its hard_neg, and closest
-    to it among all of both; and what is closest to the first ones, as (cosine, sentence).
-    """
-    n = len(rows)
-    sentences = [row[name] for name in ("sent0", "sent1", "hard_neg") for row in rows]
-    vectors, candidates = model.encode(sentences), sentences[n:]  # [3N, D]
-    cosines = model.similarity(vectors[:n], vectors[n:])  # [N, 2N]
-    index = np.arange(n)
-    top = np.argsort(-cosines, axis=1)
-    shares = {
-        "triplet accuracy": float(np.mean(cosines[index, index] > cosines[index, index + n])),
-        "recall@1": float(np.mean(top[:, 0] == index)),
-    }
-    nearest = [[(float(cosines[i, j]), candidates[j]) for j in top[i, :3]] for i in range(QUERIES)]
-    return shares, nearest
-
-
 def demo(args: Args) -> None:
     """Run the whole job; results go to the terminal and the run folder."""
     # resume: a second demo, or one after a kill, goes on where the first stopped
     cfg = replace(cli.read_config(args.config, TrainConfig), resume=True)
     with args.heldout.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    console = Console()
+    sentences = [row[name] for name in COLUMNS for row in rows]
+    console = Console(highlight=False)
     gguf = find_gguf()
     if not cfg.model.exists():
         console.rule("1. convert")
         from_hf.convert(from_hf.Args(src=str(gguf), dst=cfg.model))
     console.rule("2. prompt only")
-    before, nearest_before = score(E5V.from_pretrained(cfg.model, dtype="float32"), rows)
-    console.print("held-out " + ", ".join(f"{name} {share:.1%}" for name, share in before.items()))
+    before = score(E5V.from_pretrained(cfg.model, dtype="float32"), sentences)
+    shares = ", ".join(f"{name} {share:.1%}" for name, share in before.paraphrases.items())
+    console.print(f"paraphrases held out: {shares}")
     console.rule("3. train on text pairs")
     train(cfg)
     console.rule("4. after training")
     model = E5V.from_pretrained(cfg.model, dtype="float32", adapter=cfg.output)
-    after, nearest_after = score(model, rows)
-    table = Table("held out", "prompt only", "after training", title=f"{len(rows)} triplets")
-    for name in before:
-        table.add_row(name, f"{before[name]:.1%}", f"{after[name]:.1%}")
-    console.print(table)
-    for i in range(QUERIES):
-        console.print(f"[bold]{rows[i]['sent0']}[/bold]")
-        for name, nearest in (("prompt only", nearest_before), ("after training", nearest_after)):
-            for cosine, sentence in nearest[i]:
-                console.print(f"  {name:>14}  {cosine:.3f}  {sentence}", highlight=False)
+    after = score(model, sentences)
+    for title, scores in (("prompt only", before), ("after training", after)):
+        console.print(f"\n[bold]{title}[/bold]: how similar pairs of sentences are")
+        console.print("\n".join(draw_cosines(scores.cosines)))
+    for query, vector in zip(SEARCHES, model.encode(SEARCHES), strict=True):
+        console.print(f"\n[bold]search: {query}[/bold]")
+        console.print("\n".join(nearest(after.vectors, sentences, vector)))
+    console.print()
+    all_of_them = f"the paraphrase among {len(sentences)} sentences"
+    console.print(compare(all_of_them, before.paraphrases, after.paraphrases))
+    harder = "harder: a hard negative repeats the sentence but for one fact"
+    console.print(compare(harder, before.triplets, after.triplets))
+    console.print(NEXT.format(config=args.config, output=cfg.output, model=cfg.model))

@@ -13,7 +13,7 @@ from flax import nnx
 from jax.sharding import Mesh
 from rich.progress import Progress
 
-from e5v_jax.checkpoints.adapters import load_adapter
+from e5v_jax.checkpoints.adapters import carried_adapter, load_adapter
 from e5v_jax.checkpoints.converted import ConvertedFolder, WeightSource, is_converted
 from e5v_jax.checkpoints.hf_source import open_source, resolve
 from e5v_jax.checkpoints.loading import load_model
@@ -22,10 +22,11 @@ from e5v_jax.data.inputs import Input, InputError
 from e5v_jax.encode.encoder import Encoder, Statistics
 from e5v_jax.encode.stream import BatchLimits, encode_stream
 from e5v_jax.families.base import Model, Processor
+from e5v_jax.memory import release_freed_memory
 from e5v_jax.nn.layers import Build, Precision
 from e5v_jax.nn.quantized import Quantization
 from e5v_jax.presets import Preset, check_preset, find_preset
-from e5v_jax.runtime import Implementation, Runtime, release_freed_memory
+from e5v_jax.runtime import Implementation, Runtime
 from e5v_jax.sharding import make_mesh
 from e5v_jax.storage import as_path, check_reachable
 
@@ -80,7 +81,7 @@ class E5V:
             preset: how the model's authors call it, a name in ``e5v_jax.presets.PRESETS``; None is
                 what the converted folder says, else told from the name, else "e5-v".
             min_pixels: an image with fewer is enlarged to it, where a model takes images of any
-                size; None is the preset's.
+                size; None is the preset's, else the model folder's.
             max_pixels: an image with more is reduced to it. Qwen3-VL-Embedding's script has
                 1,843,200 (1800 tokens), its processor's file 1,310,720.
 
@@ -100,10 +101,9 @@ class E5V:
         check_reachable(str(adapter))
         folder = resolve(str(path), revision)
         source = _open(folder, verify=verify)
-        if adapter is None and is_converted(folder) and (folder / "adapter").is_dir():
-            adapter = folder / "adapter"
-        lora = None if adapter is None else load_adapter(as_path(adapter), source)
         how = find_preset(preset, *source.known_as, str(path)).with_pixels(min_pixels, max_pixels)
+        adapter = carried_adapter(folder, source) if adapter is None else as_path(adapter)
+        lora = None if adapter is None else load_adapter(adapter, source, how.adapter)
         processor = source.family.processor(source.config, load_tokenizer(folder), template, how)
         precision = Precision(jnp.dtype(dtype), jnp.dtype(dtype), quantize)
         build = Build(precision, runtime, None if lora is None else lora.lora)

@@ -14,7 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from e5v_jax.encode.batching import Batch
 from e5v_jax.families.base import BatchShape, Model, Processor
-from e5v_jax.runtime import Runtime, release_freed_memory
+from e5v_jax.memory import release_freed_memory
+from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import place_split
 
 T = TypeVar("T")

@@ -9,6 +9,7 @@ from typing import Any
 from e5v_jax.families.base import Family, ModelConfig
 from e5v_jax.families.llava_next import LLAVA_NEXT
 from e5v_jax.families.qwen_vl import QWEN_VL
+from e5v_jax.families.qwen_vl.layouts import JINA
 from e5v_jax.families.text import TEXT
 from e5v_jax.nn.config import UnsupportedModelError
 
@@ -18,6 +19,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": TEXT,
     "qwen3": TEXT,
     "llava_next": LLAVA_NEXT,
+    "llava_onevision": LLAVA_NEXT,
     "llava": LLAVA_NEXT,
     "llava_llama": LLAVA_NEXT,
     "llava_mistral": LLAVA_NEXT,
@@ -28,6 +30,19 @@ FAMILIES: dict[str, Family] = {
     "qwen3_vl": QWEN_VL,
 }
 """By the ``model_type`` of a ``config.json``."""
+
+
+_MODEL_TYPES = {JINA: "qwen2_5_vl"}
+"""Of classes whose checkpoints' ``config.json`` does not say it."""
+
+
+def with_model_type(raw: dict[str, Any]) -> dict[str, Any]:
+    """A parsed ``config.json`` with the ``model_type`` that its class has, where it has none."""
+    classes = raw.get("architectures")
+    name = str(classes[0]) if isinstance(classes, list) and classes else ""
+    if "model_type" in raw or name not in _MODEL_TYPES:
+        return raw
+    return {"model_type": _MODEL_TYPES[name], **raw}
 
 
 def find_family(raw: dict[str, Any]) -> Family:

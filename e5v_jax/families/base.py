@@ -116,6 +116,9 @@ class Processor(Protocol):
     def check_text(self, text: str) -> None:
         """Refuse a text that :meth:`measure` refuses as such. Raises ValueError: why."""
 
+    def fill(self, prompts: PromptChoice, text: str | None, *, has_image: bool) -> str:
+        """The string to tokenise for one input, of checked text; raises ValueError: no prompt."""
+
     def measure(
         self,
         inputs: Sequence[Input],
@@ -171,6 +174,8 @@ class Family:
     """The configuration with what an image processor's settings say of the model."""
     check_preprocessor: Callable[[Any, dict[str, Any]], None] = lambda *_: None
     """Refuses, by name, settings of an image processor that the processor does not follow."""
+    hf_processor: Callable[[Any, Preset], dict[str, Any]] = lambda *_: {}
+    """The ``processor_config.json`` of transformers' processor, for a source without any."""
     image_shape: Callable[[Any, Size, int], tuple[int, int]] = lambda *_: (0, 0)
     """``(config, (height, width) in pixels, tokens beside the image) -> (padded positions, shape
     key)`` of an input with such an image; raises ValueError: none of this size."""

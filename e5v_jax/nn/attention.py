@@ -55,16 +55,16 @@ def attention(
         return _splash(q, k, v, key_lengths, runtime)
     if chosen == "cudnn":
         return _cudnn(q, k, v, key_lengths, is_causal=is_causal)
+    on_cpu = platform == "cpu"
     if is_causal:
-        block = _QUERY_BLOCK_CPU if platform == "cpu" else QUERY_BLOCK
+        block = _QUERY_BLOCK_CPU if on_cpu else QUERY_BLOCK
         return _causal(q, k, v, precision=precision, block=block)
-    if platform != "cpu":
-        return _full(q, k, v, key_lengths, precision=precision, block=QUERY_BLOCK)
-    one = partial(_full, precision=precision, block=_QUERY_BLOCK_CPU_FULL)
-    if q.shape[0] == 1 or q.shape[1] == 1 or runtime.mesh.size > 1:
-        return one(q, k, v, key_lengths)
+    block = _QUERY_BLOCK_CPU_FULL if on_cpu else QUERY_BLOCK
+    full = partial(_full, precision=precision, block=block)
+    if not on_cpu or runtime.mesh.size > 1 or 1 in q.shape[:2]:  # one row, or the pooled query
+        return full(q, k, v, key_lengths)
     rows = jax.tree.map(lambda x: x[:, None], (q, k, v, key_lengths))  # each a batch of one
-    return jax.lax.map(lambda row: one(*row), rows)[:, 0]
+    return jax.lax.map(lambda row: full(*row), rows)[:, 0]
 
 
 def _choose(q: jax.Array, backend: str, *, is_causal: bool, is_masked: bool) -> Implementation:

@@ -1,5 +1,6 @@
 """Reading and checking configurations, and that of the tower which families share."""
 
+import copy
 import dataclasses
 import warnings
 from collections.abc import Callable, Mapping
@@ -80,7 +81,8 @@ def transformers_config(raw: dict[str, Any], model_type: str) -> Any:
     Fields the file leaves out take the value of that class, which is what the file means:
     transformers writes only what differs.
     """
-    fields = {k: v for k, v in raw.items() if k != "model_type"}
+    # a copy: transformers completes the objects in it
+    fields = copy.deepcopy({k: v for k, v in raw.items() if k != "model_type"})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of names that old files have
         return transformers.AutoConfig.for_model(model_type, **fields)

@@ -16,7 +16,8 @@ from qwix import QArray
 from e5v_jax.nn.quantized import Quantization, quantize_kernel, quantized_matmul
 from e5v_jax.runtime import Runtime
 
-KEPT = ("linear", "low_rank")
+_RESULT, _LOW_RANK = "linear", "low_rank"
+KEPT = (_RESULT, _LOW_RANK)
 """Names of what ``dots`` keeps of a linear map: its result, LoRA added, and LoRA's inner vector."""
 
 
@@ -120,10 +121,10 @@ class Linear(nnx.Module):
             if dropout_key is not None and self.lora.dropout > 0:
                 x = dropout(x, self.lora.dropout, dropout_key)
             low = jnp.matmul(x, self.lora_a[...].astype(dtype), precision=precision)  # [N, r]
-            low = checkpoint_name(low, KEPT[1])
+            low = checkpoint_name(low, _LOW_RANK)
             delta = jnp.matmul(low, self.lora_b[...].astype(dtype), precision=precision)
             y = y + jnp.asarray(self.lora.scale, dtype) * delta
-        return checkpoint_name(y, KEPT[0]).reshape(*leading, y.shape[-1])  # [..., out]
+        return checkpoint_name(y, _RESULT).reshape(*leading, y.shape[-1])  # [..., out]
 
 
 class RMSNorm(nnx.Module):

@@ -31,7 +31,8 @@ def check_preset(name: str) -> None:
 def find_preset(given: str | None, *told: str) -> Preset:
     """The preset that is ``given`` by its name, or the first that something ``told`` names.
 
-    That may be a hub id, a path or a class of config.json. What names none is as E5-V.
+    That may be a preset's own name, as a converted folder has it, a hub id, a path or a class of
+    config.json. What names none is as E5-V.
     Raises ValueError: as :func:`check_preset`, or a name is of a checkpoint that is not supported.
     """
     if given is not None:
@@ -42,6 +43,7 @@ def find_preset(given: str | None, *told: str) -> Preset:
             if re.fullmatch(pattern, name, re.IGNORECASE):
                 raise ValueError(f"{name}: {reason} here: choose another model")
         for preset in PRESETS.values():
-            if name == preset.architecture or re.fullmatch(preset.checkpoints, name, re.IGNORECASE):
+            own = name in (preset.name, preset.architecture)
+            if own or re.fullmatch(preset.checkpoints, name, re.IGNORECASE):
                 return preset
     return E5_V

@@ -40,6 +40,8 @@ class Preset:
     """Pixels (height, width) that every image is made first, its aspect ignored, as
     ``Image.open(path).resize(size)`` does it: before the conversion to RGB, so with Pillow's filter
     for its mode (nearest for palettes, else bicubic) and transparent pixels weighing nothing."""
+    resize_below: int | None = None
+    """Only an image with a side of fewer pixels is made ``resize``; None: every image is."""
     last_token: str | None = None
     """The pooled token, to be asserted; None: whatever the last token of the prompt is."""
     architecture: str | None = None
@@ -55,8 +57,10 @@ class Preset:
     """Least and most pixels of a resize before the one to ``min_pixels`` and ``max_pixels``."""
     min_pixels: int | None = None
     max_pixels: int | None = None
-    """Of images of any size; None: 4 tokens to 1,800 on Qwen3-VL, to 1,280 on those before it,
-    whatever the checkpoint's preprocessor file says."""
+    """Of images of any size; None: what the model folder's image processor says, and without one 4
+    tokens to 1,800 on Qwen3-VL, to 1,280 on those before it."""
+    adapter: str | None = None
+    """The one to take of an adapter folder that has several by name."""
     transparency: Literal["drop", "white"] = "drop"
 
     def check_tokens(self, known: Collection[str]) -> None:
@@ -70,6 +74,11 @@ class Preset:
                     f"preset {self.name} says {token}, which is no token of this model: it is for "
                     "another one"
                 )
+
+    def first_size(self, size: tuple[int, int]) -> tuple[int, int] | None:
+        """What an image of ``size`` (height, width) is made first; None: it is left as it is."""
+        below = self.resize_below
+        return self.resize if below is None or min(size) < below else None
 
     def with_pixels(self, min_pixels: int | None, max_pixels: int | None) -> "Preset":
         """The same with other limits, where they are given. Raises ValueError: names a bad one."""

@@ -3,6 +3,8 @@
 The source of each value stands above it; the strings are byte-exact.
 """
 
+from dataclasses import replace
+
 from e5v_jax.presets.llava_next import VLM2VEC, VLM2VEC_INSTRUCTED
 from e5v_jax.presets.preset import Preset
 from e5v_jax.prompts import Prompts
@@ -54,7 +56,8 @@ _GME = Preset(
 )
 
 # github.com/TIGER-AI-Lab/VLM2Vec, main: README; its images have no marks around them, without which
-# its get_rope_index finds none: positions count up
+# its get_rope_index finds none: positions count up. Images thinner than a token are made 56 x 56
+# (src/model/processor.py, Qwen2_VL_process_fn)
 _VLM2VEC_V2 = Preset(
     name="vlm2vec-v2.0",
     checkpoints="vlm2vec-v2.*",
@@ -66,6 +69,8 @@ _VLM2VEC_V2 = Preset(
     template="{}",
     image_text="<|image_pad|>",
     positions="1d",
+    resize=(56, 56),
+    resize_below=28,
     min_pixels=4 * _TOKEN,
     max_pixels=1280 * _TOKEN,
 )
@@ -137,16 +142,34 @@ _NOMIC_MULTIMODAL = Preset(
     last_token="<|endoftext|>",
 )
 
-# modeling_jina_embeddings_v4.py of jinaai/jina-embeddings-v4, its adapter "retrieval"
+# modeling_jina_embeddings_v4.py of jinaai/jina-embeddings-v4, one of its three adapters; for
+# text-matching it says "Query" of documents too
 _JINA_IMAGE = "<|im_start|>user\n<image>Describe the image.<|im_end|>\n"
 _JINA_V4 = Preset(
     name="jina-embeddings-v4",
-    checkpoints="jina-embeddings-v4.*",
-    about="jina-embeddings-v4 with one of its adapters",
+    checkpoints="jina-embeddings-v4(?!.*(text-matching|code)).*",
+    about="jina-embeddings-v4 with its adapter for retrieval",
     document=Prompts("Passage: <sent>", _JINA_IMAGE, None),
     query=Prompts("Query: <sent>", _JINA_IMAGE, None),
     template="{}",
     pooling="mean",
+    architecture="JinaEmbeddingsV4Model",
+    adapter="retrieval",
+)
+_JINA_MATCHING = replace(
+    _JINA_V4,
+    name="jina-embeddings-v4-text-matching",
+    checkpoints="jina-embeddings-v4.*text-matching.*",
+    about="the same with that for pairs of texts",
+    document=_JINA_V4.query,
+    adapter="text-matching",
+)
+_JINA_CODE = replace(
+    _JINA_V4,
+    name="jina-embeddings-v4-code",
+    checkpoints="jina-embeddings-v4.*code.*",
+    about="the same with that for code",
+    adapter="code",
 )
 
 QWEN_VL = (
@@ -157,5 +180,7 @@ QWEN_VL = (
     _UNITE_QWEN2_VL,
     _LCO_EMBEDDING,
     _NOMIC_MULTIMODAL,
-    _JINA_V4,
+    _JINA_V4,  # the first of the three is that of a folder whose name says none
+    _JINA_MATCHING,
+    _JINA_CODE,
 )

@@ -31,6 +31,8 @@ class DataConfig:
     (prompts.fill_released)."""
     preset: Annotated[str | None, tyro.conf.arg(help=HELP)] = None
     template: str | None = None  # Chat template name; None takes the preset's.
+    min_pixels: int | None = None  # Of images, where a model takes any size; None is the preset's.
+    max_pixels: int | None = None  # Larger images are reduced to it: less work and memory.
     length_groups: int = 4  # Groups of similar length that a batch runs in, each padded alone.
 
 
@@ -157,6 +159,8 @@ _COUNTS = [
     "log_every",
     "data.max_tokens",
     "data.length_groups",
+    "data.min_pixels",
+    "data.max_pixels",
     "optimizer.accumulate_steps",
     "evaluation.stride",
     "lora.rank",

@@ -123,6 +123,7 @@ def open_base(cfg: RunConfig, base: ConvertedFolder) -> Processor:
             "convert the model again with --adapter and --merge"
         )
     preset = find_preset(cfg.data.preset, *base.known_as, str(cfg.model))
+    preset = preset.with_pixels(cfg.data.min_pixels, cfg.data.max_pixels)
     processor: Processor = base.family.processor(
         base.config, load_tokenizer(cfg.model), cfg.data.template, preset
     )

@@ -4,7 +4,11 @@ from e5v_jax.families.base import Family
 from e5v_jax.families.llava_next.config import LlavaNextConfig, transformers_layout
 from e5v_jax.families.llava_next.model import build, example_batch, image_cost
 from e5v_jax.families.llava_next.parameters import parameters
-from e5v_jax.families.llava_next.preprocessor import check_preprocessor, match_preprocessor
+from e5v_jax.families.llava_next.preprocessor import (
+    check_preprocessor,
+    hf_processor,
+    match_preprocessor,
+)
 from e5v_jax.families.llava_next.presets import ARCHITECTURES, CHECKPOINTS
 from e5v_jax.families.llava_next.processor import (
     LlavaNextProcessor,
@@ -26,6 +30,7 @@ LLAVA_NEXT = Family(
     hf_config=transformers_layout,
     match_preprocessor=match_preprocessor,
     check_preprocessor=check_preprocessor,
+    hf_processor=hf_processor,
     architectures=ARCHITECTURES,
     checkpoints=CHECKPOINTS,
 )

@@ -2,11 +2,13 @@
 
 import copy
 import dataclasses
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Self
 
 from e5v_jax.families.llava_next.original import check_original
+from e5v_jax.families.llava_next.shrinking import can_shrink
 from e5v_jax.nn.config import (
     LARGEST,
     UnsupportedModelError,
@@ -30,6 +32,8 @@ KNOWN_VISION_TOWERS: dict[str, dict[str, Any]] = {
     }
 }
 
+ONEVISION = "llava_onevision"
+"""The ``model_type`` of LLaVA-NeXT whose feature maps are limited, and its tower SigLIP."""
 ORIGINAL_IMAGE_TOKEN = -200
 """The original code's placeholder, which is no row of any table and not in its tokenizers."""
 
@@ -44,6 +48,8 @@ class LlavaNextConfig:
     vision_feature_layer: int | tuple[int, ...]
     image_token_id: int  # of the `<image>` placeholder; ORIGINAL_IMAGE_TOKEN asks the tokenizer
     image_grid_pinpoints: tuple[tuple[int, int], ...]  # (height, width) in pixels
+    # LLaVA-OneVision's: a larger feature map is made about as many tiles large
+    max_tiles: int | None = None
 
     def __post_init__(self) -> None:
         """Check what every source of a configuration must hold. Raises ValueError: names it."""
@@ -57,6 +63,10 @@ class LlavaNextConfig:
         token = self.image_token_id
         if type(token) is not int or not (0 <= token <= LARGEST or token == ORIGINAL_IMAGE_TOKEN):
             raise ValueError(f"image_token_id is {token!r}: expected the id of a token")
+        if (most := self.max_tiles) is not None and (
+            type(most) is not int or not 0 < most <= LARGEST
+        ):
+            raise ValueError(f"max_tiles is {most!r}: expected a whole number from 1, or null")
         size, pinpoints = self.vision.image_size, self.image_grid_pinpoints
         sides = [side for pinpoint in pinpoints for side in pinpoint]
         if not sides or any(
@@ -84,6 +94,10 @@ class LlavaNextConfig:
         """Vision blocks that feed the projector; those after the last feature layer never run."""
         return max(self.feature_depths)
 
+    def can_shrink(self, tiles: int) -> bool:
+        """Whether some image of so many tiles, the whole image's counted, has too large a map."""
+        return self.max_tiles is not None and can_shrink(tiles - 1, self.max_tiles)
+
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """The inverse of ``dataclasses.asdict``. Raises ValueError: names the field."""
@@ -101,7 +115,7 @@ class LlavaNextConfig:
 
         Raises UnsupportedModelError: the architecture, or an option of it, is not computed here.
         """
-        if raw["model_type"] == "llava_next":
+        if raw["model_type"] in ("llava_next", ONEVISION):
             return cls._from_transformers(raw)
         if is_original(raw):
             return cls._from_original(raw)
@@ -112,7 +126,9 @@ class LlavaNextConfig:
 
     @classmethod
     def _from_transformers(cls, raw: dict[str, Any]) -> Self:
-        hf = transformers_config(raw, "llava_next")
+        """``video_token_index`` is not read: there are no inputs with videos."""
+        kind = raw["model_type"]
+        hf = transformers_config(raw, kind)
         vision = VisionConfig.from_hf(hf.vision_config)
         if (found := hf.vision_feature_select_strategy) != (expected := select_strategy(vision)):
             what = "is dropped" if vision.has_class_token else "does not exist"
@@ -131,6 +147,7 @@ class LlavaNextConfig:
             vision_feature_layer=_feature_layer(hf.vision_feature_layer),
             image_token_id=hf.image_token_id,
             image_grid_pinpoints=_pinpoints(hf.image_grid_pinpoints),
+            max_tiles=_max_tiles(hf.vision_aspect_ratio) if kind == ONEVISION else None,
         )
 
     @classmethod
@@ -211,6 +228,16 @@ def select_strategy(vision: VisionConfig) -> str:
     "full" does not, and what is left must fill the square of a tile.
     """
     return "default" if vision.has_class_token else "full"
+
+
+def _max_tiles(value: str) -> int:
+    """The number in a ``vision_aspect_ratio``. Raises UnsupportedModelError: it is of no kind."""
+    if not (found := re.fullmatch("anyres_max_([1-9][0-9]*)", value)):
+        raise UnsupportedModelError(
+            f"vision_aspect_ratio is {value!r}: only 'anyres_max_' and a number of tiles, such as "
+            "'anyres_max_9', is supported"
+        )
+    return int(found[1])
 
 
 def _feature_layer(value: Any) -> Any:

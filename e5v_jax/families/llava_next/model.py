@@ -24,6 +24,9 @@ class ImageBatch(NamedTuple):
     last_index: Array  # int32 [B]
     image_index: Array  # int32 [B, L]: -1 = text, i < K*P = feature i of its tiles, K*P = newline
     tiles: Array  # uint8 [B*K, S, S, 3], K for each row
+    # Where maps are made smaller, a position is a sum of four features; of one, with weight 1, else
+    blend_index: Array | None = None  # int32 [B, L, 4], as image_index, which is the first
+    weights: Array | None = None  # fp32 [B, L, 4]
 
 
 class Projector(nnx.Module):
@@ -67,11 +70,18 @@ class LlavaNext(TextModel):
         """Decoder inputs [B, L, D]: a gather from token embeddings and image features."""
         x = self.language_model.embed(batch.input_ids)  # [B, L, D]
         features = self.image_features(batch.tiles, x.shape[0])  # [B, K*P + 1, D]
-        is_image = batch.image_index >= 0  # [B, L]
-        index = jnp.maximum(batch.image_index, 0)[..., None]  # [B, L, 1]
-        # row by row: on several devices each gathers from its own images only
-        image = jnp.take_along_axis(features, index, axis=1)  # [B, L, D]
-        return jnp.where(is_image[..., None], image, x)
+
+        def gather(index: Array) -> jax.Array:
+            # row by row: on several devices each gathers from its own images only
+            return jnp.take_along_axis(features, jnp.maximum(index, 0)[..., None], axis=1)
+
+        if batch.blend_index is None or batch.weights is None:
+            image = gather(batch.image_index)  # [B, L, D]
+        else:  # summed in fp32, as PyTorch does it inside
+            weights = jnp.asarray(batch.weights)[..., None]  # [B, L, 4, 1]
+            parts = [weights[:, :, i] * gather(batch.blend_index[..., i]) for i in range(4)]
+            image = sum(parts[1:], parts[0]).astype(x.dtype)  # [B, L, D]
+        return jnp.where((batch.image_index >= 0)[..., None], image, x)
 
     def decoder_inputs(self, batch: Any) -> jax.Array:
         """What the decoder runs over, [B, L, D]: merged with image features if there are any."""
@@ -92,7 +102,12 @@ def example_batch(config: LlavaNextConfig, shape: BatchShape) -> Batch:
         return texts
     side = config.vision.image_size
     tiles = jnp.zeros((shape.rows * shape.shape_key, side, side, 3), jnp.uint8)
-    return ImageBatch(*texts[:2], image_index=jnp.full_like(texts.input_ids, -1), tiles=tiles)
+    index = jnp.full_like(texts.input_ids, -1)
+    batch = ImageBatch(*texts[:2], image_index=index, tiles=tiles)
+    if not config.can_shrink(shape.shape_key):
+        return batch
+    four = (*index.shape, 4)
+    return batch._replace(blend_index=jnp.full(four, -1), weights=jnp.zeros(four))
 
 
 def image_cost(config: LlavaNextConfig, images: int, tiles: int, itemsize: int) -> ImageCost:

@@ -14,8 +14,10 @@ from e5v_jax.data.text import IMAGE_BUCKETS, bucket_length, expand_image_tokens,
 from e5v_jax.families.base import Batch, BatchShape, Measured
 from e5v_jax.families.llava_next.config import ORIGINAL_IMAGE_TOKEN, LlavaNextConfig
 from e5v_jax.families.llava_next.model import ImageBatch
+from e5v_jax.families.llava_next.shrinking import Blend, shrink, shrunk_size
 from e5v_jax.families.llava_next.tiling import (
     NEWLINE,
+    feature_map_size,
     image_token_index,
     num_image_tokens,
     select_best_resolution,
@@ -25,6 +27,11 @@ from e5v_jax.families.text.processor import TextProcessor
 from e5v_jax.presets import E5_V, Preset
 from e5v_jax.prompts import IMAGE_PLACEHOLDER
 
+# Where pinpoints are many, few programs: tiles and positions that images are padded to. A tile that
+# only pads costs the tower a fifteenth of what the tokens of one cost the decoder.
+TILE_BUCKETS = (2, 3, 5, 7, 10, 13, 19, 26, 37)
+LENGTH_STEP = 512
+
 
 @dataclass(frozen=True)
 class Prepared:
@@ -33,6 +40,7 @@ class Prepared:
     ids: list[int]  # image placeholders expanded
     image_index: np.ndarray  # int32 [len(ids)]: -1 text, k tile feature, T*P newline
     tiles: np.ndarray  # uint8 [T, S, S, 3]
+    blend: Blend | None = None  # of all positions, where the feature map is made smaller
 
 
 class LlavaNextProcessor(TextProcessor):
@@ -56,17 +64,17 @@ class LlavaNextProcessor(TextProcessor):
 
     def measure_image(self, size: Size) -> tuple[int, int]:
         """(tokens, tiles) of an image of ``size`` (height, width) pixels."""
-        return measure_image(self.config, self.preset.resize or size)
+        return measure_image(self.config, self.preset.first_size(size) or size)
 
     @property
     def load(self) -> Callable[[Measured], Any]:
         """See :attr:`e5v_jax.families.base.Processor.load`."""
-        return partial(load, config=self.config, resize=self.preset.resize)
+        return partial(load, config=self.config, preset=self.preset)
 
     def padded_length(self, length: int, shape_key: int) -> int:
         """See :meth:`e5v_jax.families.base.Processor.padded_length`."""
         if shape_key:
-            return bucket_length(length, IMAGE_BUCKETS)
+            return padded_length(self.config, length)
         return super().padded_length(length, shape_key)
 
     def stack(self, items: Sequence[Any], shape: BatchShape) -> Batch:
@@ -80,37 +88,58 @@ class LlavaNextProcessor(TextProcessor):
         tiles = np.zeros((rows, shape.shape_key, size, size, 3), np.uint8)
         image_index = np.full((rows, shape.length), -1, np.int32)
         newline = shape.shape_key * vision.num_patches  # of the batch: behind the features of all
+        four = (rows, shape.length, 4)
+        blend_index, weights = np.full(four, -1, np.int32), np.zeros(four, np.float32)
         for row, item in enumerate(items):
             if item is not None:
                 tiles[row, : len(item.tiles)] = item.tiles
-                own = len(item.tiles) * vision.num_patches
+                own, length = len(item.tiles) * vision.num_patches, len(item.ids)
                 index = np.where(item.image_index == own, newline, item.image_index)
-                image_index[row, : len(index)] = index
+                image_index[row, :length] = index
+                blend_index[row, :length, 0], weights[row, :length, 0] = index, 1
+                if item.blend is not None:
+                    index, weights[row, :length] = item.blend
+                    blend_index[row, :length] = np.where(index == own, newline, index)
         input_ids = np.where(image_index >= 0, 0, input_ids)  # `<image>` may have no row
-        return ImageBatch(input_ids, last_index, image_index, tiles.reshape(-1, size, size, 3))
+        batch = ImageBatch(input_ids, last_index, image_index, tiles.reshape(-1, size, size, 3))
+        if not self.config.can_shrink(shape.shape_key):
+            return batch
+        return batch._replace(blend_index=blend_index, weights=weights)
 
 
 def measure_image(config: LlavaNextConfig, size: Size) -> tuple[int, int]:
-    """(tokens, tiles) of an image of ``size`` (height, width) pixels."""
+    """(tokens, tiles) of an image of ``size`` (height, width) pixels, tiles that pad included."""
     vision, grid = config.vision, config.image_grid_pinpoints
     height, width = select_best_resolution(size, grid)
     tiles = 1 + (height // vision.image_size) * (width // vision.image_size)
-    tokens = num_image_tokens(
-        size, grid_pinpoints=grid, image_size=vision.image_size, patch_size=vision.patch_size
-    )
-    return tokens, tiles
+    if config.max_tiles is not None:
+        tiles = next((bucket for bucket in TILE_BUCKETS if bucket >= tiles), tiles)
+    return num_image_tokens(size, **_geometry(config), max_tiles=config.max_tiles), tiles
+
+
+def padded_length(config: LlavaNextConfig, length: int) -> int:
+    """What an input with an image is padded to. Raises ValueError: it is longer than any."""
+    length = bucket_length(length, IMAGE_BUCKETS)
+    return length if config.max_tiles is None else -(-length // LENGTH_STEP) * LENGTH_STEP
 
 
 def image_shape(config: LlavaNextConfig, size: Size, beside: int) -> tuple[int, int]:
     """See :attr:`e5v_jax.families.base.Family.image_shape`."""
     tokens, tiles = measure_image(config, size)
-    return bucket_length(tokens + beside, IMAGE_BUCKETS), tiles
+    return padded_length(config, tokens + beside), tiles
 
 
-def load(item: Measured, config: LlavaNextConfig, resize: Size | None) -> Prepared | list[int]:
+def _geometry(config: LlavaNextConfig) -> dict[str, Any]:
+    vision = config.vision
+    sides = {"image_size": vision.image_size, "patch_size": vision.patch_size}
+    return {"grid_pinpoints": config.image_grid_pinpoints, **sides}
+
+
+def load(item: Measured, config: LlavaNextConfig, preset: Preset) -> Prepared | list[int]:
     """Decode, resize and tile an input's image, if any. Raises ValueError: it cannot be decoded."""
-    if item.image is None:
+    if item.image is None or item.image_size is None:
         return item.ids
+    resize = preset.first_size(item.image_size)
     vision, pinpoints = config.vision, config.image_grid_pinpoints
     tiled = tile_image(
         load_image(item.image, resize), image_size=vision.image_size, grid_pinpoints=pinpoints
@@ -120,18 +149,29 @@ def load(item: Measured, config: LlavaNextConfig, resize: Size | None) -> Prepar
             f"the image's header says {item.image_size} (height, width), its data "
             f"{tiled.original_size}: save it again"
         )
-    rows = image_token_index(
-        tiled.original_size,
-        grid_pinpoints=pinpoints,
-        image_size=vision.image_size,
-        patch_size=vision.patch_size,
-    )
+    rows = image_token_index(tiled.original_size, **_geometry(config))
+    blend = None
+    if config.max_tiles is not None:
+        size = feature_map_size(tiled.original_size, **_geometry(config))
+        new = shrunk_size(size, vision.patches_per_side, config.max_tiles)
+        if new != size:
+            blend = shrink(rows, size, new)
+            rows = blend.features[:, 0]
     start = item.ids.index(config.image_token_id)
     expanded = expand_image_tokens(item.ids, config.image_token_id, [len(rows)])
     newline = len(tiled.tiles) * vision.num_patches  # the row after the last tile feature
-    image_index = np.full(len(expanded), -1, np.int32)
-    image_index[start : start + len(rows)] = np.where(rows == NEWLINE, newline, rows)
-    return Prepared(expanded, image_index, tiled.tiles)
+
+    def placed(rows: np.ndarray) -> np.ndarray:
+        """Of tokens of the image, the same among those of the input."""
+        found = np.full((len(expanded), *rows.shape[1:]), -1, np.int32)
+        found[start : start + len(rows)] = np.where(rows == NEWLINE, newline, rows)
+        return found
+
+    if blend is not None:
+        weights = np.zeros((len(expanded), 4), np.float32)
+        weights[start : start + len(rows)] = blend.weights
+        blend = Blend(placed(blend.features), weights)
+    return Prepared(expanded, placed(rows), tiled.tiles, blend)
 
 
 def match_tokenizer(config: LlavaNextConfig, tokenizer: PreTrainedTokenizerFast) -> LlavaNextConfig:

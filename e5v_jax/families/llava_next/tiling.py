@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from e5v_jax.data.images import ImageError, Size
+from e5v_jax.families.llava_next.shrinking import shrunk_size
 
 NEWLINE = -1  # in image_token_index: the image_newline vector, not a tile feature
 
@@ -120,11 +121,31 @@ def image_token_index(
 
 
 def num_image_tokens(
-    original_size: Size, *, grid_pinpoints: Sequence[Size], image_size: int, patch_size: int
+    original_size: Size,
+    *,
+    grid_pinpoints: Sequence[Size],
+    image_size: int,
+    patch_size: int,
+    max_tiles: int | None = None,
 ) -> int:
-    """The length of :func:`image_token_index` without building it; same arguments and errors."""
+    """The length of :func:`image_token_index` without building it; same arguments and errors.
+
+    With ``max_tiles`` that of the map as :func:`shrunk_size` makes it, which raises ImageError too.
+    """
+    size = feature_map_size(
+        original_size, grid_pinpoints=grid_pinpoints, image_size=image_size, patch_size=patch_size
+    )
+    side = image_size // patch_size
+    rows, columns = size if max_tiles is None else shrunk_size(size, side, max_tiles)
+    return side**2 + rows * (columns + 1)
+
+
+def feature_map_size(
+    original_size: Size, *, grid_pinpoints: Sequence[Size], image_size: int, patch_size: int
+) -> Size:
+    """The (rows, columns) of the grid in :func:`image_token_index`; same arguments and errors."""
     rows, columns, top, left = _feature_map(original_size, grid_pinpoints, image_size, patch_size)
-    return (image_size // patch_size) ** 2 + (rows - 2 * top) * (columns - 2 * left + 1)
+    return rows - 2 * top, columns - 2 * left
 
 
 def _feature_map(

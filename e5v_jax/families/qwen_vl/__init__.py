@@ -1,10 +1,15 @@
 """Qwen2-VL, Qwen2.5-VL and Qwen3-VL: towers of native resolution, decoders with M-RoPE."""
 
 from e5v_jax.families.base import Family
-from e5v_jax.families.qwen_vl.config import QwenVLConfig, exported_config
+from e5v_jax.families.qwen_vl.config import QwenVLConfig
+from e5v_jax.families.qwen_vl.layouts import exported_config
 from e5v_jax.families.qwen_vl.model import build, example_batch, image_cost
 from e5v_jax.families.qwen_vl.parameters import parameters
-from e5v_jax.families.qwen_vl.preprocessor import check_preprocessor
+from e5v_jax.families.qwen_vl.preprocessor import (
+    check_preprocessor,
+    hf_processor,
+    match_preprocessor,
+)
 from e5v_jax.families.qwen_vl.presets import ARCHITECTURES, CHECKPOINTS
 from e5v_jax.families.qwen_vl.processor import QwenVLProcessor, image_shape, match_tokenizer
 
@@ -19,7 +24,9 @@ QWEN_VL = Family(
     image_cost=image_cost,
     match_tokenizer=match_tokenizer,
     hf_config=exported_config,
+    match_preprocessor=match_preprocessor,
     check_preprocessor=check_preprocessor,
+    hf_processor=hf_processor,
     architectures=ARCHITECTURES,
     checkpoints=CHECKPOINTS,
 )

@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 
 from e5v_jax.families.qwen_vl.config import QwenVLConfig
 from e5v_jax.families.qwen_vl.vision import FRAMES
-from e5v_jax.families.qwen_vl.vision_config import OMNI, QWEN2, QWEN3, QwenVisionConfig
+from e5v_jax.families.qwen_vl.vision_config import OMNI, QWEN2, QWEN2_5, QWEN3, QwenVisionConfig
 from e5v_jax.nn.decoder import decoder_parameters
 from e5v_jax.nn.parameters import Parameter, ParameterTable, Section, layer_norm, linear
 
@@ -33,9 +33,12 @@ def _sections(text: str, vision: str) -> dict[str, Section]:
 
 # Those of the hub's files, which transformers 5 still writes.
 _OLD, _NEW = _sections("model.", "visual."), _sections("model.language_model.", "model.visual.")
-_SOUND = {
-    r"(thinker\.)?audio_tower\..*": "there is no sound",
-    r"(talker|token2wav)\..*": "nothing is said aloud",
+_IGNORED = {
+    OMNI: {
+        r"(thinker\.)?audio_tower\..*": "there is no sound",
+        r"(talker|token2wav)\..*": "nothing is said aloud",
+    },
+    QWEN2_5: {r"multi_vector_projector\..*": "of jina-embeddings-v4: tokens get no own vectors"},
 }
 _ADAPTER_PREFIXES = ("model.language_model.", "language_model.", "thinker.model.", "model.", "")
 _COLUMNS, _ROWS, _WHOLE = P("fsdp", "tensor"), P("tensor", "fsdp"), P(None)
@@ -48,7 +51,7 @@ def parameters(config: QwenVLConfig) -> ParameterTable:
         (*decoder_parameters(config.text), *_tower(config.vision)),
         _NEW if kind == QWEN3 else _OLD,
         _ADAPTER_PREFIXES,
-        ignored=_SOUND if kind == OMNI else {},
+        ignored=_IGNORED.get(kind, {}),
     )
 
 

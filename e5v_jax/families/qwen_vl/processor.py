@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,13 @@ from PIL import Image
 from transformers import PreTrainedTokenizerFast
 
 from e5v_jax.data.images import Size, load_image
-from e5v_jax.data.text import IMAGE_BUCKETS, bucket_length, expand_image_tokens, pad_right
+from e5v_jax.data.text import (
+    IMAGE_BUCKETS,
+    bucket_length,
+    encode_batch,
+    expand_image_tokens,
+    pad_right,
+)
 from e5v_jax.families.base import Batch, BatchShape, Measured
 from e5v_jax.families.qwen_vl.config import QwenVLConfig
 from e5v_jax.families.qwen_vl.model import ImageBatch
@@ -32,9 +38,10 @@ _TEXT_LENGTHS = (16, 32, *(size * 2**power for power in range(4, 14) for size in
 MIN_TOKENS = 4
 MAX_TOKENS, OLD_MAX_TOKENS = 1800, 1280
 """Of an image: of Qwen3-VL as its authors' scripts have it, of those before it as transformers'
-image processor has it by default; a preset may say otherwise, in pixels."""
-_BESIDE = (48, 64, 96, 128, 192, 256, 384, 512, *(2**power for power in range(10, 15)))
-"""The same of the tokens beside an image's; a prompt has up to 48."""
+image processor has it by default. The model folder's image processor may say otherwise, in pixels,
+and a preset goes before that."""
+_BESIDE = (0, 32, 96, 224, 480, *(2**power for power in range(10, 15)))
+"""The same of the tokens beside an image's, those of its bare prompt not counted."""
 _FINE = 512  # positions up to which they are a multiple of 16, else of 128
 
 
@@ -62,7 +69,9 @@ class QwenVLProcessor(TextProcessor):
         template: str | None = None,
         preset: Preset = E5_V,
     ) -> None:
-        """Raise ValueError: the template cannot be told, or as :func:`match_tokenizer`."""
+        """Raise ValueError: the template cannot be told, or a least size of images is no less than
+        the most, or as :func:`match_tokenizer`.
+        """
         super().__init__(match_tokenizer(config, tokenizer), tokenizer, template, preset)
         self.image_text = preset.image_text or type(self).image_text
         self.resize = _resize(config, preset)
@@ -70,7 +79,8 @@ class QwenVLProcessor(TextProcessor):
 
     def measure_image(self, size: Size) -> tuple[int, int]:
         """(tokens, padded patches) of an image of ``size`` (height, width) pixels."""
-        patches, bucket = _count_patches(self.config, self.preset.resize or size, self.resize)
+        size = self.preset.first_size(size) or size
+        patches, bucket = _count_patches(self.config, size, self.resize)
         return patches // self.config.vision.merged, bucket
 
     @property
@@ -78,14 +88,21 @@ class QwenVLProcessor(TextProcessor):
         """See :attr:`e5v_jax.families.base.Processor.load`."""
         return partial(load, config=self.config, preset=self.preset, resize=self.resize)
 
+    @cached_property
+    def _beside(self) -> int:
+        """Tokens beside an image's when there is no text."""
+        bare = self.fill(self.preset.choose(), None, has_image=True)
+        (ids,) = encode_batch(self.tokenizer, [bare], last_token=self.preset.last_token)
+        return len(ids) - 1
+
     def padded_length(self, length: int, shape_key: int) -> int:
         """See :meth:`e5v_jax.families.base.Processor.padded_length`.
 
-        All images of a bucket take what its largest with a short prompt takes: one program.
+        All images of a bucket take what its largest takes with its prompt: one program.
         """
         if shape_key:
             tokens = shape_key // self.config.vision.merged
-            return _padded(tokens, length - tokens)
+            return _padded(tokens + self._beside, length - tokens - self._beside)
         return bucket_length(length, _TEXT_LENGTHS)
 
     def stack(self, items: Sequence[Any], shape: BatchShape) -> Batch:
@@ -130,14 +147,23 @@ class QwenVLProcessor(TextProcessor):
 def image_shape(config: QwenVLConfig, size: Size, beside: int) -> tuple[int, int]:
     """See :attr:`e5v_jax.families.base.Family.image_shape`; the limits are those without preset."""
     _, bucket = _count_patches(config, size, _resize(config, E5_V))
-    return _padded(bucket // config.vision.merged, beside), bucket
+    return _padded(bucket // config.vision.merged + beside, 0), bucket
+
+
+def pixel_limits(config: QwenVLConfig, preset: Preset) -> tuple[int, int]:
+    """Least and most pixels of an image. Raises ValueError: no number of pixels is within both."""
+    token = config.vision.factor**2  # pixels
+    most = MAX_TOKENS if config.vision.model_type == QWEN3 else OLD_MAX_TOKENS
+    least = preset.min_pixels or config.min_pixels or MIN_TOKENS * token
+    most = preset.max_pixels or config.max_pixels or most * token
+    if least > most:  # one may be an option's, the other the folder's
+        raise ValueError(f"min_pixels {least}: expected at most max_pixels, {most}")
+    return least, most
 
 
 def _resize(config: QwenVLConfig, preset: Preset) -> Callable[[Size], list[Size]]:
     """What gives the sizes that an image is resized to, one after the other."""
-    token = config.vision.factor**2  # pixels
-    most = MAX_TOKENS if config.vision.model_type == QWEN3 else OLD_MAX_TOKENS
-    limits = [(preset.min_pixels or MIN_TOKENS * token, preset.max_pixels or most * token)]
+    limits = [pixel_limits(config, preset)]
     if preset.first_pixels is not None:
         limits.insert(0, preset.first_pixels)
     return partial(resize_steps, factor=config.vision.factor, limits=tuple(limits))
@@ -159,9 +185,9 @@ def _count_patches(
     return patches, bucket_length(patches, buckets)
 
 
-def _padded(tokens: int, beside: int) -> int:
-    """Positions for an image of at most so many tokens, with as many ``beside`` them."""
-    length = tokens + bucket_length(beside, _BESIDE)
+def _padded(length: int, more: int) -> int:
+    """Positions for an image of ``length`` tokens with its prompt, and a text of ``more``."""
+    length += bucket_length(more, _BESIDE)
     return -(-length // 16) * 16 if length <= _FINE else bucket_length(length, IMAGE_BUCKETS)
 
 
@@ -169,12 +195,13 @@ def load(
     item: Measured, config: QwenVLConfig, preset: Preset, resize: Callable[[Size], list[Size]]
 ) -> Prepared | list[int]:
     """Decode, resize and cut an input's image, if any. Raises ValueError: it cannot be decoded."""
-    if item.image is None:
+    if item.image is None or item.image_size is None:
         return item.ids
     vision = config.vision
-    image = load_image(item.image, preset.resize, transparency=preset.transparency)
+    first_size = preset.first_size(item.image_size)
+    image = load_image(item.image, first_size, transparency=preset.transparency)
     size = (image.height, image.width)
-    if preset.resize is None and size != item.image_size:
+    if first_size is None and size != item.image_size:
         raise ValueError(
             f"the image's header says {item.image_size} (height, width), its data {size}: save it "
             "again"

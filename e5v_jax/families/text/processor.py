@@ -109,11 +109,15 @@ class TextProcessor:
             self.check_text(text)
         return position, text, image
 
+    def fill(self, prompts: PromptChoice, text: str | None, *, has_image: bool) -> str:
+        """See :meth:`e5v_jax.families.base.Processor.fill`."""
+        return prompts.fill(text, has_image=has_image, template=self._chat, image=self.image_text)
+
     def _fill(
         self, prompts: PromptChoice, position: int, text: str | None, image: Any
     ) -> tuple[int, Any, str]:
         has_image = image is not None
-        string = prompts.fill(text, has_image=has_image, template=self._chat, image=self.image_text)
+        string = self.fill(prompts, text, has_image=has_image)
         return position, (image, image_size(image)) if has_image else None, string
 
     def _measure(
