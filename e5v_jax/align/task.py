@@ -52,8 +52,7 @@ def check_model(cfg: AlignConfig, base: ConvertedFolder) -> None:
             "to align"
         )
     raw = read_json(base.folder / "hf_config.json", todo="convert the model again")
-    hf = base.family.hf_config(raw, base.config)
-    tied = hf.get("tie_word_embeddings", (hf.get("text_config") or {}).get("tie_word_embeddings"))
+    tied = raw.get("tie_word_embeddings", (raw.get("text_config") or {}).get("tie_word_embeddings"))
     if not tied:
         raise ValueError(
             f"{cfg.model}: its decoder predicts tokens by an lm_head of its own, which a converted "
