@@ -31,6 +31,7 @@ from e5v_jax.align.config import (
 )
 from e5v_jax.align.loss import caption_loss
 from e5v_jax.align.task import align, set_up
+from e5v_jax.align.validation import CaptionValidation
 from e5v_jax.checkpoints import from_hf
 from e5v_jax.checkpoints.converted import ConvertedFolder
 from e5v_jax.checkpoints.loading import dotted
@@ -266,6 +267,32 @@ def test_every_choice_changes_the_batch(folder: Path, tmp_path: Path) -> None:
 
 
 # --- whole runs ---
+
+
+def test_features_are_computed_once(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same steps, from a folder or a Parquet file; then no image is decoded any more."""
+    kept = tmp_path / "features"
+    data = CaptionsConfig(path=(folder / "photos",), features=kept)
+    evaluation = CaptionEvaluationConfig(data=folder / "photos.parquet")
+
+    def losses(**changes: Any) -> list[float]:
+        cfg = config(folder, tmp_path / "out", evaluation=evaluation, **changes)
+        training, found = training_of(cfg), []
+        validation = CaptionValidation(cfg, training)
+        for _ in range(3):
+            metrics = training.step(next(training.feed.batches), jax.random.key(0))
+            found.append(float(metrics.loss))
+        return [*found, validation.score(training.trainable, training.frozen)]
+
+    expected = losses()
+    np.testing.assert_allclose(losses(data=data), expected, atol=1e-6)
+    assert len(list(kept.rglob("*.npy"))) == ROWS
+    monkeypatch.setattr("e5v_jax.families.llava_next.processor.load_image", None)
+    np.testing.assert_array_equal(losses(data=data), losses(data=data))
+    with pytest.raises(TypeError):  # with another dtype they are others
+        losses(data=data, dtype="bfloat16")
 
 
 def run_config(folder: Path, output: Path) -> AlignConfig:

@@ -1,6 +1,6 @@
 """From captioned images to the arrays of a step: measured once, images decoded when due."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -99,6 +99,7 @@ class CaptionBatchMaker:
     wanted: np.ndarray  # bool [B], the rows of a batch whose images are needed here
     row_ids: Sequence[str]  # where a person finds each row
     pool: Executor  # decodes images
+    load: Callable[[Measured], Any]  # the processor's, or of features that are known
 
     def __call__(self, rows: np.ndarray, which: np.ndarray) -> CaptionBatch:
         """Make the batch of rows int64 [B], each with its caption number ``which`` int64 [B].
@@ -128,6 +129,6 @@ class CaptionBatchMaker:
     def _load(self, due: tuple[int, int, Measured]) -> Any:
         _, row, item = due
         try:
-            return self.processor.load(item)
+            return self.load(item)
         except ValueError as error:
             raise ValueError(f"{self.row_ids[row]}: {error}") from None

@@ -20,6 +20,9 @@ class CaptionsConfig:
     memory) and captions (texts)."""
     captions: Literal["one", "all"] = "one"
     """Of each image in an epoch: one, the next one in every epoch; or all, as so many rows."""
+    features: Path | None = None
+    """Folder for what the frozen tower makes of each image, computed once and kept; None computes
+    it in every step."""
     max_tokens: int = 64  # A longer caption is cut to this many tokens, and has no end then.
     prompt: str | None = None
     """What stands before a caption: None takes what the preset says with an image; or one of yours

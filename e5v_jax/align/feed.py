@@ -1,25 +1,36 @@
 """Captions as a stream of step inputs."""
 
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import Executor
 from functools import partial
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
-from e5v_jax.align.batches import CaptionBatchMaker, tokenize_captions
+from e5v_jax.align.batches import CaptionBatchMaker, CaptionTokens
 from e5v_jax.align.captions import Captions
 from e5v_jax.align.config import AlignConfig
 from e5v_jax.data.pipeline import batches_of_rows
-from e5v_jax.families.base import Processor
+from e5v_jax.families.base import Measured, Processor
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import local_rows
 from e5v_jax.train.feed import Feed, HostBatch, group_multiple
 
 
-def open_feed(cfg: AlignConfig, data: Captions, processor: Processor, runtime: Runtime) -> Feed:
-    """Tokenise everything once; the seed fixes the order of the batches, and the captions in them.
+def open_feed(
+    cfg: AlignConfig,
+    data: Captions,
+    tokens: CaptionTokens,
+    processor: Processor,
+    runtime: Runtime,
+    pool: Executor,
+    load: Callable[[Measured], Any],
+) -> Feed:
+    """Batches of ``data``, tokenised; the seed fixes their order, and the captions in them.
 
-    Raises ValueError: one line naming file and row, or the field of ``cfg``.
+    ``load`` and ``pool`` are as in :class:`CaptionBatchMaker`. Raises ValueError: names the field
+    of ``cfg``.
     """
     multiple = group_multiple(cfg, runtime)
     if cfg.batch_size % multiple:
@@ -27,10 +38,9 @@ def open_feed(cfg: AlignConfig, data: Captions, processor: Processor, runtime: R
             f"batch_size: {cfg.batch_size} images of a step cannot be split into parts of "
             f"{multiple} (the devices that share a batch, or chunk_size)"
         )
-    tokens = tokenize_captions(data, processor, cfg.data)
     counts = np.array([len(own) for own in tokens.captions])  # int64 [rows]
     wanted = local_rows(cfg.batch_size, runtime.mesh)
-    make_batch = CaptionBatchMaker(tokens, processor, wanted, data.row_ids, ThreadPoolExecutor())
+    make_batch = CaptionBatchMaker(tokens, processor, wanted, data.row_ids, pool, load)
     # a run that goes on shows the same ones as one that was left alone
     random = np.random.Philox(np.random.SeedSequence([cfg.seed, len(counts)]))
     first = (random.random_raw(len(counts)) % counts.astype(np.uint64)).astype(np.int64)

@@ -1,5 +1,6 @@
 """Alignment as the training loop needs it."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -9,8 +10,10 @@ import optax
 from flax import nnx
 from jax.tree_util import keystr, tree_map_with_path
 
+from e5v_jax.align.batches import tokenize_captions
 from e5v_jax.align.captions import Captions, load_captions
 from e5v_jax.align.config import AlignConfig, AlignOptimizerConfig
+from e5v_jax.align.features import open_features
 from e5v_jax.align.feed import open_feed
 from e5v_jax.align.loss import caption_loss
 from e5v_jax.align.validation import CaptionValidation
@@ -76,12 +79,17 @@ def set_up(cfg: AlignConfig, base: ConvertedFolder, data: Captions) -> Training:
     check_model(cfg, base)
     runtime = Runtime.on(make_mesh(cfg.mesh.data, cfg.mesh.fsdp, cfg.mesh.tensor))
     processor = open_base(cfg, base)
-    feed = open_feed(cfg, data, processor, runtime)
+    tokens, pool = tokenize_captions(data, processor, cfg.data), ThreadPoolExecutor()
+    known = open_features(cfg, processor)
+    load = processor.load if known is None else known.load
+    feed = open_feed(cfg, data, tokens, processor, runtime, pool, load)
     dtype = jnp.dtype(cfg.dtype)
     build = Build(Precision(dtype, dtype, cfg.quantize), runtime, cfg.lora)
     parts = base.family.projector
     masters = (*parts, DECODER_PATH) if cfg.train == "decoder" else parts
     model = load_model(base, build, masters=masters, seed=cfg.seed)
+    if known is not None:
+        known.fill(model, tokens.items, pool)
     wanted: list[Any] = [nnx.All(nnx.Param, nnx.PathContains(name)) for name in parts]
     wanted += [DECODER] if cfg.train == "decoder" else [LoRAParam]
     step = make_parts(

@@ -9,6 +9,7 @@ from flax import nnx
 from e5v_jax.align.batches import CaptionBatchMaker, tokenize_captions
 from e5v_jax.align.captions import load_captions
 from e5v_jax.align.config import AlignConfig
+from e5v_jax.align.features import open_features
 from e5v_jax.align.loss import CaptionBatch, Sums, caption_sums
 from e5v_jax.sharding import local_rows, place_split
 from e5v_jax.train.setup import Training
@@ -28,7 +29,12 @@ class CaptionValidation:
         tokens = tokenize_captions(data, training.processor, cfg.data)
         size = cfg.chunk_size or cfg.batch_size
         wanted, pool = local_rows(size, mesh), ThreadPoolExecutor()
-        self._make = CaptionBatchMaker(tokens, training.processor, wanted, data.row_ids, pool)
+        processor, known = training.processor, open_features(cfg, training.processor)
+        if known is not None:
+            model = nnx.merge(training.graphdef, training.trainable, training.frozen)
+            known.fill(model, tokens.items, pool)
+        load = processor.load if known is None else known.load
+        self._make = CaptionBatchMaker(tokens, processor, wanted, data.row_ids, pool, load)
         self._mesh = mesh
         rows = np.arange(len(data))
         rows = np.concatenate([rows, np.full(-len(data) % size, -1)])

@@ -73,6 +73,7 @@ class Measured:
     shape_key: int = 0  # inputs of one key may share a batch; 0 is text, more is more work
     image: ImageSource | str | None = None
     image_size: Size | None = None  # pixels (height, width)
+    features: np.ndarray | None = None  # what a frozen tower made of the image, if that is known
 
 
 @dataclass(frozen=True)

@@ -142,27 +142,19 @@ def load(item: Measured, config: LlavaNextConfig, preset: Preset) -> Prepared | 
     """Decode, resize and tile an input's image, if any. Raises ValueError: it cannot be decoded."""
     if item.image is None or item.image_size is None:
         return item.ids
-    resize = preset.first_size(item.image_size)
-    vision, pinpoints = config.vision, config.image_grid_pinpoints
-    tiled = tile_image(
-        load_image(item.image, resize), image_size=vision.image_size, grid_pinpoints=pinpoints
-    )
-    if resize is None and tiled.original_size != item.image_size:
-        raise ValueError(
-            f"the image's header says {item.image_size} (height, width), its data "
-            f"{tiled.original_size}: save it again"
-        )
-    rows = image_token_index(tiled.original_size, **_geometry(config))
+    size = preset.first_size(item.image_size) or item.image_size
+    tiles = _cut(item, config, preset) if item.features is None else item.features
+    rows = image_token_index(size, **_geometry(config))
     blend = None
     if config.max_tiles is not None:
-        size = feature_map_size(tiled.original_size, **_geometry(config))
-        new = shrunk_size(size, config.tile_side, config.max_tiles)
-        if new != size:
-            blend = shrink(rows, size, new)
+        map_size = feature_map_size(size, **_geometry(config))
+        new = shrunk_size(map_size, config.tile_side, config.max_tiles)
+        if new != map_size:
+            blend = shrink(rows, map_size, new)
             rows = blend.features[:, 0]
     start = item.ids.index(config.image_token_id)
     expanded = expand_image_tokens(item.ids, config.image_token_id, [len(rows)])
-    newline = len(tiled.tiles) * config.tile_tokens  # the row after the last tile feature
+    newline = len(tiles) * config.tile_tokens  # the row after the last tile feature
 
     def placed(rows: np.ndarray) -> np.ndarray:
         """Of tokens of the image, the same among those of the input."""
@@ -174,7 +166,24 @@ def load(item: Measured, config: LlavaNextConfig, preset: Preset) -> Prepared | 
         weights = np.zeros((len(expanded), 4), np.float32)
         weights[start : start + len(rows)] = blend.weights
         blend = Blend(placed(blend.features), weights)
-    return Prepared(expanded, placed(rows), tiled.tiles, blend)
+    return Prepared(expanded, placed(rows), tiles, blend)
+
+
+def _cut(item: Measured, config: LlavaNextConfig, preset: Preset) -> np.ndarray:
+    """The tiles of an input's image, uint8 [T, S, S, 3]; raises ValueError: as :func:`load`."""
+    assert item.image is not None and item.image_size is not None
+    resize = preset.first_size(item.image_size)
+    tiled = tile_image(
+        load_image(item.image, resize),
+        image_size=config.vision.image_size,
+        grid_pinpoints=config.image_grid_pinpoints,
+    )
+    if resize is None and tiled.original_size != item.image_size:
+        raise ValueError(
+            f"the image's header says {item.image_size} (height, width), its data "
+            f"{tiled.original_size}: save it again"
+        )
+    return tiled.tiles
 
 
 def match_tokenizer(config: LlavaNextConfig, tokenizer: PreTrainedTokenizerFast) -> LlavaNextConfig:
