@@ -5,8 +5,9 @@ strings are byte-exact, misspellings included: a changed byte is another embeddi
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 if TYPE_CHECKING:  # which takes a second: what only names presets does not wait for it
     from transformers import PreTrainedTokenizerBase
@@ -60,6 +61,15 @@ _SLOTS = {
 _SLOT = re.compile("|".join(map(re.escape, _SLOTS)))
 _CONTROL = re.compile(r"<\|[^|]+\|>|\[/?INST\]")
 _SURROGATE = r"[\ud800-\udfff]"
+UNREADABLE = re.compile(_SURROGATE)
+"""What :func:`check_text` refuses in any text."""
+TEXT_SLOT = "\ud800"
+"""What stands for a text in a frame (:meth:`PromptChoice.fill` with it): no text can hold it."""
+
+SpecialTokens = Literal["text", "refuse"]
+"""What a special token's name in a text is: its characters, or the reason to refuse the text."""
+Truncate = Literal["none", "end", "start"]
+"""Where a text is cut that is too long: nowhere, as it is refused; or what is cut off."""
 
 
 class TextError(ValueError):
@@ -86,7 +96,7 @@ E5V_PROMPTS = Prompts(TEXT, IMAGE, CIRR_QUERY)
 
 @dataclass(frozen=True)
 class PromptChoice:
-    """Which prompt each input of a call gets: by kind, or one for all."""
+    """Which prompt each input of a call gets, by kind or one for all, and how texts go into it."""
 
     prompt: str | None = None
     """One for all; None takes that of the input's kind from ``prompts``."""
@@ -96,9 +106,19 @@ class PromptChoice:
     instruction: str | None = None
     """What stands at ``<instruction>``; None takes ``default_instruction``, where there is one."""
     default_instruction: str | None = None
+    special_tokens: SpecialTokens = "text"
+    max_length: int | None = None
+    """Most tokens of an input, its prompt, template and image included; None: what fits."""
+    truncate: Truncate = "none"
 
     def __post_init__(self) -> None:
-        """Raise ValueError on a prompt with a lone surrogate: no tokenizer can read it."""
+        """Raise ValueError on a bad option, or a prompt with a lone surrogate, which is no text."""
+        choices = {"special_tokens": SpecialTokens, "truncate": Truncate}
+        for name, known in choices.items():
+            if (value := getattr(self, name)) not in get_args(known):
+                raise ValueError(f"{name} {value!r}: expected {' or '.join(get_args(known))}")
+        if self.max_length is not None and self.max_length < 1:
+            raise ValueError(f"max_length {self.max_length}: expected at least 1")
         if self.prompt is not None and (half := re.search(_SURROGATE, self.prompt)):
             raise ValueError(f"prompt {self.prompt!a}: not Unicode at character {half.start()}")
 
@@ -127,6 +147,11 @@ class PromptChoice:
         if instruction is None and "instruction" in slots(template + prompt):
             instruction = self.default_instruction
         return fill(prompt, template=template, text=text, image=image, instruction=instruction)
+
+    def insert(self, frame: str, text: str) -> str:
+        """What :meth:`fill` makes of ``text``, from what it made of :data:`TEXT_SLOT`."""
+        filled = frame.replace(TEXT_SLOT, text)
+        return filled.strip() if self.released else filled
 
 
 def choose_prompt(prompt_name: str | None, prompt: str | None) -> PromptChoice:
@@ -226,25 +251,38 @@ def detect_template(
     )
 
 
-def forbidden_pattern(tokenizer: "PreTrainedTokenizerBase", template: str) -> re.Pattern[str]:
-    """The strings no user text may contain, compiled once for :func:`check_text`.
+def special_strings(tokenizer: "PreTrainedTokenizerBase", template: str) -> frozenset[str]:
+    """The strings that mean something else to the model than their characters.
 
-    They are ``<image>``, every special token of ``tokenizer``, the control strings of ``template``
-    even where the tokenizer does not know them, and lone surrogates, which no tokenizer can read.
+    They are ``<image>``, every special token of ``tokenizer`` and the control strings of
+    ``template``, even where the tokenizer does not know them.
     """
-    strings = {IMAGE_PLACEHOLDER, *_CONTROL.findall(template)}
-    strings.update(t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
-    # One branch per first character: a flat list of 1000 tokens is tried at every position of the
-    # text and searched a hundred times slower.
+    special = (t.content for t in tokenizer.added_tokens_decoder.values() if t.special)
+    return frozenset({IMAGE_PLACEHOLDER, *_CONTROL.findall(template), *special} - {""})
+
+
+def forbidden_pattern(tokenizer: "PreTrainedTokenizerBase", template: str) -> re.Pattern[str]:
+    """What no text may contain where special tokens are refused: compiled for :func:`check_text`.
+
+    That is :func:`special_strings` and lone surrogates, which no tokenizer can read.
+    """
+    return re.compile(f"{any_of(special_strings(tokenizer, template))}|{_SURROGATE}")
+
+
+def any_of(strings: Collection[str]) -> str:
+    """A regular expression for the longest of ``strings`` at the first place that has one.
+
+    It has a branch per first character: a flat list of 1000 tokens is tried at every position of a
+    text and searched a hundred times slower.
+    """
     branches: dict[str, list[str]] = {}
-    for string in sorted(strings - {""}, key=lambda s: (-len(s), s)):  # longest first
+    for string in sorted(strings, key=lambda s: (-len(s), s)):  # longest first
         branches.setdefault(string[0], []).append(re.escape(string[1:]))
-    patterns = [f"{re.escape(first)}(?:{'|'.join(rest)})" for first, rest in branches.items()]
-    return re.compile("|".join([*patterns, _SURROGATE]))
+    return "|".join(f"{re.escape(first)}(?:{'|'.join(rest)})" for first, rest in branches.items())
 
 
 def check_text(text: str, forbidden: re.Pattern[str]) -> None:
-    """Refuse a text that could forge a placeholder, break its template, or is empty.
+    """Refuse a text that is empty or holds what is ``forbidden``.
 
     The string filled with one that passes can be tokenised as a whole, as the reference does, with
     merges across the seams (".\\n" is one Llama-3 token). Raises TextError: names the string.

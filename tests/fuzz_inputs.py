@@ -133,8 +133,16 @@ def odd_text(rng: Rng) -> str:
 
 
 def reference_ids(case: Case, prompt: str, text: str) -> list[int]:
+    """One token a byte, so that parts may stand alone; names of special tokens in ``text`` too."""
     head, tail = TEMPLATES[case.template].split("{}")
-    return case.tokenizer(head + prompt.replace("<sent>", text) + tail)["input_ids"]
+    letters = [
+        i for letter in text for i in case.tokenizer.encode(letter, add_special_tokens=False)
+    ]
+    first, *more = (head + prompt + tail).split("<sent>")
+    ids = case.tokenizer.encode(first)
+    for part in more:
+        ids += [*letters, *case.tokenizer.encode(part, add_special_tokens=False)]
+    return ids
 
 
 def fuzz_text(rng: Rng, folder: Path, case: Case) -> str:
@@ -149,14 +157,14 @@ def fuzz_text(rng: Rng, folder: Path, case: Case) -> str:
     )
     assert np.isfinite(vectors).all()
     for position, text in enumerate(texts):
-        bad = not text.strip() or any(token in text for token in SPECIAL)
-        bad = bad or any(0xD800 <= ord(c) < 0xE000 for c in text)
+        bad = not text.strip() or any(0xD800 <= ord(c) < 0xE000 for c in text)
         bad = bad or len(reference_ids(case, prompt or TEXT, text)) > 2048
         assert (position in refused) == bad, (text[:99], len(text), refused.get(position))
     good = [position for position in range(len(texts)) if position not in refused]
     measured = case.e5v.processor.measure([texts[i] for i in good], choose_prompt(None, prompt))
     for item, i in zip(measured, good, strict=True):
         assert item.ids == reference_ids(case, prompt or TEXT, texts[i])
+    good = [i for i in good if not any(token in texts[i] for token in SPECIAL)]
     if good and prompt is None:  # the one that the reference's helper knows
         expected = case.torch_embed([texts[position] for position in good])
         np.testing.assert_allclose(vectors[good], expected, atol=1e-5)

@@ -100,7 +100,8 @@ def test_shards(command: Command, model: E5V, texts: Path) -> None:
     assert ids == table["id"].to_pylist()
     np.testing.assert_allclose(vectors, model.encode(TEXTS), atol=1e-6)
     manifest = json.loads(Path("out/manifest.json").read_text())
-    assert manifest["result"] == {"rows": 23, "embedded": 23, "failed": 0, "shards": 3}
+    counts = {"embedded": 23, "failed": 0, "truncated": 0, "shards": 3}
+    assert manifest["result"] == {"rows": 23, **counts}
     assert set(manifest["versions"]) >= {"jax", "e5v_jax"}
     assert len(manifest["model_sha256"]) == len(manifest["input_sha256"]) == 64
 
@@ -219,7 +220,8 @@ def test_bad_rows_are_listed_by_place(command: Command, tmp_path: Path) -> None:
     rows += ['{"id": "1", "text": "b"}', '{"text": "c"}', '{"image": "http://x/y.png"}']
     rows += [r'{"id": "\ud800", "text": "d"}', r'{"text": "\ud800"}']
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
-    code, _, err = command("--input", "a.jsonl", "--on-error", "skip")
+    flags = ("--on-error", "skip", "--special-tokens", "refuse")
+    code, _, err = command("--input", "a.jsonl", *flags)
     assert code == 0, err
     failed = [json.loads(line) for line in Path("out/failed.jsonl").read_text().splitlines()]
     assert [row["where"] for row in failed] == [f"a.jsonl:{i}" for i in (2, 3, 4, 5, 6, 8, 9, 10)]
@@ -233,7 +235,7 @@ def test_bad_rows_are_listed_by_place(command: Command, tmp_path: Path) -> None:
 def test_raise_keeps_the_shards_before(command: Command, texts: Path) -> None:
     lines = [*TEXTS[:15], "my <image> of", *TEXTS[15:]]
     texts.write_text("\n".join(lines))
-    code, _, err = command("--input", texts, "--shard-size", "10")
+    code, _, err = command("--input", texts, "--shard-size", "10", "--special-tokens", "refuse")
     assert code == 1
     assert err.splitlines()[-1].startswith(f"error: {texts}:16: the text contains '<image>'")
     names = ["manifest.json", "shard-00000.parquet", "shard-00000.sha256"]
@@ -413,7 +415,7 @@ def test_resumes_where_it_was(command: Command, texts: Path, monkeypatch: Any) -
 
 def test_a_run_that_cannot_begin_binds_none(command: Command, texts: Path) -> None:
     """Its first row is bad: corrected, the input is another, and is taken."""
-    flags = ("--input", texts, "--shard-size", "10")
+    flags = ("--input", texts, "--shard-size", "10", "--special-tokens", "refuse")
     for before in ([], ["out"]):
         for folder in before:
             Path(folder).mkdir()

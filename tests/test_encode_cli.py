@@ -576,7 +576,7 @@ def bad_images(tmp_path: Path) -> None:
         ({"text": "a<|eot_id|>"}, "the text contains '<|eot_id|>' (at character 1), "),
         ({"text": "</s>"}, "the text contains '</s>' (at character 0), "),
         ({"text": "\ud800"}, "the text contains the lone surrogate '\\ud800': "),
-        ({"text": 2048 * "a"}, "2110 tokens, the model takes at most 2048: shorten the text\n"),
+        ({"text": 2048 * "a"}, "2110 tokens, the model takes at most 2048: shorten the text, "),
     ],
 )
 def test_bad_row_is_named(
@@ -589,7 +589,8 @@ def test_bad_row_is_named(
     monkeypatch.chdir(tmp_path)
     rows = [{"text": "a dog"}, {"image": "good.png"}, row]
     Path("a.jsonl").write_text("\n" + "\n".join(map(json.dumps, rows)))  # the row is on line 4
-    code, out, err = command("--model", "any", "--input", "a.jsonl", "--output", "out.parquet")
+    flags = ("--output", "out.parquet", "--special-tokens", "refuse")
+    code, out, err = command("--model", "any", "--input", "a.jsonl", *flags)
     assert (code, out) == (1, "")
     assert err.startswith(f"error: a.jsonl:4: {message}") and err.count("\n") == 1
     assert not list(tmp_path.glob("*out*"))

@@ -18,6 +18,7 @@ from e5v_jax.data.text import truncate_texts
 from e5v_jax.nn.layers import LoRAConfig, l2_normalize
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh
+from e5v_jax.train.batches import tokenize_pairs
 from e5v_jax.train.config import DataConfig, LossConfig, OptimizerConfig, TrainConfig
 from e5v_jax.train.feed import Feed, open_feed, place
 from e5v_jax.train.loop import train
@@ -182,7 +183,7 @@ def test_run(case: Case, photos: Path, tmp_path: Path, lora: LoRAConfig | None) 
         ({"image0": "pairs.jsonl"}, [":3: image0: ", "not an image"]),
         ({"image0": ""}, [":3: image0 is empty"]),
         ({"image0": 4}, [":3: image0 is 4, expected a string"]),
-        ({"sent1": "an <image> of a dog"}, [":3: sent1: ", "<image>"]),
+        ({"sent1": "half a \ud83d"}, [":3: sent1 has ", "lone surrogate"]),
         ({"image1": "1.png"}, [":3: ", "has a image1 and"]),
     ],
 )
@@ -217,3 +218,17 @@ def test_an_image_broken_behind_its_header(case: Case, photos: Path) -> None:
 def test_chunks_must_divide_the_images(case: Case, photos: Path) -> None:
     with pytest.raises(ValueError, match="batch_size: 4 images of a step cannot be split into"):
         feed_of(case, write(photos, "image0 sent1"), chunk_size=3)
+
+
+def test_a_sentence_makes_no_image(case: Case, photos: Path) -> None:
+    """Each input has one placeholder for an image of its own, whatever its sentence says."""
+    file = write(photos, "sent0 image0 sent1", "forged.jsonl")
+    file.write_text(file.read_text().replace("dog", "<image> </s>"))
+    first, second = tokenize_pairs(
+        load_pairs(file), case.e5v.processor, DataConfig(path=(file,), max_tokens=999)
+    ).items
+    token, end = case.e5v.config.image_token_id, case.e5v.tokenizer.eos_token_id
+    assert [item.ids.count(token) for item in first] == ROWS * [1]
+    assert not any(token in item.ids for item in second)
+    assert {item.ids.count(end) for item in (*first, *second)} == {0}
+    assert min(item.length for item in second) > len("the <image> </s> 0 moves")

@@ -171,7 +171,7 @@ BAD_INPUTS: dict[str, tuple[Any, str]] = {
 def test_errors_name_the_position(kind: str, e5v: E5V) -> None:
     bad, message = BAD_INPUTS[kind]
     with pytest.raises(ValueError, match=message) as error:
-        e5v.encode([TEXTS[0], IMAGES[0], bad, TEXTS[1]])
+        e5v.encode([TEXTS[0], IMAGES[0], bad, TEXTS[1]], special_tokens="refuse")
     assert str(error.value).startswith("input 2: ")
     assert "\n" not in str(error.value)
 

@@ -522,7 +522,9 @@ def test_what_a_text_must_not_hold() -> None:
 
     def check(name: str, text: str) -> None:
         tokenizer = build_tokenizer("mistral")
-        TextProcessor(config, tokenizer, None, PRESETS[name]).check_text(text)
+        TextProcessor(config, tokenizer, None, PRESETS[name]).check_text(
+            text, special_tokens="refuse"
+        )
 
     check("vlm2vec-llava-next", "a [INST] b <|im_end|>")
     check("bge-vl-mllm", "a <query> b <instruct> <sent> <instruction> {}")

@@ -537,7 +537,7 @@ def test_image_processors(
 )
 def test_inputs_that_are_refused(item: Any, message: str, qwen: Callable[[str], QwenCase]) -> None:
     with pytest.raises(ValueError, match=f"^input 0: .*{message}"):
-        qwen("tied").e5v.encode([item])
+        qwen("tied").e5v.encode([item], special_tokens="refuse")
 
 
 def test_limits_and_tokenizers_that_are_refused(

@@ -76,7 +76,7 @@ def test_prompts_become_the_ids_of_the_string(
 )
 def test_no_text_forges_a_turn(text: str, qwen_tokenizer: PreTrainedTokenizerFast) -> None:
     with pytest.raises(TextError, match="means something else to the model"):
-        processor("qwen3-vl-embedding", qwen_tokenizer).check_text(text)
+        processor("qwen3-vl-embedding", qwen_tokenizer).check_text(text, special_tokens="refuse")
 
 
 def test_a_preset_of_another_model_is_refused(llama3_tokenizer: PreTrainedTokenizerFast) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partialmethod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,7 @@ from e5v_jax.evaluate.retrieval import (
     take,
 )
 from e5v_jax.evaluate.scores import Hits
+from e5v_jax.families.text.processor import TextProcessor
 from e5v_jax.presets import E5_V
 from e5v_jax.prompts import IMAGE, TEXT
 
@@ -330,10 +332,11 @@ def test_an_image_by_two_links_is_one_image(tmp_path: Path) -> None:
 def test_texts_are_checked_before_the_model_is_loaded(
     tmp_path: Path, llava: "Callable[[str], Case]", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By its own tokenizer; a drawn caption may say anything."""
+    """By its own processor; a drawn caption may say anything. Special tokens are text, to it."""
     write_set(tmp_path)
     captions = tmp_path / "captions.jsonl"
-    captions.write_text(captions.read_text().replace("picture 2, told way 3", "a <|eot_id|> here"))
+    said = captions.read_text()
+    captions.write_text(said.replace("picture 2, told way 3", "half a \\ud83d"))
 
     def load(*_: Any, **__: Any) -> None:
         raise RuntimeError("loaded")
@@ -343,6 +346,14 @@ def test_texts_are_checked_before_the_model_is_loaded(
     args = EvaluateConfig(model=folder, data=tmp_path, tasks="i2i-retrieval")
     with pytest.raises(RuntimeError, match="loaded"):
         evaluate(args)
+    with pytest.raises(ValueError, match=r"captions\.jsonl, row 3: the text contains the lone"):
+        evaluate(replace(args, tasks="i2i-retrieval,retrieval"))
+    captions.write_text(said.replace("picture 2, told way 3", "a <|eot_id|> here"))
+    with pytest.raises(RuntimeError, match="loaded"):
+        evaluate(replace(args, tasks="i2i-retrieval,retrieval"))
+    # one that minds them shows whose texts are asked about
+    check = partialmethod(TextProcessor.check_text, special_tokens="refuse")
+    monkeypatch.setattr(TextProcessor, "check_text", check)
     message = r"captions\.jsonl, row 3: the text contains '<\|eot_id\|>' \(at character 2\), which"
     with pytest.raises(ValueError, match=message):
         evaluate(replace(args, tasks="i2i-retrieval,retrieval"))

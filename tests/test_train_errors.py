@@ -40,11 +40,10 @@ def refuse(folder: Path, run: Path, capsys: pytest.CaptureFixture[str], *flags: 
         (GOOD.replace(b"sent1", b"other"), ["sent1"]),
         (GOOD.replace(b"A hound.", b" "), [":2", "sent1", "empty"]),
         (GOOD.replace(b"Two men.", b"Two m\xe9n."), ["3", "UTF-8"]),
-        (GOOD.replace(b"A cat.", b"<|im_start|>"), [":2", "hard_neg", "<|im_start|>"]),
         (b"", ["empty"]),
         (GOOD, ["batch"]),
     ],
-    ids=["column", "empty-sentence", "encoding", "special-token", "empty-file", "too-few-rows"],
+    ids=["column", "empty-sentence", "encoding", "empty-file", "too-few-rows"],
 )
 def test_bad_data(
     folder: Path,

@@ -41,7 +41,7 @@ def tokenize_captions(data: Captions, processor: Processor, cfg: CaptionsConfig)
     for where, texts, item in zip(data.row_ids, data.texts, items, strict=True):
         try:
             for text in texts:
-                processor.check_text(text)
+                processor.check_text(text, special_tokens="refuse")
         except ValueError as error:
             raise ValueError(f"{where}: caption {text!r}: {error}") from None
         ids: list[list[int]] = processor.tokenizer(

@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerFast
 
+from e5v_jax.data.literal import LiteralTokenizer
+
 # Fine where texts are many; beyond, at most a fifth of a sequence is padding.
 _DOUBLINGS = [quarters * 2**power for power in range(5, 12) for quarters in (5, 6, 7, 8)]
 # Lengths that texts are padded to, and sequences with images: what TPU's splash attention takes.
@@ -18,29 +20,66 @@ IMAGE_BUCKETS = tuple(range(256, 16385, 128))
 
 
 def encode_batch(
-    tokenizer: PreTrainedTokenizerFast, filled: Sequence[str], *, last_token: str | None = None
+    tokenizer: PreTrainedTokenizerFast,
+    filled: Sequence[str],
+    *,
+    last_token: str | None = None,
+    literal: LiteralTokenizer | None = None,
 ) -> list[list[int]]:
     """Tokenise filled prompts (:func:`e5v_jax.prompts.fill`), unpadded and never truncated.
 
     Each is tokenised whole, with a BOS if the tokenizer's own post-processor adds it, as the
     reference does. Something after the prompt, say EOS, would be the pooled token. With
     ``last_token`` that is the pooled one: each prompt ends in it already, and nothing is added.
+    ``literal`` is given for prompts that are marked for it.
 
     Raises ValueError: the tokenizer puts something else around the prompt, or ``last_token`` is
     none of its tokens or not the last one.
     """
     if not filled:
         return []
-    if last_token is not None:
-        return _encode_ending(tokenizer, filled, last_token)
+    bare = literal.encode(filled) if literal else _encode(tokenizer, filled)
+    if last_token is None:
+        # What the post-processor adds is the same for every text, so one text tells.
+        before = _added_before(tokenizer, filled[0])
+        return [before + ids for ids in bare]
+    expected = tokenizer.added_tokens_encoder.get(last_token)
+    if expected is None:
+        raise ValueError(
+            f"the embedding is read at {last_token}, which the tokenizer does not know: it is of "
+            "another model"
+        )
+    for string, ids in zip(filled, bare, strict=True):
+        if not ids or ids[-1] != expected:
+            raise ValueError(
+                f"the embedding is read at {last_token}, but the prompt ends in {string[-20:]!r}: "
+                "take the preset's template"
+            )
+    return bare
+
+
+def _encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
+    """Tokenise without what the post-processor adds."""
     ids: list[list[int]] = tokenizer(
-        list(filled), padding=False, truncation=False, return_attention_mask=False, verbose=False
+        list(texts),
+        add_special_tokens=False,
+        padding=False,
+        truncation=False,
+        return_attention_mask=False,
+        verbose=False,
     )["input_ids"]
-    # What the post-processor adds is the same for every text, so one text tells.
-    bare: list[int] = tokenizer(filled[0], add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _added_before(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
+    """What the post-processor puts before a prompt: nothing or the BOS. Raises ValueError: else."""
+    (bare,) = _encode(tokenizer, [prompt])
+    whole: list[int] = tokenizer(prompt, padding=False, truncation=False, verbose=False)[
+        "input_ids"
+    ]
     if not bare:
-        raise ValueError(f"the tokenizer finds no token in the prompt {filled[0]!r}")
-    before, after = ids[0][: -len(bare)], ids[0][-len(bare) :]
+        raise ValueError(f"the tokenizer finds no token in the prompt {prompt!r}")
+    before, after = whole[: -len(bare)], whole[-len(bare) :]
     if after != bare:
         raise ValueError(
             f"the tokenizer adds {tokenizer.convert_ids_to_tokens(after[-1])!r} after the prompt, "
@@ -53,28 +92,7 @@ def encode_batch(
             f"expected nothing or the BOS token {tokenizer.bos_token!r}, as bos_token in "
             "tokenizer_config.json says"
         )
-    return ids
-
-
-def _encode_ending(
-    tokenizer: PreTrainedTokenizerFast, filled: Sequence[str], last_token: str
-) -> list[list[int]]:
-    expected = tokenizer.added_tokens_encoder.get(last_token)
-    if expected is None:
-        raise ValueError(
-            f"the embedding is read at {last_token}, which the tokenizer does not know: it is of "
-            "another model"
-        )
-    ids: list[list[int]] = tokenizer(
-        list(filled), add_special_tokens=False, return_attention_mask=False, verbose=False
-    )["input_ids"]
-    for string, sequence in zip(filled, ids, strict=True):
-        if not sequence or sequence[-1] != expected:
-            raise ValueError(
-                f"the embedding is read at {last_token}, but the prompt ends in {string[-20:]!r}: "
-                "take the preset's template"
-            )
-    return ids
+    return before
 
 
 def truncate_texts(
@@ -93,10 +111,7 @@ def truncate_texts(
     if not texts:
         return []
     # Cut here and not by the tokenizer: its truncation is state shared by all threads.
-    ids: list[list[int]] = tokenizer(
-        list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
-    )["input_ids"]
-    cut = [sequence[:max_tokens] for sequence in ids]
+    cut = [sequence[:max_tokens] for sequence in _encode(tokenizer, texts)]
     return tokenizer.batch_decode(cut, clean_up_tokenization_spaces=False)
 
 

@@ -3,6 +3,7 @@
     manifest.json        what was embedded, how, and with what; at the end, how many rows
     shard-00000.parquet  columns id and embedding; or .npy; and beside it, see shards.py
     failed.jsonl         with --on-error skip: id, place and reason of each row left out
+    truncated.jsonl      with --truncate: id and place of each row whose text was cut
     .repeated.tmp        during the run: rows whose id an earlier row has
 
 A shard is a fixed range of input rows, embedded by itself and sealed when whole. So its bytes do
@@ -36,7 +37,7 @@ from e5v_jax.distributed import from_first, is_first, wait_for_all
 from e5v_jax.encode.files import Item, Scan, iterate_items, scan_items
 from e5v_jax.encode.options import Args
 from e5v_jax.encode.progress import BulkProgress
-from e5v_jax.encode.shards import failed_lines, is_whole, read_shard, write_shard
+from e5v_jax.encode.shards import Note, is_whole, note_lines, read_shard, write_shard
 from e5v_jax.encode.vectors import find_unusable, to_json
 from e5v_jax.lock import Lock
 from e5v_jax.storage import as_path, in_bucket
@@ -226,8 +227,8 @@ def _shard(output: Path, number: int, args: Args) -> Path:
 
 def _embed_shard(
     args: Args, items: list[Item], embed: Embed, progress: BulkProgress
-) -> tuple[list[str], np.ndarray, list[dict[str, str]]]:
-    """Give ids and vectors of a shard's rows, and id, place and reason of those that failed."""
+) -> tuple[list[str], np.ndarray, dict[Note, list[dict[str, str]]]]:
+    """Give ids and vectors of a shard's rows, and the notes on them."""
     raises = args.on_error == "raise"
     for item in items:
         if raises and item.error is not None:
@@ -240,7 +241,8 @@ def _embed_shard(
             raise ValueError(f"{items[row].where}: {error.reason}")
         items[row] = replace(items[row], error=error.reason)
 
-    vectors = embed([items[row].value for row in usable], on_error=note)
+    cut: list[int] = []
+    vectors = embed([items[row].value for row in usable], on_error=note, on_truncate=cut.append)
     with np.errstate(over="ignore"):  # found next
         vectors = vectors.astype(args.embedding_dtype)
     for position in find_unusable(vectors):
@@ -254,23 +256,37 @@ def _embed_shard(
         if item.error is not None
     ]
     progress.passed(len(failed))
-    return ids, vectors[good], failed
+    shortened = (items[usable[position]] for position in sorted(cut))
+    truncated = [{"id": x.id, "where": x.where} for x in shortened if x.error is None]
+    return ids, vectors[good], {"failed": failed, "truncated": truncated}
 
 
 def finish_output(args: Args, output: Path, rows: int) -> dict[str, int]:
-    """Join what failed and complete the manifest, when all processes are through.
+    """Join the notes and complete the manifest, when all processes are through.
 
-    It gives the numbers of rows, embedded and failed ones, and shards.
+    It gives the numbers of rows, embedded, failed and truncated ones, and shards.
 
     Raises ValueError: a shard is missing.
     """
     shards = [_shard(output, number, args) for number in range(-(-rows // args.shard_size))]
-    failed = sum(failed_lines(path).count(b"\n") for path in shards)
-    if args.on_error == "skip":
-        contents = map(failed_lines, shards)
-        write_whole(output / "failed.jsonl", lambda file: file.writelines(contents))
+    asked: dict[Note, bool] = {
+        "failed": args.on_error == "skip",
+        "truncated": args.truncate != "none",
+    }
+    counts: dict[Note, int] = {}
+    for note, wanted in asked.items():
+        counts[note] = sum(note_lines(path, note).count(b"\n") for path in shards)
+        contents = (note_lines(path, note) for path in shards)
+        if wanted:
+            write_whole(output / f"{note}.jsonl", methodcaller("writelines", contents))
     (output / _REPEATED).unlink(missing_ok=True)
-    result = {"rows": rows, "embedded": rows - failed, "failed": failed, "shards": len(shards)}
+    result = {
+        "rows": rows,
+        "embedded": rows - counts["failed"],
+        "failed": counts["failed"],
+        "truncated": counts["truncated"],
+        "shards": len(shards),
+    }
     path = output / _MANIFEST
     data = to_json({**_read_manifest(path), "result": result})
     write_whole(path, methodcaller("write", data))

@@ -30,8 +30,10 @@ def encode(args: Args) -> None:
     naming the file and line, or the flag.
     """
     args.check()
-    if args.instruction is not None:  # before the weights, which may take minutes to load
-        args.load_processor().preset.choose(args.prompt_name, args.prompt, args.instruction)
+    if args.instruction is not None or args.max_length is not None:
+        processor = args.load_processor()  # before the weights, which may take minutes to load
+        processor.preset.choose(args.prompt_name, args.prompt, args.instruction)
+        processor.longest(args.max_length)
     # Pillow's two lines about an image that is then refused in one
     with warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning):
         (encode_to_folder if args.is_bulk else encode_in_memory)(args)
@@ -60,10 +62,14 @@ def encode_in_memory(args: Args) -> None:
         model = args.load(jax.local_devices())
         try:
             with decoding_pool(args.num_workers) as pool:
-                values = [item.value for item in items]
-                vectors = model.encode(values, pool=pool, **args.encode_options())
+                values, cut = [item.value for item in items], list[int]()
+                vectors = model.encode(
+                    values, pool=pool, on_truncate=cut.append, **args.encode_options()
+                )
         except InputError as error:
             raise ValueError(f"{items[error.position].where}: {error.reason}") from error
+        if cut:
+            print(f"{len(cut)} of {len(items)} inputs: text cut to fit", file=sys.stderr)
         if args.output is not None:
             write_vectors(args.output, [item.id for item in items], vectors)
             rows, dims = vectors.shape
@@ -111,6 +117,9 @@ def encode_to_folder(args: Args) -> None:
                 f"{args.output}: {result['embedded']} of {result['rows']} rows embedded in "
                 f"{result['shards']} shard{'s' * (result['shards'] > 1)}, {progress.summary()}"
             )
+            if result["truncated"]:
+                listed = args.output / "truncated.jsonl"
+                print(f"{result['truncated']} with their text cut to fit: see {listed}")
             failed = f"{result['failed']} failed: see {args.output / 'failed.jsonl'}"
             if not result["embedded"]:
                 raise ValueError(f"{args.output}: no row could be embedded, {failed}")

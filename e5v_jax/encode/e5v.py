@@ -4,6 +4,7 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
@@ -26,6 +27,7 @@ from e5v_jax.memory import release_freed_memory
 from e5v_jax.nn.layers import Build, Precision
 from e5v_jax.nn.quantized import Quantization
 from e5v_jax.presets import Preset, check_preset, find_preset
+from e5v_jax.prompts import SpecialTokens, Truncate
 from e5v_jax.runtime import Implementation, Runtime
 from e5v_jax.sharding import make_mesh
 from e5v_jax.storage import as_path, check_reachable
@@ -139,9 +141,13 @@ class E5V:
         *,
         instruction: str | None = None,
         max_num_batched_tokens: int | None = None,
+        max_length: int | None = None,
+        truncate: Truncate = "none",
+        special_tokens: SpecialTokens = "text",
         pool: Executor | None = None,
         on_error: Callable[[InputError], None] | None = None,
         on_batch: Callable[[int], None] = lambda done: None,
+        on_truncate: Callable[[int], None] = lambda position: None,
     ) -> np.ndarray:
         """Embed inputs as float32 [N, D], or [D] if it is one and no sequence; order kept.
 
@@ -158,10 +164,17 @@ class E5V:
             show_progress_bar: None shows it on a terminal when there are many inputs.
             max_num_batched_tokens: most positions per device batch; None is 1024 on a CPU, 16384
                 on a GPU or TPU. Less takes less memory.
+            max_length: most tokens of an input, its prompt, template and image counted; None is
+                what the model takes.
+            truncate: what is cut off a text that is too long, its "end" or its "start"; the prompt
+                around it stays whole. "none" makes it a bad input.
+            special_tokens: a text that names one ("</s>", "<image>") is read as its characters;
+                "refuse" makes it a bad input.
             pool: where images are decoded, ahead of the device; None is a few threads. A
                 ``ProcessPoolExecutor`` must start its processes by "spawn", as JAX has threads.
             on_error: hears of each bad input, whose vector is then zero.
             on_batch: hears how many inputs each batch finished.
+            on_truncate: hears the position of each input whose text was cut.
 
         Raises ValueError: a bad input, "input 3: ...", without on_error, and so is one whose vector
         is not finite or zero, as of a broken model; a bad prompt or instruction.
@@ -175,10 +188,16 @@ class E5V:
         for name, value in limits.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} {value}: expected at least 1")
-        prompts = self.preset.choose(prompt_name, prompt, instruction)
+        prompts = replace(
+            self.preset.choose(prompt_name, prompt, instruction),
+            max_length=max_length,
+            truncate=truncate,
+            special_tokens=special_tokens,
+        )
+        self.processor.longest(max_length)  # refuses one that is more
         if instruction is not None:
             try:
-                self.processor.check_text(instruction)
+                self.processor.check_text(instruction, special_tokens="refuse")
             except ValueError as error:
                 raise ValueError(f"instruction: {error}") from error
         if show_progress_bar is None:
@@ -202,6 +221,7 @@ class E5V:
                 pool=decoding,
                 on_error=on_error,
                 on_batch=advance,
+                on_truncate=on_truncate,
                 truncate_dim=truncate_dim,
             )
         if normalize_embeddings:

@@ -10,6 +10,7 @@ from e5v_jax import cli
 from e5v_jax.cli import BucketPath
 from e5v_jax.encode.model_args import ModelArgs
 from e5v_jax.presets import find_preset
+from e5v_jax.prompts import SpecialTokens, Truncate
 from e5v_jax.storage import check_reachable, in_bucket
 
 
@@ -38,6 +39,12 @@ class Args(ModelArgs):
     batch_size: int | None = None  # Most inputs per device batch; by default only the tokens count.
     max_num_batched_tokens: int | None = None
     """Most tokens per device batch, padding included; by default 1024 on a CPU, else 16384."""
+    max_length: int | None = None
+    """Most tokens of an input, its prompt and image counted; by default what the model takes."""
+    truncate: Truncate = "none"
+    """What to cut off a text that is too long, never off its prompt; none: it is a bad row."""
+    special_tokens: SpecialTokens = "text"
+    """Read the name of a special token in a text as its characters, or refuse the row."""
     truncate_dim: int | None = None  # Keep only the first dimensions.
     normalize: bool = True  # Scale the vectors to length 1, after truncation.
     num_workers: int = 0  # Processes that decode images, ahead of the device; 0 is a few threads.
@@ -63,6 +70,9 @@ class Args(ModelArgs):
             "instruction": self.instruction,
             "batch_size": self.batch_size,
             "max_num_batched_tokens": self.max_num_batched_tokens,
+            "max_length": self.max_length,
+            "truncate": self.truncate,
+            "special_tokens": self.special_tokens,
             "normalize_embeddings": self.normalize,
             "truncate_dim": self.truncate_dim,
         }
@@ -73,7 +83,8 @@ class Args(ModelArgs):
         Raises cli.UsageError: names the flag; OSError: a bucket that cannot be reached.
         """
         super().check()
-        self.require_positive("batch_size", "max_num_batched_tokens", "truncate_dim", "shard_size")
+        counts = ("batch_size", "max_num_batched_tokens", "max_length", "truncate_dim")
+        self.require_positive(*counts, "shard_size")
         if not self.model:
             raise cli.UsageError("--model: empty, expected a folder, a file or a hub id")
         if self.shard_size > sys.maxsize:

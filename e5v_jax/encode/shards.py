@@ -2,6 +2,7 @@
 
     shard-00000.parquet       columns id and embedding; or .npy, with the ids in .ids.json
     shard-00000.failed.jsonl  with --on-error skip: id, place and reason of each row left out
+    shard-00000.truncated.jsonl  with --truncate: id and place of each row whose text was cut
     shard-00000.sha256        the hashes of these files, for ``sha256sum -c`` too
 
 The seal is written last. A shard without it, or with a file that is not what it says, is not whole.
@@ -10,21 +11,25 @@ The seal is written last. A shard without it, or with a file that is not what it
 import hashlib
 import io
 import json
+from collections.abc import Mapping
 from operator import methodcaller
 from pathlib import Path
+from typing import Literal, get_args
 
 import numpy as np
 
 from e5v_jax.atomic import write_whole
 from e5v_jax.encode.vectors import save_vectors, to_json
 
-_IDS, _FAILED, _SEAL = ".ids.json", ".failed.jsonl", ".sha256"
+_IDS, _SEAL = ".ids.json", ".sha256"
+Note = Literal["failed", "truncated"]
+"""Which rows are listed beside a shard."""
 
 
 def write_shard(
-    path: Path, ids: list[str], vectors: np.ndarray, failed: list[dict[str, str]]
+    path: Path, ids: list[str], vectors: np.ndarray, notes: Mapping[Note, list[dict[str, str]]]
 ) -> None:
-    """Write the shard ``path``: vectors [N, D] in their dtype, and what ``failed``; sealed last.
+    """Write the shard ``path``: vectors [N, D] in their dtype, and ``notes``; sealed last.
 
     Raises OSError: the disk is full or the like.
     """
@@ -33,11 +38,12 @@ def write_shard(
     files = {path: buffer.getvalue()}
     if path.suffix == ".npy":
         files[path.with_suffix(_IDS)] = to_json(ids)
-    if failed:
-        lines = "".join(json.dumps(reason) + "\n" for reason in failed)
-        files[path.with_suffix(_FAILED)] = lines.encode()
-    else:  # what a damaged one left
-        path.with_suffix(_FAILED).unlink(missing_ok=True)
+    for note, rows in notes.items():
+        if rows:
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            files[_note(path, note)] = lines.encode()
+        else:  # what a damaged one left
+            _note(path, note).unlink(missing_ok=True)
     # The shard's own line is the last: without it a seal that was cut is none.
     seal = "".join(_seal(file, files[file]) for file in sorted(files, key=path.__eq__))
     for file, data in {**files, path.with_suffix(_SEAL): seal.encode()}.items():
@@ -55,12 +61,12 @@ def is_whole(path: Path) -> bool:
         return False
 
 
-def failed_lines(path: Path) -> bytes:
-    """Read what failed of a whole shard, as json lines. Raises ValueError: it is not sealed."""
+def note_lines(path: Path, note: Note) -> bytes:
+    """Read the notes of a whole shard, as json lines. Raises ValueError: it is not sealed."""
     names = _sealed(path)
     if path not in names:
         raise ValueError(f"{path}: missing or not whole; start the command again to make it")
-    file = path.with_suffix(_FAILED)
+    file = _note(path, note)
     return file.read_bytes() if file in names else b""
 
 
@@ -100,6 +106,10 @@ def _damaged(file: Path, reason: object) -> ValueError:
     return ValueError(f"{file}: damaged ({reason}); start the command again to make it anew")
 
 
+def _note(path: Path, note: Note) -> Path:
+    return path.with_suffix(f".{note}.jsonl")
+
+
 def _seal(file: Path, data: bytes) -> str:
     return f"{hashlib.sha256(data).hexdigest()}  {file.name}\n"
 
@@ -110,6 +120,7 @@ def _sealed(path: Path) -> dict[Path, str]:
         lines = path.with_suffix(_SEAL).read_bytes().decode("ascii").splitlines(keepends=True)
     except (OSError, ValueError):
         return {}
-    files = {x.name: x for x in (path, path.with_suffix(_IDS), path.with_suffix(_FAILED))}
+    notes = (_note(path, note) for note in get_args(Note))
+    files = {x.name: x for x in (path, path.with_suffix(_IDS), *notes)}
     found = {line[66:].removesuffix("\n"): line for line in lines}
     return {files[name]: found[name] for name in found} if found.keys() <= files.keys() else {}

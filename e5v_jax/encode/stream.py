@@ -49,6 +49,7 @@ def encode_stream(
     pool: Executor,
     on_error: OnError | None = None,
     on_batch: Callable[[int], None] = lambda done: None,
+    on_truncate: Callable[[int], None] = lambda position: None,
     truncate_dim: int | None = None,
 ) -> np.ndarray:
     """Embed ``inputs``, equal ones once, as fp32 [N, D], not normalised, in their order.
@@ -56,8 +57,9 @@ def encode_stream(
     Where ``prompts`` say so, an input with text and image is the sum of two vectors.
     ``state`` has the parameters of the model. ``on_error`` hears of each bad input, whose vector is
     zero; without it the first one raises. An input that the model gives no finite vector or a zero
-    one is bad, too. ``on_batch`` hears how many inputs each batch finished. ``pool`` decodes
-    images. ``truncate_dim`` keeps the first dimensions.
+    one is bad, too. ``on_batch`` hears how many inputs each batch finished, ``on_truncate`` the
+    position of each whose text was cut. ``pool`` decodes images. ``truncate_dim`` keeps the first
+    dimensions.
 
     Raises InputError: a bad input, by its position.
     """
@@ -84,6 +86,9 @@ def encode_stream(
         for start in range(0, len(groups), WINDOW):
             window = [part for part, _ in groups[start : start + WINDOW]]
             measured = processor.measure(window, prompts, on_error=partial(fail, start=start))
+            for item in measured:
+                for position in groups[start + item.position][1] if item.truncated else ():
+                    on_truncate(position)
             yield from plan_batches(
                 [replace(item, position=start + item.position) for item in measured],
                 padded_length=processor.padded_length,

@@ -15,7 +15,7 @@ from e5v_jax.nn.decoder import Remat
 from e5v_jax.nn.parameters import ParameterTable
 from e5v_jax.nn.text_config import TextConfig
 from e5v_jax.presets import Preset
-from e5v_jax.prompts import PromptChoice
+from e5v_jax.prompts import PromptChoice, SpecialTokens
 from e5v_jax.runtime import Runtime
 
 Array = jax.Array | np.ndarray
@@ -74,6 +74,7 @@ class Measured:
     image: ImageSource | str | None = None
     image_size: Size | None = None  # pixels (height, width)
     features: np.ndarray | None = None  # what a frozen tower made of the image, if that is known
+    truncated: bool = False  # its text was cut
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,14 @@ class Processor(Protocol):
         the tokenizer's EOS, or None.
         """
 
-    def check_text(self, text: str) -> None:
+    def check_text(self, text: str, *, special_tokens: SpecialTokens = "text") -> None:
         """Refuse a text that :meth:`measure` refuses as such. Raises ValueError: why."""
 
     def fill(self, prompts: PromptChoice, text: str | None, *, has_image: bool) -> str:
         """The string to tokenise for one input, of checked text; raises ValueError: no prompt."""
+
+    def longest(self, max_length: int | None) -> int:
+        """Most tokens of an input. Raises ValueError: ``max_length`` is more than the model's."""
 
     def measure(
         self,
@@ -130,8 +134,9 @@ class Processor(Protocol):
     ) -> list[Measured]:
         """Fill prompts, tokenise, read the sizes of images; order kept.
 
-        ``max_tokens`` cuts each text before the prompt goes around it. ``on_error`` hears of each
-        bad input, which is then left out.
+        ``prompts`` also say what becomes of special tokens in a text, and of a text too long for
+        the model. ``max_tokens`` cuts each text before that, as the authors' training script does.
+        ``on_error`` hears of each bad input, which is then left out.
 
         Raises:
             InputError: without ``on_error``, the first bad input.

@@ -77,14 +77,14 @@ class MtebEncoder(AbsEncoder):
 
         ``prompt_type`` chooses the preset's prompts for queries or documents; None is documents.
         What else mteb passes tells of the task; by then it has put a document's title in front of
-        its text and an instruction behind a query.
+        its text and an instruction behind a query. Texts too long for the model lose their end.
         Raises ValueError: a batch has neither text nor image, or an input is bad ("input 3: ...",
         counted over all batches).
         """
         rows = chain.from_iterable(map(split_batch, inputs))
         vectors: list[np.ndarray] = []
         role = None if prompt_type is None else PromptType(prompt_type).value
-        options = {"batch_size": batch_size, "show_progress_bar": False}
+        options = {"batch_size": batch_size, "show_progress_bar": False, "truncate": "end"}
         embed = partial(self.model.encode, prompt_name=role, **options)
         while some := list(islice(rows, _IMAGES_AT_ONCE)):
             try:

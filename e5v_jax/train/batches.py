@@ -41,7 +41,7 @@ class PairTokens:
 def tokenize_pairs(pairs: TrainingPairs, processor: Processor, cfg: DataConfig) -> PairTokens:
     """Cut sentences to ``cfg.max_tokens``, fill the prompts, tokenise (paper section 4.1).
 
-    Raises ValueError: a sentence that holds a special token, an image that is none, a model without
+    Raises ValueError: a sentence that is no text, an image that is none, a model without
     vision; names file, row and column.
     """
     items, image_shapes = [], {}

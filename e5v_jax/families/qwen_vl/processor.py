@@ -61,6 +61,7 @@ class QwenVLProcessor(TextProcessor):
     image_text = "<|vision_start|><|image_pad|><|vision_end|>"
     shape_unit = "patches"
     any_size = True
+    text_buckets = _TEXT_LENGTHS
 
     def __init__(
         self,
@@ -103,7 +104,7 @@ class QwenVLProcessor(TextProcessor):
         if shape_key:
             tokens = shape_key // self.config.vision.merged
             return _padded(tokens + self._beside, length - tokens - self._beside)
-        return bucket_length(length, _TEXT_LENGTHS)
+        return super().padded_length(length, shape_key)
 
     def stack(self, items: Sequence[Any], shape: BatchShape) -> Batch:
         """See :meth:`e5v_jax.families.base.Processor.stack`."""
