@@ -16,7 +16,7 @@ def get_config() -> AlignConfig:
     return AlignConfig(
         model=Path("runs/photographs/base"),
         output=Path("runs/photographs/aligned"),
-        data=CaptionsConfig(max_tokens=32, features=Path("runs/photographs/features")),
+        data=CaptionsConfig(max_tokens=24, features=Path("runs/photographs/features")),
         optimizer=AlignOptimizerConfig(
             learning_rate=2e-3, decoder_learning_rate=8e-4, warmup_steps=30
         ),

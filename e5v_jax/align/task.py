@@ -16,14 +16,13 @@ from e5v_jax.align.config import AlignConfig, AlignOptimizerConfig
 from e5v_jax.align.features import open_features
 from e5v_jax.align.feed import open_feed
 from e5v_jax.align.loss import caption_loss
-from e5v_jax.align.validation import CaptionValidation
+from e5v_jax.align.validation import DEV_LOSS, CaptionValidation
 from e5v_jax.checkpoints.converted import ConvertedFolder
 from e5v_jax.checkpoints.json_file import read_json
 from e5v_jax.checkpoints.loading import load_model
 from e5v_jax.nn.layers import Build, LoRAParam, Precision
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh, place_split
-from e5v_jax.train.checkpoint import Score
 from e5v_jax.train.export import export_model
 from e5v_jax.train.loop import run
 from e5v_jax.train.optimizer import make_optimizer
@@ -132,5 +131,4 @@ def _export(cfg: AlignConfig, trained: nnx.State, base: ConvertedFolder) -> None
     export_model(cfg.output, cfg.lora, trained, base)
 
 
-DEV_LOSS = Score("dev_loss", "caption loss", sign=-1)
 TASK = Task("captions", DEV_LOSS, _load_data, set_up, _make_validation, _export)

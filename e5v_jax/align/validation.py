@@ -1,6 +1,8 @@
-"""Caption loss on images that are not trained on."""
+"""Caption loss on images that are not trained on, and which of them a caption finds."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,8 +13,14 @@ from e5v_jax.align.captions import load_captions
 from e5v_jax.align.config import AlignConfig
 from e5v_jax.align.features import open_features
 from e5v_jax.align.loss import CaptionBatch, Sums, caption_sums
+from e5v_jax.encode.encoder import Encoder
+from e5v_jax.encode.stream import BatchLimits, encode_stream
+from e5v_jax.evaluate.ranking import Ranks, hits_at, rank_positives
 from e5v_jax.sharding import local_rows, place_split
+from e5v_jax.train.checkpoint import Score
 from e5v_jax.train.setup import Training
+
+DEV_LOSS = Score("dev_loss", "caption loss", sign=-1)
 
 
 class CaptionValidation:
@@ -29,6 +37,8 @@ class CaptionValidation:
         tokens = tokenize_captions(data, training.processor, cfg.data)
         size = cfg.chunk_size or cfg.batch_size
         wanted, pool = local_rows(size, mesh), ThreadPoolExecutor()
+        self._data, self._pool = data, pool
+        self._encoder = Encoder(training.graphdef, training.processor, training.runtime)
         processor, known = training.processor, open_features(cfg, training.processor)
         if known is not None:
             model = nnx.merge(training.graphdef, training.trainable, training.frozen)
@@ -46,11 +56,32 @@ class CaptionValidation:
 
         self._sums = jax.jit(sums)
 
-    def score(self, trainable: nnx.State, frozen: nnx.State) -> float:
-        """Compute the mean loss of all tokens of each image's first caption."""
+    def score(self, trainable: nnx.State, frozen: nnx.State) -> dict[str, float]:
+        """Compute the mean loss of all tokens of each image's first caption.
+
+        And, in percent, how many of these captions find their image among the first one and ten, as
+        the evaluation embeds both.
+        """
         loss = count = 0.0
         for rows in self._batches:
             batch = place_split(self._make(rows, np.zeros_like(rows)), self._mesh)
             sums = self._sums(trainable, frozen, batch)
             loss, count = loss + float(sums.loss), count + float(sums.labels)
-        return loss / count
+        ranks = self._rank(nnx.merge_state(trainable, frozen))
+        recalls = {f"dev_recall@{k}": 100 * float(hits_at(ranks, k).mean()) for k in (1, 10)}
+        return {DEV_LOSS.name: loss / count, **recalls}
+
+    def _rank(self, state: nnx.State) -> Ranks:
+        """Where each first caption's image stands."""
+
+        def embed(inputs: Sequence[Any]) -> np.ndarray:
+            prompts = self._encoder.processor.preset.choose()
+            vectors = encode_stream(
+                self._encoder, state, inputs, prompts=prompts, limits=BatchLimits(), pool=self._pool
+            )
+            length = np.linalg.norm(vectors, axis=1, keepdims=True)  # [N, 1]
+            return np.asarray(vectors / length)
+
+        texts = embed([own[0] for own in self._data.texts])
+        images = embed(self._data.images)
+        return rank_positives(texts, images, list(np.arange(len(images))[:, None]))

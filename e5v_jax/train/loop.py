@@ -125,8 +125,9 @@ def _take_steps(
             score = None
             saved = last or step % cfg.checkpoint_every == 0
             if validation and saved and not preempted:
-                score = validation.score(training.trainable, training.frozen)
-                log.add_score(step, checkpoints.score, score)
+                scores = validation.score(training.trainable, training.frozen)
+                score = scores[checkpoints.score.name]
+                log.add_scores(step, scores)
             if saved or preempted:
                 log.upload()
             if lock is not None:

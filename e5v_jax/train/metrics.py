@@ -15,7 +15,6 @@ from e5v_jax.atomic import write_whole
 from e5v_jax.checkpoints.adapters import read_run_info
 from e5v_jax.distributed import is_first
 from e5v_jax.storage import in_bucket, upload
-from e5v_jax.train.checkpoint import Score
 
 
 class MetricsLog:
@@ -106,12 +105,12 @@ class MetricsLog:
             print(f"step {step}/{self._total}  {text}  {left}", file=sys.stderr, flush=True)
         self._restart()
 
-    def add_score(self, step: int, score: Score, value: float) -> None:
-        """Append the ``value`` of a score after ``step``, and print it; its time is not theirs."""
-        self._append(step, {score.name: value})
+    def add_scores(self, step: int, values: dict[str, float]) -> None:
+        """Append what a validation found after ``step``, and print it; its time is not theirs."""
+        self._append(step, values)
         if self._writes:
-            told = f"step {step}/{self._total}  {score.label} {value:.2f}"
-            self._progress.console.print(told)
+            told = ", ".join(f"{name} {value:.2f}" for name, value in values.items())
+            self._progress.console.print(f"step {step}/{self._total}  {told}")
         self._restart()
 
     def upload(self) -> None:

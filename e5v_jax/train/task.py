@@ -28,8 +28,8 @@ class Rows(Protocol):
 class Validation(Protocol):
     """It scores the parameters of a running training."""
 
-    def score(self, trainable: nnx.State, frozen: nnx.State) -> float:
-        """Compute the score that is the task's."""
+    def score(self, trainable: nnx.State, frozen: nnx.State) -> dict[str, float]:
+        """Compute the score that is the task's, by its name, and what else is worth a line."""
 
 
 @dataclass(frozen=True)
