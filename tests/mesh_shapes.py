@@ -6,6 +6,7 @@ one JSON line per mesh.
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from e5v_jax.train.batches import group_lengths
 from e5v_jax.train.config import LossConfig
 from e5v_jax.train.feed import place
 from e5v_jax.train.optimizer import init_optimizer
-from e5v_jax.train.step import make_train_step, split_trainable
+from e5v_jax.train.step import make_train_step, pair_loss, split_trainable
 
 SHAPES = [(d, f, 8 // (d * f)) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8]
 
@@ -58,10 +59,13 @@ def step_on(folder: Path, mesh: Mesh, **options: Any) -> dict[str, Any]:
     step = make_train_step(
         graphdef,
         optimizer,
-        columns=3,
-        loss=LossConfig(temperature=TEMPERATURE),
-        chunk_size=options.get("chunk_size"),
-        remat=options.get("remat", "none"),
+        partial(
+            pair_loss,
+            columns=3,
+            loss=LossConfig(temperature=TEMPERATURE),
+            chunk_size=options.get("chunk_size"),
+            remat=options.get("remat", "none"),
+        ),
         dropout=False,
         state=(trainable, state),
     )

@@ -466,3 +466,38 @@ def test_wrong_onnx(
         assert f"{bad}: damaged, or no ONNX file" in refused(capsys, text, bad, out)
     monkeypatch.setitem(sys.modules, "onnx", None)
     assert "reading ONNX needs a package: pip install onnx" in refused(capsys, text, good, out)
+
+
+def test_pooled_tokens(llm: Folder, tower: Folder, tmp_path: Path) -> None:
+    """A token is the mean of a square of patches; transformers has no such model."""
+    parts = llm("llama"), tower("clip")
+    whole, pooled = (
+        loaded(made(*parts, tmp_path / f"{stride}", spatial_pool_stride=stride))
+        for stride in (1, 2)
+    )
+    config = pooled[1].config
+    side, stride = whole[1].config.vision.patches_per_side, 2
+    assert config.tile_tokens == (side // stride) ** 2 > 1
+    tiles = np.asarray(picture(side * config.vision.patch_size, side * config.vision.patch_size))
+    features, found = (
+        np.asarray(module.tile_features(tiles[None])) for module, _ in (whole, pooled)
+    )
+    squares = features.reshape(side // stride, stride, side // stride, stride, -1)
+    np.testing.assert_allclose(
+        found[0], squares.mean(axis=(1, 3)).reshape(config.tile_tokens, -1), atol=1e-6
+    )
+    square, wide = (
+        pooled[1].processor.measure_image(size)[0] for size in ((99, 99), (side * 7, side * 14))
+    )
+    half = side // stride
+    assert square == half**2 + 2 * half * (2 * half + 1)  # 2x2 tiles, with newlines
+    assert wide == half**2 + half * (2 * half + 1)
+    few, many = (model.encode(ITEMS) for _, model in (pooled, whole))
+    np.testing.assert_allclose(few[0], many[0], atol=1e-6)  # a text
+    assert np.abs(few[1:] - many[1:]).max() > 1e-3
+    with pytest.raises(
+        ValueError, match=r"^spatial_pool_stride is 2: transformers' LLaVA-NeXT does"
+    ):
+        to_hf.convert(to_hf.Args(tmp_path / "2", tmp_path / "back"))
+    with pytest.raises(cli.UsageError, match=r"spatial_pool_stride is 3: expected a divisor of 4"):
+        made(*parts, tmp_path / "3", spatial_pool_stride=3)

@@ -48,6 +48,7 @@ FLOORS = (  # from low to high; a file imports from its own floor and those belo
     "encode",
     "evaluate",
     "train",
+    "align",
     "dryrun",
     "demo",
     "integrations",

@@ -323,6 +323,7 @@ MODEL_CHANGES: dict[str, list[Any]] = {
     "image_token_id": [None, 0],
     "image_grid_pinpoints": [((28, 56),), ()],
     "max_tiles": [1, 0, -1, "2"],
+    "spatial_pool_stride": [2, 0, 3, "1"],
 }
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,10 +147,13 @@ def run_ours(
     step = make_train_step(
         graphdef,
         optimizer,
-        columns=tokens.columns,
-        loss=LossConfig(temperature=TEMPERATURE),
-        chunk_size=None,
-        remat="none",
+        partial(
+            pair_loss,
+            columns=tokens.columns,
+            loss=LossConfig(temperature=TEMPERATURE),
+            chunk_size=None,
+            remat="none",
+        ),
         dropout=False,
         state=(trainable, state),
     )
@@ -410,10 +414,13 @@ def run_with_keys(
     step = make_train_step(
         graphdef,
         optimizer,
-        columns=3,
-        loss=LossConfig(temperature=TEMPERATURE),
-        chunk_size=None,
-        remat=remat,
+        partial(
+            pair_loss,
+            columns=3,
+            loss=LossConfig(temperature=TEMPERATURE),
+            chunk_size=None,
+            remat=remat,
+        ),
         dropout=dropout,
         state=(trainable, state),
     )

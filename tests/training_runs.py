@@ -89,15 +89,15 @@ def words(folder: Path, output: Path) -> list[str]:
 SIGNALLED_AT = """
 import os, runpy, signal, sys
 
-event, end, number = sys.argv[1:4]
+module, event, end, number = sys.argv[1:5]
 
 def hook(name, args):
     if name == event and str(args[0]).endswith(end):
         os.kill(os.getpid(), int(number))
 
 sys.addaudithook(hook)
-sys.argv = ["train", *sys.argv[4:]]
-runpy.run_module("e5v_jax.train", run_name="__main__", alter_sys=True)
+sys.argv = ["train", *sys.argv[5:]]
+runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
 
 
@@ -128,15 +128,16 @@ def start(
     signal_number: int = signal.SIGKILL,
     blind_to: int | None = None,
     env: Mapping[str, str] | None = None,
+    module: str = "e5v_jax.train",
 ) -> subprocess.Popen[str]:
-    """``python -m e5v_jax.train`` in a process of its own; compiled programs are shared.
+    """``python -m MODULE`` in a process of its own; compiled programs are shared.
 
     With ``signal_at``, an audit event of Python and the end of its path, it signals itself there;
     with ``blind_to`` it finds the checkpoint of that step damaged.
     """
-    program = ["-m", "e5v_jax.train"]
+    program = ["-m", module]
     if signal_at is not None:
-        program = ["-c", SIGNALLED_AT, *signal_at, str(int(signal_number))]
+        program = ["-c", SIGNALLED_AT, module, *signal_at, str(int(signal_number))]
     if blind_to is not None:
         program = ["-c", BLIND_TO, str(blind_to)]
     return subprocess.Popen(
@@ -166,9 +167,14 @@ def read_state(run: Path, step: int) -> list[np.ndarray]:
         return [np.asarray(x) for x in jax.tree.leaves(checkpointer.load(step))]
 
 
-def assert_same_end(run: Path, expected: Path, step: int) -> None:
-    """Both runs ended with the same bits: parameters, optimizer state, exported adapter."""
+def assert_same_state(run: Path, expected: Path, step: int) -> None:
+    """Both checkpoints have the same bits."""
     for mine, other in zip(read_state(run, step), read_state(expected, step), strict=True):
         assert mine.tobytes() == other.tobytes()
+
+
+def assert_same_end(run: Path, expected: Path, step: int) -> None:
+    """Both runs ended with the same bits: parameters, optimizer state, exported adapter."""
+    assert_same_state(run, expected, step)
     weights = "adapter/adapter_model.safetensors"
     assert (run / weights).read_bytes() == (expected / weights).read_bytes()

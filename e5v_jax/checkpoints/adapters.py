@@ -93,7 +93,12 @@ def load_adapter(folder: Path, base: WeightSource, wanted: str | None = None) ->
     if run.parent.name == CHECKPOINTS and run.name.isdigit() and not (run / "run.json").is_file():
         run, step = run.parent.parent, int(run.name)
     if (run / "run.json").is_file():
-        data = read_run_info(run)["config"]["data"]
+        info = read_run_info(run)
+        if (command := info.get("command", "train")) != "train":
+            raise ValueError(
+                f"{run}: a run of {command} leaves a model and no adapter: use {run}/model"
+            )
+        data = info["config"]["data"]
         for name, usual in (("prompt", (None, "text", "released")), ("preset", (None,))):
             if (value := data.get(name)) not in usual:
                 told = "%s was trained with data.%s %r: encode with it too"

@@ -61,6 +61,9 @@ class Args:
     """The tower's layers whose outputs the projector gets, side by side; -1 is the last."""
     vision_feature_select_strategy: Literal["auto", "default", "full"] = "auto"
     """Whether features leave out the class token (default) or there is none (full)."""
+    spatial_pool_stride: int = 1
+    """A token is the mean of a square of this many by this many patches: fewer tokens, coarser.
+    transformers' LLaVA-NeXT has none, so such a model cannot be exported (e5v-export)."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Storage dtype of the weights; auto keeps the sources'."""
     seed: int = 0
@@ -218,37 +221,6 @@ def _pinpoints(given: str | None, size: int) -> list[list[int]]:
     return [[int(pair[2]), int(pair[1])] for pair in pairs if pair]
 
 
-def _processor_files(config: LlavaNextConfig) -> dict[str, dict[str, Any]]:
-    """The settings of transformers' processor and image processor, by file."""
-    vision, size = config.vision, config.vision.image_size
-    return {
-        "preprocessor_config.json": {
-            "image_processor_type": "LlavaNextImageProcessor",
-            "processor_class": "LlavaNextProcessor",
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "size": {"shortest_edge": size},
-            "resample": 3,
-            "do_center_crop": True,
-            "crop_size": {"height": size, "width": size},
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": list(vision.image_mean),
-            "image_std": list(vision.image_std),
-            "image_grid_pinpoints": [list(pair) for pair in config.image_grid_pinpoints],
-            "do_pad": True,
-        },
-        "processor_config.json": {
-            "processor_class": "LlavaNextProcessor",
-            "image_token": IMAGE_PLACEHOLDER,
-            "patch_size": vision.patch_size,
-            "vision_feature_select_strategy": select_strategy(vision),
-            "num_additional_image_tokens": int(vision.has_class_token),
-        },
-    }
-
-
 def compose(args: Args) -> None:
     """Compose; ``args.dst`` appears only when whole. Raises ValueError or OSError, saying why."""
     check_new(args.dst)
@@ -266,10 +238,13 @@ def compose(args: Args) -> None:
     rows = max(llm.config.text.vocab_size, image_token + 1)
     raw = _raw_config(llm, tower, args, image_token, rows)
     try:
-        config = LlavaNextConfig.from_hf(raw)
+        config = dataclasses.replace(
+            LlavaNextConfig.from_hf(raw),
+            vision=tower.config,  # its mean and deviation
+            spatial_pool_stride=args.spatial_pool_stride,
+        )
     except ValueError as error:  # decoder and tower have been read: it is one of the flags
         raise cli.UsageError(str(error)) from error
-    config = dataclasses.replace(config, vision=tower.config)  # its mean and deviation
     dtype = _dtype(llm, tower) if args.dtype == "auto" else np.dtype(args.dtype)
     parts = _parts(llm, tower, LLAVA_NEXT.parameters(config), rows, args.seed)
     source = HfSource(args.dst, Parts(parts, dtype), raw)
@@ -277,8 +252,8 @@ def compose(args: Args) -> None:
     with new_folder(args.dst) as folder:
         copy_named(paths[0], folder, ("generation_config.json",))
         tokenizer.save_pretrained(folder)
-        for file, settings in _processor_files(config).items():
-            (folder / file).write_text(json.dumps(settings, indent=1) + "\n")
+        settings = LLAVA_NEXT.hf_processor(config, E5_V)
+        (folder / "processor_config.json").write_text(json.dumps(settings, indent=1) + "\n")
         written = write_source(
             folder, source, config, dtype, name=" + ".join(names), preset=E5_V.name
         )

@@ -28,9 +28,17 @@ def dotted(path: tuple[object, ...]) -> str:
 
 
 def abstract_model(
-    family: Family, config: ModelConfig, build: Build, *, load_vision: bool = True
+    family: Family,
+    config: ModelConfig,
+    build: Build,
+    *,
+    load_vision: bool = True,
+    masters: tuple[str, ...] = (),
 ) -> Model:
-    """The module with shapes in place of arrays, each with the sharding that its row gives it."""
+    """The module with shapes in place of arrays, each with the sharding that its row gives it.
+
+    What is at one of the paths ``masters`` or below it is stored in fp32 whatever ``build`` says.
+    """
     module = jax.eval_shape(
         lambda: family.build(config, build, rngs=nnx.Rngs(0), load_vision=load_vision)
     )
@@ -39,7 +47,10 @@ def abstract_model(
 
     def place(path: tuple[object, ...], x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         sharding = table.sharding(dotted(path), x.shape, build.runtime.mesh)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        is_master = any(f"{dotted(path)}.".startswith(f"{master}.") for master in masters)
+        return jax.ShapeDtypeStruct(
+            x.shape, jnp.float32 if is_master else x.dtype, sharding=sharding
+        )
 
     placed = [  # a quantised kernel is several arrays
         (path, leaf.replace(jax.tree.map(partial(place, path), leaf.get_value())))
@@ -124,6 +135,7 @@ def load_model(
     *,
     lora_values: Mapping[str, np.ndarray] | None = None,
     load_vision: bool = True,
+    masters: tuple[str, ...] = (),
     seed: int = 0,
 ) -> Any:
     """Fill a model from ``source``, each parameter placed as its row says.
@@ -131,12 +143,14 @@ def load_model(
     The decoder's kernels are quantised while they are read, if ``build`` says so; the error of that
     is logged. ``lora_values`` (dotted path -> fp32 stacked array) sets the LoRA factors; without it
     they start as peft's do (a random from ``seed``, b zero). With ``load_vision`` off, the tower
-    and projector are neither read nor placed.
+    and projector are neither read nor placed. ``masters`` are as in :func:`abstract_model`.
 
     Raises ValueError: a parameter is missing, superfluous or misshapen, or has a value that is not
     finite, or not in the dtype of the model; by name.
     """
-    shapes = abstract_model(source.family, source.config, build, load_vision=load_vision)
+    shapes = abstract_model(
+        source.family, source.config, build, load_vision=load_vision, masters=masters
+    )
     graphdef, lora_shapes, *base_shapes = nnx.split(shapes, LoRAParam, ...)
     table = source.family.parameters(source.config)
     expected = {name: slot.row.shape for name, slot in table.stored.items()}

@@ -147,7 +147,39 @@ def make_batches(
     process_count: int = 1,
     transform: Callable[[Rows], Any] = lambda rows: rows,
 ) -> BatchIterator[Any]:
-    """Give this process's part of each global batch, as row numbers or what becomes of them.
+    """Give this process's part of each global batch of pairs: see :func:`batches_of_rows`.
+
+    A batch takes an anchor once; ``transform`` is not told the epoch.
+    """
+    return batches_of_rows(
+        number_inputs(pairs.sides[:1]),
+        pairs.row_ids,
+        pairs.sides[0].column,
+        batch_size=batch_size,
+        seed=seed,
+        num_epochs=num_epochs,
+        process_index=process_index,
+        process_count=process_count,
+        transform=lambda rows, epoch: transform(rows),
+    )
+
+
+def batches_of_rows(
+    premises: Rows,
+    row_ids: Sequence[str],
+    column: str,
+    *,
+    batch_size: int,
+    seed: int,
+    num_epochs: int,
+    process_index: int = 0,
+    process_count: int = 1,
+    transform: Callable[[Rows, int], Any],
+) -> BatchIterator[Any]:
+    """Give this process's part of each global batch, as what becomes of its row numbers.
+
+    A batch takes one row of each of ``premises`` int64 [N] (:func:`number_inputs`), which messages
+    call ``column``.
 
     Rows are shuffled anew each epoch, see :func:`epoch_order`; the global batches depend on
     ``seed`` and the data, not on the number of processes. The state is the number of batches taken,
@@ -155,8 +187,8 @@ def make_batches(
     pairs (``TrainingPairs.fingerprint``), batch_size and seed.
 
     ``batch_size`` is that of a global batch, of which each process takes an equal run of columns.
-    ``transform`` is called with int64 [batch_size / process_count] row numbers, in a thread and a
-    few batches ahead. What it raises, ``next`` raises. It must not return None.
+    ``transform`` is called with int64 [batch_size / process_count] row numbers and the epoch, in a
+    thread and a few batches ahead. What it raises, ``next`` raises. It must not return None.
 
     Raises ValueError: one line: a number out of range, or not one batch can be formed.
     """
@@ -167,24 +199,24 @@ def make_batches(
         raise ValueError(f"process_index {process_index}, expected 0 to {process_count - 1}")
     if batch_size % process_count:
         raise ValueError(f"batch_size {batch_size} is no multiple of {process_count} processes")
-    premises = number_inputs(pairs.sides[:1])
     per_epoch = batches_per_epoch(premises, batch_size)
     used = per_epoch * batch_size
     if not used:
         raise ValueError(
             f"{len(premises)} rows with {len(np.unique(premises))} different "
-            f"{pairs.sides[0].column} do not fill a batch of {batch_size} without repeating "
+            f"{column} do not fill a batch of {batch_size} without repeating "
             "one: lower batch_size or add data"
         )
     if used < len(premises) // batch_size * batch_size:
         commonest = int(np.argmax(np.bincount(premises)))
         _logger.warning(
-            "%d of %d rows are left out of each epoch, other ones each time: a batch takes a sent0 "
+            "%d of %d rows are left out of each epoch, other ones each time: a batch takes a %s "
             "once, but %d rows have the same as %s",
             len(premises) - used,
             len(premises),
+            column,
             np.count_nonzero(premises == commonest),
-            pairs.row_ids[int(np.argmax(premises == commonest))],
+            row_ids[int(np.argmax(premises == commonest))],
         )
     share = batch_size // process_count
     columns = slice(process_index * share, (process_index + 1) * share)
@@ -192,7 +224,7 @@ def make_batches(
 
     def batch(step: int) -> Any:
         epoch, number = divmod(step, per_epoch)
-        return transform(order_of(epoch)[number, columns].copy())
+        return transform(order_of(epoch)[number, columns].copy(), epoch)
 
     # One thread: the rows are in memory, and the order of one epoch is made once.
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)

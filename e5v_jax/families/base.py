@@ -73,6 +73,7 @@ class Measured:
     shape_key: int = 0  # inputs of one key may share a batch; 0 is text, more is more work
     image: ImageSource | str | None = None
     image_size: Size | None = None  # pixels (height, width)
+    features: np.ndarray | None = None  # what a frozen tower made of the image, if that is known
     truncated: bool = False  # its text was cut
 
 
@@ -105,6 +106,14 @@ class Processor(Protocol):
     preset: Preset
     template: str  # its name in prompts.TEMPLATES, or that of the preset whose own it is
     shape_unit: str  # what shape keys count, for messages
+
+    @property
+    def end_of_turn(self) -> str | None:
+        """The token that ends what somebody says.
+
+        In the template it is the first control token after the prompt. A template without any has
+        the tokenizer's EOS, or None.
+        """
 
     def check_text(self, text: str, *, special_tokens: SpecialTokens = "text") -> None:
         """Refuse a text that :meth:`measure` refuses as such. Raises ValueError: why."""
@@ -178,6 +187,9 @@ class Family:
     key)`` of an input with such an image; raises ValueError: none of this size."""
     image_cost: Callable[[Any, int, int, int], ImageCost] = lambda *_: ImageCost(0, 0)
     """``(config, images of a batch, their shape key, bytes of a value) -> ImageCost``."""
+    projector: tuple[str, ...] = ()
+    """What of a model is between the tower and the decoder, which alignment trains; beginnings of
+    paths. Empty: nothing that can be told apart."""
     architectures: Mapping[str, ModelConfig] = field(default_factory=dict)
     """Architectures of known checkpoints by name."""
     checkpoints: Mapping[str, str] = field(default_factory=dict)

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +23,22 @@ from e5v_jax.checksums import DamagedFileError, verify_checksums, write_checksum
 from e5v_jax.distributed import is_first, wait_for_all
 from e5v_jax.exits import full_disk
 from e5v_jax.storage import absolute, in_bucket, remove_folder, without_wildcards
-from e5v_jax.train.config import TrainConfig
+from e5v_jax.train.config import RunConfig
 
 _logger = logging.getLogger(__name__)
-SCORE = "stsb_dev"
 _METADATA = "_CHECKPOINT_METADATA"  # Orbax's: scores, position in the data
+
+
+@dataclass(frozen=True)
+class Score:
+    """By what the best checkpoint of a run is told."""
+
+    name: str  # in metrics and checkpoints
+    label: str  # for people
+    sign: int = 1  # -1: less is better
+
+
+STSB_DEV = Score("stsb_dev", "STS-B dev")
 
 
 @dataclass
@@ -37,6 +47,7 @@ class Checkpoints:
 
     folder: Path  # RUN/checkpoints
     orbax: ocp.training.Checkpointer
+    score: Score
     _hashing: ThreadPoolExecutor
     _hashed: list[Future[None]] = field(default_factory=list)
 
@@ -65,7 +76,7 @@ class Checkpoints:
                 step,
                 {"trainable": trainable, "opt_state": opt_state},
                 force=last,
-                metrics=None if score is None else {SCORE: score},
+                metrics=None if score is None else {self.score.name: score},
                 custom_metadata={"iterator": iterator_state, "accumulate_steps": accumulate_steps},
             )
         if response is not None:
@@ -88,10 +99,11 @@ class Checkpoints:
     def load_best(self, trainable: nnx.State) -> tuple[int, float, nnx.State] | None:
         """Load the best whole checkpoint: (step, score, trainable); None if none has a score."""
         self.wait()
-        scored = [(c.metrics[SCORE], c.step) for c in self.orbax.checkpoints if c.metrics]
+        name, sign = self.score.name, self.score.sign
+        scored = [(sign * c.metrics[name], c.step) for c in self.orbax.checkpoints if c.metrics]
         context = ocp.Context()
         context.pytree.loading.partial_load = True
-        for score, step in sorted(scored, reverse=True):
+        for signed, step in sorted(scored, reverse=True):
             try:
                 verify_checksums(self.folder / str(step))
             except DamagedFileError as error:
@@ -99,7 +111,7 @@ class Checkpoints:
                 continue
             with context:
                 state = self.orbax.load(step, {"trainable": trainable})
-            return step, score, state["trainable"]
+            return step, sign * signed, state["trainable"]
         return None
 
     def _finish(self, response: Any, step: int) -> None:
@@ -114,14 +126,18 @@ class Checkpoints:
 
 
 @contextmanager
-def open_checkpoints(cfg: TrainConfig) -> Iterator[Checkpoints]:
+def open_checkpoints(cfg: RunConfig, score: Score = STSB_DEV) -> Iterator[Checkpoints]:
     """Open the run's checkpoints; the newest ``cfg.keep_checkpoints`` are kept, and the best.
 
     At the end of the block all are whole. Raises OSError: one could not be written.
     """
     kept = ocp.training.preservation_policies
     latest = kept.LatestN(cfg.keep_checkpoints)
-    best = kept.BestN(n=1, get_metric_fn=itemgetter(SCORE), keep_checkpoints_without_metrics=False)
+    best = kept.BestN(
+        n=1,
+        get_metric_fn=lambda metrics: score.sign * metrics[score.name],
+        keep_checkpoints_without_metrics=False,
+    )
     scored = [] if cfg.evaluation.data is None else [best]
     every = ocp.training.save_decision_policies.FixedIntervalPolicy(cfg.checkpoint_every)
     folder = absolute(cfg.output / CHECKPOINTS)
@@ -139,6 +155,7 @@ def open_checkpoints(cfg: TrainConfig) -> Iterator[Checkpoints]:
                 preservation_policy=kept.AnyPreservationPolicy([latest, *scored]),
                 cleanup_tmp_directories=True,
             ),
+            score,
             hashing,
         )
         try:

@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass, field
 from math import inf
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import tyro
 
@@ -81,36 +81,32 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """One training run. The defaults are the paper's recipe (section 4.1 and the released code).
+class RunConfig:
+    """What any training run is told, whatever its data and its loss."""
 
-    --config FILE takes other defaults from a Python file: what its get_config() returns; the flags
-    below override single fields. python -m e5v_jax.dryrun train tells what a step needs.
-    """
+    command: ClassVar[str] = "train"
+    """Which command's runs these are."""
 
     model: BucketPath  # Converted folder of the base model (python -m convert.from_hf).
     output: BucketPath
-    """Run folder to write: checkpoints, metrics.jsonl, TensorBoard events, the final adapter. Like
+    """Run folder to write: checkpoints, metrics.jsonl, TensorBoard events, what was trained. Like
     model and data.path it may be in a bucket, gs://BUCKET/FOLDER."""
     verify: bool = False
     """First compare every file of the model with its checksum, as after a copy."""
-    data: DataConfig = field(default_factory=DataConfig)
+    data: Any = None  # each command's own, as the next three
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    loss: Any = None
+    evaluation: Any = None
     mesh: MeshConfig = field(default_factory=MeshConfig)
     # as a subcommand its flags would not be in --help and could not be given beside others
-    lora: tyro.conf.AvoidSubcommands[LoRAConfig | None] = field(
-        default_factory=lambda: LoRAConfig(rank=64, alpha=16.0, dropout=0.05)
-    )
-    """Low-rank adaptation of every decoder linear map; None, which only a configuration file can
-    say, trains all decoder weights."""
-    batch_size: int = 768  # Triplets per optimizer step, over all devices, negatives of each other.
-    num_epochs: int = 2
+    lora: tyro.conf.AvoidSubcommands[LoRAConfig | None] = None
+    """Low-rank adaptation of every decoder linear map."""
+    batch_size: int = 256  # Rows per optimizer step, over all devices.
+    num_epochs: int = 1
     max_steps: int | None = None  # Stop here, not after num_epochs; the schedule ends here too.
     chunk_size: int | None = None
-    """Sentences in the model at a time (gradient caching): the same gradient as without, in less
-    memory, for one more forward pass. Must divide the sentences of a step."""
+    """Inputs in the model at a time: the same gradient as without, in less memory, for one more
+    forward pass. Must divide the inputs of a step."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype of the decoder; losses, norms and optimizer are fp32 always."""
     quantize: Quantization | None = None  # Store a frozen base as nf4 or int8 (QLoRA); needs LoRA.
@@ -125,6 +121,32 @@ class TrainConfig:
     """With --resume: fields that may differ from the run's own, such as data_fingerprint."""
     distributed: bool = False  # One process of several, also if the environment does not say so.
     wandb_project: str | None = None  # Also log to this project of wandb (pip install wandb).
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """One training run. The defaults are the paper's recipe (section 4.1 and the released code).
+
+    --config FILE takes other defaults from a Python file: what its get_config() returns; the flags
+    below override single fields. python -m e5v_jax.dryrun train tells what a step needs.
+    """
+
+    output: BucketPath
+    """Run folder to write: checkpoints, metrics.jsonl, TensorBoard events, the final adapter. Like
+    model and data.path it may be in a bucket, gs://BUCKET/FOLDER."""
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    lora: tyro.conf.AvoidSubcommands[LoRAConfig | None] = field(
+        default_factory=lambda: LoRAConfig(rank=64, alpha=16.0, dropout=0.05)
+    )
+    """Low-rank adaptation of every decoder linear map; None, which only a configuration file can
+    say, trains all decoder weights."""
+    batch_size: int = 768  # Triplets per optimizer step, over all devices, negatives of each other.
+    num_epochs: int = 2
+    chunk_size: int | None = None
+    """Sentences in the model at a time (gradient caching): the same gradient as without, in less
+    memory, for one more forward pass. Must divide the sentences of a step."""
 
 
 _COUNTS = [
@@ -148,6 +170,7 @@ _RANGES = {
     "seed": (0, 2**32 - 1, False),
     "loss.temperature": (0.0, 100.0, True),
     "optimizer.learning_rate": (0.0, 1.0, True),
+    "optimizer.decoder_learning_rate": (0.0, 1.0, True),
     "optimizer.warmup_steps": (0, sys.maxsize, False),
     "optimizer.b1": (0.0, 1.0 - 1e-9, False),
     "optimizer.b2": (0.0, 1.0 - 1e-9, False),
@@ -159,7 +182,7 @@ _RANGES = {
 }
 
 
-def check_values(cfg: TrainConfig) -> None:
+def check_values(cfg: RunConfig) -> None:
     """Check that every number of a configuration can be meant, before anything is loaded.
 
     Raises ValueError: names the field that has another value.
@@ -181,17 +204,17 @@ def check_values(cfg: TrainConfig) -> None:
     for name in ("mesh.data", "mesh.fsdp", "mesh.tensor"):
         if (value := _value(cfg, name)) != -1 and value < 1:
             raise ValueError(f"{name}: {value}, expected at least 1, or -1 for what is left")
-    for dim in cfg.loss.matryoshka_dims:
+    for dim in _value(cfg, "loss.matryoshka_dims") or ():
         if dim < 1:
             raise ValueError(f"loss.matryoshka_dims: {dim}, expected at least 1 each")
 
 
-def check_sizes(cfg: TrainConfig, hidden_size: int) -> None:
+def check_sizes(cfg: RunConfig, hidden_size: int) -> None:
     """Check what must not be larger than the model is wide. Raises ValueError: names the field."""
     rank = 0 if cfg.lora is None else cfg.lora.rank
     for name, values in {
         "lora.rank": (rank,),
-        "loss.matryoshka_dims": cfg.loss.matryoshka_dims,
+        "loss.matryoshka_dims": _value(cfg, "loss.matryoshka_dims") or (),
     }.items():
         if max(values, default=0) > hidden_size:
             raise ValueError(
@@ -199,9 +222,9 @@ def check_sizes(cfg: TrainConfig, hidden_size: int) -> None:
             )
 
 
-def _value(cfg: TrainConfig, name: str) -> Any:
-    """The value of a field by its dotted name; None within a part that is None."""
+def _value(cfg: RunConfig, name: str) -> Any:
+    """The value of a field by its dotted name; None within a part that is None or has it not."""
     value: Any = cfg
     for part in name.split("."):
-        value = None if value is None else getattr(value, part)
+        value = getattr(value, part, None)
     return value

@@ -2,7 +2,7 @@
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
@@ -14,7 +14,7 @@ from e5v_jax.families.base import Processor
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import local_rows, place_replicated, place_split
 from e5v_jax.train.batches import BatchMaker, group_lengths, tokenize_pairs
-from e5v_jax.train.config import DataConfig, TrainConfig
+from e5v_jax.train.config import DataConfig, RunConfig, TrainConfig
 from e5v_jax.train.step import PairBatch
 
 
@@ -22,7 +22,7 @@ class HostBatch(NamedTuple):
     """One step's data on the host."""
 
     rows: np.ndarray  # int64 [B], row numbers in the training data
-    arrays: PairBatch  # NumPy, the global batch
+    arrays: Any  # NumPy, the global batch: of training, a PairBatch
     tokens: int  # real tokens, padding not counted
 
 
@@ -31,7 +31,7 @@ class Feed(NamedTuple):
 
     batches: BatchIterator[HostBatch]
     total_steps: int
-    columns: int  # 3 for triplets, 2 for pairs
+    columns: int  # 3 for triplets, 2 for pairs, 1 for captioned images
     lengths: tuple[int, ...]  # padded length of each group
     has_images: bool
 
@@ -43,7 +43,7 @@ def load_data(cfg: DataConfig) -> TrainingPairs:
     return load_tfds(cfg.tfds, data_dir=cfg.tfds_dir) if cfg.tfds else load_pairs(cfg.path)
 
 
-def group_multiple(cfg: TrainConfig, runtime: Runtime) -> int:
+def group_multiple(cfg: RunConfig, runtime: Runtime) -> int:
     """Find what group sizes are multiples of. Raises ValueError: chunks do not fit the devices."""
     devices = runtime.batch_devices
     multiple = cfg.chunk_size or devices

@@ -1,5 +1,7 @@
 """A training run from top to bottom."""
 
+from collections.abc import Callable
+from functools import partial
 from math import isfinite
 
 import jax
@@ -7,15 +9,11 @@ import optax
 
 from e5v_jax.atomic import naming
 from e5v_jax.checkpoints.converted import ConvertedFolder
-from e5v_jax.data.pairs import TrainingPairs
 from e5v_jax.distributed import initialize, is_first, wait_for_all
-from e5v_jax.encode.encoder import Encoder
 from e5v_jax.lock import Lock, hold_in_first
 from e5v_jax.storage import remove_folder
 from e5v_jax.train.checkpoint import Checkpoints, open_checkpoints
-from e5v_jax.train.config import TrainConfig, check_sizes, check_values
-from e5v_jax.train.export import export
-from e5v_jax.train.feed import load_data
+from e5v_jax.train.config import RunConfig, TrainConfig, check_sizes, check_values
 from e5v_jax.train.identity import (
     check_run_folder,
     check_same_run,
@@ -24,13 +22,19 @@ from e5v_jax.train.identity import (
     write_run_info,
 )
 from e5v_jax.train.metrics import MetricsLog
+from e5v_jax.train.pairs import TASK
 from e5v_jax.train.preemption import preemption
 from e5v_jax.train.restore import restore
-from e5v_jax.train.setup import Training, set_up
-from e5v_jax.train.validation import Validation
+from e5v_jax.train.setup import Training
+from e5v_jax.train.task import Rows, Task, Validation
 
 
 def train(cfg: TrainConfig) -> None:
+    """Train as ``cfg`` says; raises as :func:`run`."""
+    run(cfg, TASK)
+
+
+def run(cfg: RunConfig, task: Task) -> None:
     """Train as ``cfg`` says; everything goes to ``cfg.output``.
 
     A run that cannot begin leaves nothing behind. SIGTERM saves and returns.
@@ -44,39 +48,38 @@ def train(cfg: TrainConfig) -> None:
     check_run_folder(cfg)
     with hold_in_first(cfg.output) as lock, naming(cfg.output):
         check_run_folder(cfg)  # another may have begun or ended it meanwhile
-        _train(cfg, lock)
+        _run(cfg, task, lock)
 
 
-def _train(cfg: TrainConfig, lock: Lock | None) -> None:
+def _run(cfg: RunConfig, task: Task, lock: Lock | None) -> None:
     base = ConvertedFolder(cfg.model, verify=cfg.verify)
     check_sizes(cfg, base.config.text.hidden_size)
-    triplets = load_data(cfg.data)
-    info = run_info(cfg, base.info.content_hash, triplets.fingerprint)
-    check_same_run(cfg.output, info, allowed=cfg.allow_change)
-    training = set_up(cfg, base, triplets)
-    validation = None
-    if cfg.evaluation.data is not None:
-        encoder = Encoder(training.graphdef, training.processor, training.runtime)
-        validation = Validation(cfg.evaluation.data, encoder, stride=cfg.evaluation.stride)
+    data = task.load_data(cfg)
+    info = run_info(cfg, base.info.content_hash, data.fingerprint)
+    check_same_run(cfg.output, info, allowed=cfg.allow_change, config_type=type(cfg))
+    training = task.set_up(cfg, base, data)
+    validation = task.make_validation(cfg, training)
 
     wait_for_all("ready")  # nobody creates the run folder while another still checks for it
     write_run_info(cfg.output, info)
-    with open_checkpoints(cfg) as checkpoints:
-        if not _take_steps(cfg, training, triplets, validation, checkpoints, lock):
+    with open_checkpoints(cfg, task.score) as checkpoints:
+        log = partial(MetricsLog, cfg.output, unit=task.unit, wandb_project=cfg.wandb_project)
+        if not _take_steps(cfg, training, data, validation, checkpoints, log, lock):
             return
         if validation and (best := checkpoints.load_best(training.trainable)):
             step, score, training.trainable = best
             if is_first():
-                print(f"best checkpoint: step {step}, STS-B dev {score:.2f}")
-    export(cfg.output, cfg.lora, training.trainable, base)
+                print(f"best checkpoint: step {step}, {task.score.label} {score:.2f}")
+    task.export(cfg, training.trainable, base)
 
 
 def _take_steps(
-    cfg: TrainConfig,
+    cfg: RunConfig,
     training: Training,
-    triplets: TrainingPairs,
+    data: Rows,
     validation: Validation | None,
     checkpoints: Checkpoints,
+    open_log: Callable[[int, int], MetricsLog],
     lock: Lock | None,
 ) -> bool:
     """Go from the newest checkpoint to the last step; False when preempted before it."""
@@ -91,16 +94,16 @@ def _take_steps(
         feed.batches.set_state(position)
     if is_first():
         if start < feed.total_steps:
-            remove_folder(cfg.output / "adapter")  # of an earlier, shorter end
+            for end in ("adapter", "model"):  # of an earlier, shorter run
+                remove_folder(cfg.output / end)
         trained, kept = map(optax.tree.size, (training.trainable, training.frozen))
         print(
-            f"{len(triplets)} rows, {feed.total_steps} steps of {cfg.batch_size}, padded "
+            f"{len(data)} rows, {feed.total_steps} steps of {cfg.batch_size}, padded "
             f"lengths {feed.lengths}, {trained / 1e6:.2f} M trainable of "
             f"{(trained + kept) / 1e6:.1f} M parameters, from step {start}"
         )
     dropout_key = jax.random.key(cfg.seed)
-    log = MetricsLog(cfg.output, start, feed.total_steps, wandb_project=cfg.wandb_project)
-    with log, preemption() as noted:
+    with open_log(start, feed.total_steps) as log, preemption() as noted:
         for step in range(start + 1, feed.total_steps + 1):
             batch = next(feed.batches)
             metrics = training.step(batch, jax.random.fold_in(dropout_key, step))
@@ -109,7 +112,7 @@ def _take_steps(
             loss, norm = values["loss"], values["grad_norm"]
             known = isfinite(loss) and isfinite(norm)
             if not known or not finite:  # nothing of this step is saved
-                rows = ", ".join(triplets.row_ids[row] for row in batch.rows)
+                rows = ", ".join(data.row_ids[row] for row in batch.rows)
                 found = f"step {step}: the loss is {loss}, the gradient norm {norm}"
                 found += "" if finite else ", and parameters after it are not finite"
                 if not known:
@@ -117,13 +120,14 @@ def _take_steps(
                 raise ValueError(f"{found}: {_remedy(checkpoints)}; its rows: {rows}")
             last = step == feed.total_steps
             due = step % cfg.log_every == 0 or last or step == start + 1
-            log.add(step, values, triplets=cfg.batch_size, tokens=batch.tokens, due=due)
+            log.add(step, values, rows=cfg.batch_size, tokens=batch.tokens, due=due)
             preempted = noted(step)
             score = None
             saved = last or step % cfg.checkpoint_every == 0
             if validation and saved and not preempted:
-                score = validation.score(training.trainable, training.frozen)
-                log.add_score(step, score)
+                scores = validation.score(training.trainable, training.frozen)
+                score = scores[checkpoints.score.name]
+                log.add_scores(step, scores)
             if saved or preempted:
                 log.upload()
             if lock is not None:

@@ -25,9 +25,19 @@ class MetricsLog:
     """
 
     def __init__(
-        self, run: Path, start_step: int, total_steps: int, *, wandb_project: str | None = None
+        self,
+        run: Path,
+        start_step: int,
+        total_steps: int,
+        *,
+        unit: str = "triplets",
+        wandb_project: str | None = None,
     ) -> None:
-        """Open the logs. Raises ImportError: a wandb project is given, wandb is not installed."""
+        """Open the logs; ``unit`` is what a batch holds, as the speed is told.
+
+        Raises ImportError: a wandb project is given, wandb is not installed.
+        """
+        self._unit = unit
         self._writes = is_first()
         self._live = self._writes and sys.stderr.isatty()
         done = (MofNCompleteColumn(), BarColumn())
@@ -70,9 +80,9 @@ class MetricsLog:
                 self._wandb.finish()
 
     def add(
-        self, step: int, values: dict[str, float], *, triplets: int, tokens: int, due: bool
+        self, step: int, values: dict[str, float], *, rows: int, tokens: int, due: bool
     ) -> None:
-        """Count a finished step of so many triplets and tokens, padding not counted; show its loss.
+        """Count a finished step of so many rows and tokens, padding not counted; show its loss.
 
         If ``due``, append ``values`` and the speed since the last line, printed without a terminal.
         """
@@ -80,12 +90,12 @@ class MetricsLog:
         self._tokens += tokens
         elapsed = time.perf_counter() - self._since
         speed = {
-            "triplets_per_s": self._steps * triplets / elapsed,
+            f"{self._unit}_per_s": self._steps * rows / elapsed,
             "tokens_per_s": self._tokens / elapsed,
             "seconds_per_step": elapsed / self._steps,
         }
-        text = "loss {loss:.4f}  {triplets_per_s:.1f} triplets/s  {tokens_per_s:.0f} tokens/s"
-        text = text.format_map({**values, **speed})
+        rate, tokens_rate = speed[f"{self._unit}_per_s"], speed["tokens_per_s"]
+        text = f"loss {values['loss']:.4f}  {rate:.1f} {self._unit}/s  {tokens_rate:.0f} tokens/s"
         self._progress.update(self._task, completed=step, description=text)
         if not due:
             return
@@ -95,11 +105,12 @@ class MetricsLog:
             print(f"step {step}/{self._total}  {text}  {left}", file=sys.stderr, flush=True)
         self._restart()
 
-    def add_score(self, step: int, score: float) -> None:
-        """Append the STS-B dev score of ``step``, and print it; its time is not the steps'."""
-        self._append(step, {"stsb_dev": score})
+    def add_scores(self, step: int, values: dict[str, float]) -> None:
+        """Append what a validation found after ``step``, and print it; its time is not theirs."""
+        self._append(step, values)
         if self._writes:
-            self._progress.console.print(f"step {step}/{self._total}  STS-B dev {score:.2f}")
+            told = ", ".join(f"{name} {value:.2f}" for name, value in values.items())
+            self._progress.console.print(f"step {step}/{self._total}  {told}")
         self._restart()
 
     def upload(self) -> None:

@@ -25,14 +25,16 @@ def make_schedule(cfg: OptimizerConfig, total_steps: int) -> optax.Schedule:
     return optax.join_schedules([warmup, decay], [cfg.warmup_steps])
 
 
-def make_optimizer(cfg: OptimizerConfig, total_steps: int) -> optax.GradientTransformation:
-    """Make what clips, then does AdamW under :func:`make_schedule`.
+def make_optimizer(
+    cfg: OptimizerConfig, total_steps: int, *last: optax.GradientTransformation
+) -> optax.GradientTransformation:
+    """Make what clips, then does AdamW under :func:`make_schedule`, then what comes ``last``.
 
     Every ``cfg.accumulate_steps`` steps it applies their mean gradient; the schedule counts these.
     """
     rate = make_schedule(cfg, total_steps // cfg.accumulate_steps)
     adamw = optax.adamw(rate, b1=cfg.b1, b2=cfg.b2, eps=cfg.eps, weight_decay=cfg.weight_decay)
-    optimizer = optax.chain(optax.clip_by_global_norm(cfg.max_grad_norm), adamw)
+    optimizer = optax.chain(optax.clip_by_global_norm(cfg.max_grad_norm), adamw, *last)
     if cfg.accumulate_steps == 1:
         return optimizer
     return optax.MultiSteps(optimizer, cfg.accumulate_steps).gradient_transformation()

@@ -1,7 +1,6 @@
 """One optimizer step as a pure function of arrays."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -34,17 +33,53 @@ class Metrics(NamedTuple):
 
 
 Key = jax.Array | None  # of dropout; None is without
+Loss = Callable[[Model, Any, Key], tuple[jax.Array, jax.Array]]
+"""Loss and accuracy of a batch, fp32 scalars."""
 TrainStep = Callable[
-    [nnx.State, optax.OptState, nnx.State, PairBatch, jax.Array],
+    [nnx.State, optax.OptState, nnx.State, Any, jax.Array],
     tuple[nnx.State, optax.OptState, Metrics],
 ]
 
 
-def split_trainable(model: Model, *, lora: bool) -> tuple[nnx.GraphDef[Any], nnx.State, nnx.State]:
-    """(graphdef, trainable, frozen): the LoRA factors, or with ``lora`` off the whole decoder."""
-    decoder = nnx.All(nnx.Param, nnx.PathContains("language_model"))
-    graphdef, trainable, *rest = nnx.split(model, LoRAParam if lora else decoder, ...)
+DECODER = nnx.All(nnx.Param, nnx.PathContains("language_model"))
+"""All that the decoder has, as a filter of parameters."""
+
+
+def split_trainable(
+    model: Model, *, lora: bool, wanted: Any = None
+) -> tuple[nnx.GraphDef[Any], nnx.State, nnx.State]:
+    """(graphdef, trainable, frozen): the LoRA factors, or with ``lora`` off the whole decoder.
+
+    ``wanted`` is a filter of parameters that are trained in place of these.
+    """
+    wanted = wanted or (LoRAParam if lora else DECODER)
+    graphdef, trainable, *rest = nnx.split(model, wanted, ...)
     return graphdef, trainable, rest[0]
+
+
+def in_chunks(
+    work: Callable[[Any, Key], Any], tree: Any, key: Key, *, size: int, chunk_size: int
+) -> Any:
+    """What ``work`` makes of every ``chunk_size`` of ``size`` rows, with an axis in front.
+
+    ``tree`` has arrays [size * K, ...]; K is 1, or say the tiles of an image. ``chunk_size`` is a
+    divisor of ``size``. No more rows than that are in the model at a time: the backward pass runs
+    each chunk forward again.
+    """
+    count = size // chunk_size
+
+    # chunk j is every count-th input from j on: so each device has its share of every chunk
+    def split(x: Array) -> Array:
+        """[size * K, ...] -> [count, chunk_size * K, ...]."""
+        x = x.reshape(chunk_size, count, -1, *x.shape[1:]).swapaxes(0, 1)
+        return x.reshape(count, -1, *x.shape[3:])
+
+    @jax.checkpoint
+    def one(chunk: tuple[Any, Key]) -> Any:
+        return work(*chunk)
+
+    keys = None if key is None else jax.random.split(key, count)
+    return jax.lax.map(one, (jax.tree.map(split, tree), keys))
 
 
 def _embed_group(
@@ -52,28 +87,19 @@ def _embed_group(
 ) -> jax.Array:
     """Pool the N inputs of one group: fp32 [N, D], not normalised.
 
-    With a ``chunk_size``, a divisor of N, no more inputs than that are in the model at a time: the
-    backward pass runs each chunk forward again. The gradient is that of the whole batch (GradCache,
-    Gao et al. 2021, arXiv 2101.06983), in the memory of one chunk.
+    With a ``chunk_size`` they go through the model :func:`in_chunks`. The gradient is that of the
+    whole batch (GradCache, Gao et al. 2021, arXiv 2101.06983), in the memory of one chunk.
     """
     size = group.last_index.shape[0]
-    if chunk_size is None or size <= chunk_size:
+
+    def embed(group: Batch, key: Key) -> jax.Array:
         return model(group, remat=remat, dropout_key=key)
-    count = size // chunk_size
 
-    # chunk j is every count-th input from j on: so each device has its share of every chunk
-    def split(x: Array) -> Array:
-        """[N * K, ...] -> [count, chunk_size * K, ...]; K is 1, or say the tiles of an image."""
-        x = x.reshape(chunk_size, count, -1, *x.shape[1:]).swapaxes(0, 1)
-        return x.reshape(count, -1, *x.shape[3:])
-
-    @jax.checkpoint
-    def embed(chunk: tuple[Batch, Key]) -> jax.Array:
-        return model(chunk[0], remat=remat, dropout_key=chunk[1])
-
-    keys = None if key is None else jax.random.split(key, count)
-    pooled = jax.lax.map(embed, (jax.tree.map(split, group), keys))
-    return pooled.swapaxes(0, 1).reshape(size, -1)  # [count, chunk_size, D] -> [N, D]
+    if chunk_size is None or size <= chunk_size:
+        return embed(group, key)
+    pooled = in_chunks(embed, group, key, size=size, chunk_size=chunk_size)
+    vectors: jax.Array = pooled.swapaxes(0, 1).reshape(size, -1)  # [count, chunk_size, D]
+    return vectors
 
 
 def embed_pairs(
@@ -90,12 +116,12 @@ def embed_pairs(
 def pair_loss(
     model: Model,
     batch: PairBatch,
+    dropout_key: Key,
     *,
     columns: int,
     loss: LossConfig,
     chunk_size: int | None,
     remat: Remat,
-    dropout_key: Key,
 ) -> tuple[jax.Array, jax.Array]:
     """Loss and accuracy of one batch; ``columns`` is 3 for triplets, 2 for plain pairs."""
     vectors = embed_pairs(model, batch, chunk_size=chunk_size, remat=remat, dropout_key=dropout_key)
@@ -117,28 +143,24 @@ def all_finite(tree: Any) -> jax.Array:
 def make_train_step(
     graphdef: nnx.GraphDef[Any],
     optimizer: optax.GradientTransformation,
+    loss_of: Loss,
     *,
-    columns: int,
-    loss: LossConfig,
-    chunk_size: int | None,
-    remat: Remat,
     dropout: bool,
     state: tuple[nnx.State, optax.OptState],
 ) -> TrainStep:
     """Jit the step; parameters and optimizer state are donated, placed like the first ``state``."""
     placement = jax.tree.map(lambda x: x.sharding, state)
-    loss_of = partial(pair_loss, columns=columns, loss=loss, chunk_size=chunk_size, remat=remat)
 
     def step(
         trainable: nnx.State,
         opt_state: optax.OptState,
         frozen: nnx.State,
-        batch: PairBatch,
+        batch: Any,
         key: jax.Array,
     ) -> tuple[nnx.State, optax.OptState, Metrics]:
         def loss_fn(trainable: nnx.State) -> tuple[jax.Array, jax.Array]:
             model = nnx.merge(graphdef, trainable, frozen)
-            return loss_of(model, batch, dropout_key=key if dropout else None)
+            return loss_of(model, batch, key if dropout else None)
 
         (value, accuracy), grads = jax.value_and_grad(loss_fn, has_aux=True)(trainable)
         updates, opt_state = optimizer.update(grads, opt_state, trainable)

@@ -10,6 +10,7 @@ from e5v_jax.encode.encoder import Encoder
 from e5v_jax.encode.stream import BatchLimits, encode_stream
 from e5v_jax.evaluate.sts import load_task, score_tasks
 from e5v_jax.presets import E5_V
+from e5v_jax.train.checkpoint import STSB_DEV
 
 TASK = "stsb-dev"
 
@@ -29,9 +30,10 @@ class Validation:
         for item in encoder.processor.measure(sentences, self._prompts):
             encoder.processor.padded_length(item.length, item.shape_key)
 
-    def score(self, trainable: nnx.State, frozen: nnx.State) -> float:
+    def score(self, trainable: nnx.State, frozen: nnx.State) -> dict[str, float]:
         """Compute Spearman x 100 by the paper's protocol."""
         embed = partial(encode_stream, self._encoder, nnx.merge_state(trainable, frozen))
         with ThreadPoolExecutor(1) as pool:  # there are no images to decode
             encode = partial(embed, prompts=self._prompts, limits=BatchLimits(), pool=pool)
-            return score_tasks(encode, {TASK: self._pairs})[TASK].items.value()
+            found = score_tasks(encode, {TASK: self._pairs})[TASK]
+        return {STSB_DEV.name: found.items.value()}

@@ -25,6 +25,7 @@ LLAVA_NEXT = Family(
     example_batch=example_batch,
     image_shape=image_shape,
     image_cost=image_cost,
+    projector=("multi_modal_projector", "image_newline"),
     match_tokenizer=match_tokenizer,
     hf_config=transformers_layout,
     match_preprocessor=match_preprocessor,

@@ -50,6 +50,8 @@ class LlavaNextConfig:
     image_grid_pinpoints: tuple[tuple[int, int], ...]  # (height, width) in pixels
     # LLaVA-OneVision's: a larger feature map is made about as many tiles large
     max_tiles: int | None = None
+    # side of the square of a tile's patches whose mean is one token; transformers has no such model
+    spatial_pool_stride: int = 1
 
     def __post_init__(self) -> None:
         """Check what every source of a configuration must hold. Raises ValueError: names it."""
@@ -67,6 +69,12 @@ class LlavaNextConfig:
             type(most) is not int or not 0 < most <= LARGEST
         ):
             raise ValueError(f"max_tiles is {most!r}: expected a whole number from 1, or null")
+        stride, side = self.spatial_pool_stride, self.vision.patches_per_side
+        if type(stride) is not int or stride < 1 or side % stride:
+            raise ValueError(
+                f"spatial_pool_stride is {stride!r}: expected a divisor of {side}, the patches in "
+                "a row of a tile"
+            )
         size, pinpoints = self.vision.image_size, self.image_grid_pinpoints
         sides = [side for pinpoint in pinpoints for side in pinpoint]
         if not sides or any(
@@ -88,6 +96,16 @@ class LlavaNextConfig:
         layer, layers = self.vision_feature_layer, self.vision.num_hidden_layers
         several = layer if isinstance(layer, tuple) else (layer,)
         return tuple(x + layers + 1 if x < 0 else x for x in several)
+
+    @property
+    def tile_side(self) -> int:
+        """Tokens in a row of a tile."""
+        return self.vision.patches_per_side // self.spatial_pool_stride
+
+    @property
+    def tile_tokens(self) -> int:
+        """Tokens of a tile."""
+        return self.tile_side**2
 
     @property
     def num_vision_layers(self) -> int:
@@ -188,7 +206,15 @@ def is_original(raw: dict[str, Any]) -> bool:
 
 
 def transformers_layout(raw: dict[str, Any], config: LlavaNextConfig) -> dict[str, Any]:
-    """The ``config.json`` that transformers reads; of the original layout, a translation."""
+    """The ``config.json`` that transformers reads; of the original layout, a translation.
+
+    Raises UnsupportedModelError: transformers has no such model.
+    """
+    if config.spatial_pool_stride != 1:
+        raise UnsupportedModelError(
+            f"spatial_pool_stride is {config.spatial_pool_stride}: transformers' LLaVA-NeXT does "
+            "not pool the patches of a tile, so nothing that it loads has these vectors of images"
+        )
     if not is_original(raw):
         return copy.deepcopy(raw)
     kept = ("tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "rope_scaling")

@@ -23,7 +23,8 @@ class ImageBatch(NamedTuple):
     input_ids: Array  # int32 [B, L]; 0 where image_index >= 0
     last_index: Array  # int32 [B]
     image_index: Array  # int32 [B, L]: -1 = text, i < K*P = feature i of its tiles, K*P = newline
-    tiles: Array  # uint8 [B*K, S, S, 3], K for each row
+    # uint8 [B*K, S, S, 3], K for each row; or what `tile_features` made of them, [B*K, P, Dv]
+    tiles: Array
     # Where maps are made smaller, a position is a sum of four features; of one, with weight 1, else
     blend_index: Array | None = None  # int32 [B, L, 4], as image_index, which is the first
     weights: Array | None = None  # fp32 [B, L, 4]
@@ -51,6 +52,7 @@ class LlavaNext(TextModel):
         # only the decoder is adapted, and only it is so large that it may be quantised
         precision = dataclasses.replace(build.precision, quantization=None)
         build = Build(precision, build.runtime)
+        self.spatial_pool_stride = config.spatial_pool_stride
         self.vision_tower = VisionTower(config.vision, config.feature_depths, build, rngs=rngs)
         self.multi_modal_projector = Projector(config, build, rngs=rngs)
         newline = jax.nn.initializers.normal(0.02)(
@@ -58,9 +60,21 @@ class LlavaNext(TextModel):
         )
         self.image_newline = nnx.Param(newline)
 
+    def tile_features(self, tiles: Array) -> jax.Array:
+        """uint8 tiles [T, S, S, 3] -> what the projector gets, [T, P, Dv], in the compute dtype."""
+        features = self.vision_tower(tiles)  # [T, patches, Dv]
+        if (stride := self.spatial_pool_stride) == 1:
+            return features
+        count, patches, width = features.shape
+        side = math.isqrt(patches) // stride
+        squares = features.reshape(count, side, stride, side, stride, width)
+        pooled = squares.astype(jnp.float32).mean(axis=(2, 4))  # [T, side, side, Dv]
+        return pooled.astype(features.dtype).reshape(count, side**2, width)
+
     def image_features(self, tiles: Array, batch_size: int) -> jax.Array:
-        """uint8 tiles [B*K, S, S, 3] -> [B, K*P + 1, D]: projected patches, then the newline."""
-        features = self.multi_modal_projector(self.vision_tower(tiles))  # [B*K, P, D]
+        """Tiles as in the batch -> [B, K*P + 1, D]: projected patches, then the newline."""
+        features = jnp.asarray(tiles) if tiles.ndim == 3 else self.tile_features(tiles)
+        features = self.multi_modal_projector(features)  # [B*K, P, D]
         features = features.reshape(batch_size, -1, features.shape[-1])  # [B, K*P, D]
         newline = self.image_newline[...].astype(features.dtype)  # [D]
         newline = jnp.broadcast_to(newline, (batch_size, 1, newline.shape[0]))
@@ -117,12 +131,13 @@ def image_cost(config: LlavaNextConfig, images: int, tiles: int, itemsize: int) 
     the inside of an MLP, four vectors of each position are alive, and those of earlier features.
     """
     tiles *= images
-    vision, patches = config.vision, config.vision.num_patches
+    vision = config.vision
     d, positions = vision.hidden_size, vision.num_positions
     flops = 4.0 * config.num_vision_layers * d * positions**2  # attention
     for row in parameters(config).rows:
         if row.name.endswith(".kernel") and row.section != "text":
-            seen = patches if row.layers is None else row.layers * positions
+            seen = config.tile_tokens if row.section == "projector" else vision.num_patches
+            seen = seen if row.layers is None else row.layers * positions
             flops += 2.0 * math.prod(row.shape) * seen
     scores = 2 * 4 * vision.num_attention_heads * positions
     inside = vision.intermediate_size * (2 if vision.use_swiglu_ffn else 1)

@@ -39,7 +39,7 @@ class Prepared:
 
     ids: list[int]  # image placeholders expanded
     image_index: np.ndarray  # int32 [len(ids)]: -1 text, k tile feature, T*P newline
-    tiles: np.ndarray  # uint8 [T, S, S, 3]
+    tiles: np.ndarray  # uint8 [T, S, S, 3], or fp [T, P, Dv], see ImageBatch
     blend: Blend | None = None  # of all positions, where the feature map is made smaller
 
 
@@ -85,15 +85,17 @@ class LlavaNextProcessor(TextProcessor):
         ids = [[0] if item is None else item.ids for item in items]
         input_ids, last_index = pad_right(ids, shape.length, pad_id=0)
         size = vision.image_size
-        tiles = np.zeros((rows, shape.shape_key, size, size, 3), np.uint8)
+        tile = next((item.tiles[0] for item in items if item), np.zeros((size, size, 3), np.uint8))
+        tiles = np.zeros((rows, shape.shape_key, *tile.shape), tile.dtype)
         image_index = np.full((rows, shape.length), -1, np.int32)
-        newline = shape.shape_key * vision.num_patches  # of the batch: behind the features of all
+        each = self.config.tile_tokens
+        newline = shape.shape_key * each  # of the batch: behind the features of all
         four = (rows, shape.length, 4)
         blend_index, weights = np.full(four, -1, np.int32), np.zeros(four, np.float32)
         for row, item in enumerate(items):
             if item is not None:
                 tiles[row, : len(item.tiles)] = item.tiles
-                own, length = len(item.tiles) * vision.num_patches, len(item.ids)
+                own, length = len(item.tiles) * each, len(item.ids)
                 index = np.where(item.image_index == own, newline, item.image_index)
                 image_index[row, :length] = index
                 blend_index[row, :length, 0], weights[row, :length, 0] = index, 1
@@ -101,7 +103,7 @@ class LlavaNextProcessor(TextProcessor):
                     index, weights[row, :length] = item.blend
                     blend_index[row, :length] = np.where(index == own, newline, index)
         input_ids = np.where(image_index >= 0, 0, input_ids)  # `<image>` may have no row
-        batch = ImageBatch(input_ids, last_index, image_index, tiles.reshape(-1, size, size, 3))
+        batch = ImageBatch(input_ids, last_index, image_index, tiles.reshape(-1, *tile.shape))
         if not self.config.can_shrink(shape.shape_key):
             return batch
         return batch._replace(blend_index=blend_index, weights=weights)
@@ -131,7 +133,8 @@ def image_shape(config: LlavaNextConfig, size: Size, beside: int) -> tuple[int, 
 
 def _geometry(config: LlavaNextConfig) -> dict[str, Any]:
     vision = config.vision
-    sides = {"image_size": vision.image_size, "patch_size": vision.patch_size}
+    token = vision.patch_size * config.spatial_pool_stride  # pixels
+    sides = {"image_size": vision.image_size, "patch_size": token}
     return {"grid_pinpoints": config.image_grid_pinpoints, **sides}
 
 
@@ -139,27 +142,19 @@ def load(item: Measured, config: LlavaNextConfig, preset: Preset) -> Prepared | 
     """Decode, resize and tile an input's image, if any. Raises ValueError: it cannot be decoded."""
     if item.image is None or item.image_size is None:
         return item.ids
-    resize = preset.first_size(item.image_size)
-    vision, pinpoints = config.vision, config.image_grid_pinpoints
-    tiled = tile_image(
-        load_image(item.image, resize), image_size=vision.image_size, grid_pinpoints=pinpoints
-    )
-    if resize is None and tiled.original_size != item.image_size:
-        raise ValueError(
-            f"the image's header says {item.image_size} (height, width), its data "
-            f"{tiled.original_size}: save it again"
-        )
-    rows = image_token_index(tiled.original_size, **_geometry(config))
+    size = preset.first_size(item.image_size) or item.image_size
+    tiles = _cut(item, config, preset) if item.features is None else item.features
+    rows = image_token_index(size, **_geometry(config))
     blend = None
     if config.max_tiles is not None:
-        size = feature_map_size(tiled.original_size, **_geometry(config))
-        new = shrunk_size(size, vision.patches_per_side, config.max_tiles)
-        if new != size:
-            blend = shrink(rows, size, new)
+        map_size = feature_map_size(size, **_geometry(config))
+        new = shrunk_size(map_size, config.tile_side, config.max_tiles)
+        if new != map_size:
+            blend = shrink(rows, map_size, new)
             rows = blend.features[:, 0]
     start = item.ids.index(config.image_token_id)
     expanded = expand_image_tokens(item.ids, config.image_token_id, [len(rows)])
-    newline = len(tiled.tiles) * vision.num_patches  # the row after the last tile feature
+    newline = len(tiles) * config.tile_tokens  # the row after the last tile feature
 
     def placed(rows: np.ndarray) -> np.ndarray:
         """Of tokens of the image, the same among those of the input."""
@@ -171,7 +166,24 @@ def load(item: Measured, config: LlavaNextConfig, preset: Preset) -> Prepared | 
         weights = np.zeros((len(expanded), 4), np.float32)
         weights[start : start + len(rows)] = blend.weights
         blend = Blend(placed(blend.features), weights)
-    return Prepared(expanded, placed(rows), tiled.tiles, blend)
+    return Prepared(expanded, placed(rows), tiles, blend)
+
+
+def _cut(item: Measured, config: LlavaNextConfig, preset: Preset) -> np.ndarray:
+    """The tiles of an input's image, uint8 [T, S, S, 3]; raises ValueError: as :func:`load`."""
+    assert item.image is not None and item.image_size is not None
+    resize = preset.first_size(item.image_size)
+    tiled = tile_image(
+        load_image(item.image, resize),
+        image_size=config.vision.image_size,
+        grid_pinpoints=config.image_grid_pinpoints,
+    )
+    if resize is None and tiled.original_size != item.image_size:
+        raise ValueError(
+            f"the image's header says {item.image_size} (height, width), its data "
+            f"{tiled.original_size}: save it again"
+        )
+    return tiled.tiles
 
 
 def match_tokenizer(config: LlavaNextConfig, tokenizer: PreTrainedTokenizerFast) -> LlavaNextConfig:

@@ -39,8 +39,18 @@ class TextModel(nnx.Module):
         self, batch: Any, *, remat: Remat = "none", dropout_key: jax.Array | None = None
     ) -> jax.Array:
         """Embed a batch -> fp32 [B, D]: final-norm output of what is pooled, not yet normalised."""
-        x = self.decoder_inputs(batch)
-        return self._pool(self.language_model(x, remat=remat, dropout_key=dropout_key), batch)
+        return self._pool(self._run(batch, remat=remat, dropout_key=dropout_key), batch)
+
+    def hidden_states(
+        self, batch: Any, *, remat: Remat = "none", dropout_key: jax.Array | None = None
+    ) -> jax.Array:
+        """What a head would see, [B, L, D] in the compute dtype: final-norm output everywhere."""
+        x = self._run(batch, remat=remat, dropout_key=dropout_key)
+        return self.language_model.norm(x)
+
+    def _run(self, batch: Any, *, remat: Remat, dropout_key: jax.Array | None) -> jax.Array:
+        """All decoder layers over a batch: [B, L, D] before the norm."""
+        return self.language_model(self.decoder_inputs(batch), remat=remat, dropout_key=dropout_key)
 
     def encode(self, batch: Any) -> jax.Array:
         """The same vectors [B, D] without what only training needs: see :meth:`Decoder.at`."""

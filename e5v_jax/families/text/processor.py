@@ -1,5 +1,6 @@
 """Texts to token sequences; families that embed more build on this."""
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
@@ -119,6 +120,13 @@ class TextProcessor:
             rows = self._truncate(prompts, rows)
         return list(tried(((row.position, row) for row in rows), partial(self._measure, prompts)))
 
+    @property
+    def end_of_turn(self) -> str | None:
+        """See :attr:`e5v_jax.families.base.Processor.end_of_turn`."""
+        found = re.search(r"<\|[^|]+\|>", self._chat.partition("{}")[2])
+        eos: str | None = self.tokenizer.eos_token
+        return found.group() if found else eos
+
     def check_text(self, text: str, *, special_tokens: SpecialTokens = "text") -> None:
         """See :meth:`e5v_jax.families.base.Processor.check_text`."""
         check_text(text, self._forbidden if special_tokens == "refuse" else UNREADABLE)
@@ -228,7 +236,7 @@ class TextProcessor:
         if row.length > self.longest(prompts.max_length):
             raise ValueError(self._too_long(prompts, row))
         return Measured(
-            position, ids, row.length, row.shape_key, row.image, row.size, row.truncated
+            position, ids, row.length, row.shape_key, row.image, row.size, truncated=row.truncated
         )
 
     def _too_long(self, prompts: PromptChoice, row: _Filled) -> str:
