@@ -19,6 +19,7 @@ from e5v_jax.checkpoints.converted import ConvertedFolder, WeightSource, is_conv
 from e5v_jax.checkpoints.hf_source import open_source, resolve
 from e5v_jax.checkpoints.loading import load_model
 from e5v_jax.checkpoints.tokenizer import load_tokenizer
+from e5v_jax.checkpoints.trained_with import choose_inputs
 from e5v_jax.data.inputs import Input, InputError
 from e5v_jax.encode.encoder import Encoder, Statistics
 from e5v_jax.encode.stream import BatchLimits, encode_stream
@@ -26,7 +27,7 @@ from e5v_jax.families.base import Model, Processor
 from e5v_jax.memory import release_freed_memory
 from e5v_jax.nn.layers import Build, Precision
 from e5v_jax.nn.quantized import Quantization
-from e5v_jax.presets import Preset, check_preset, find_preset
+from e5v_jax.presets import Preset, check_preset
 from e5v_jax.prompts import SpecialTokens, Truncate
 from e5v_jax.runtime import Implementation, Runtime
 from e5v_jax.sharding import make_mesh
@@ -74,7 +75,8 @@ class E5V:
             dtype: of weights and arithmetic; norms, softmax and rotary angles are fp32 always.
             mesh: devices to place the model on; None uses all of them for data parallelism.
             adapter: a PEFT LoRA folder or a run folder of ``python -m e5v_jax.train``; None applies
-                the adapter that the converted folder carries, if any.
+                the adapter that the converted folder carries, if any. What it was trained with
+                (prompt of texts, preset, template, limits of pixels) is used with it.
             template: a name in ``e5v_jax.prompts.TEMPLATES``; None takes the preset's.
             revision: branch, tag or commit of a hub id.
             quantize: "int8" or "nf4" stores the decoder's kernels so; arithmetic stays in dtype.
@@ -103,8 +105,15 @@ class E5V:
         check_reachable(str(adapter))
         folder = resolve(str(path), revision)
         source = _open(folder, verify=verify)
-        how = find_preset(preset, *source.known_as, str(path)).with_pixels(min_pixels, max_pixels)
         adapter = carried_adapter(folder, source) if adapter is None else as_path(adapter)
+        how, template = choose_inputs(
+            adapter,
+            (*source.known_as, str(path)),
+            preset=preset,
+            template=template,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+        )
         lora = None if adapter is None else load_adapter(adapter, source, how.adapter)
         processor = source.family.processor(source.config, load_tokenizer(folder), template, how)
         precision = Precision(jnp.dtype(dtype), jnp.dtype(dtype), quantize)
@@ -117,6 +126,7 @@ class E5V:
     def load_processor(
         path: str | Path,
         *,
+        adapter: str | Path | None = None,
         template: str | None = None,
         revision: str | None = None,
         preset: str | None = None,
@@ -126,7 +136,14 @@ class E5V:
         """What makes a model's inputs, without its weights; arguments of ``from_pretrained``."""
         folder = resolve(str(path), revision)
         source = _open(folder)
-        how = find_preset(preset, *source.known_as, str(path)).with_pixels(min_pixels, max_pixels)
+        how, template = choose_inputs(
+            carried_adapter(folder, source) if adapter is None else as_path(adapter),
+            (*source.known_as, str(path)),
+            preset=preset,
+            template=template,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+        )
         return source.family.processor(source.config, load_tokenizer(folder), template, how)
 
     def encode(

@@ -13,6 +13,7 @@ from e5v_jax.atomic import new_folder
 from e5v_jax.checkpoints.converted import ConvertedFolder, write_info, write_params
 from e5v_jax.checkpoints.loading import dotted
 from e5v_jax.checkpoints.peft import Adapter, write_adapter
+from e5v_jax.checkpoints.trained_with import TrainedWith, resolve_names
 from e5v_jax.checksums import CHECKSUMS, write_checksums
 from e5v_jax.distributed import is_first
 from e5v_jax.nn.layers import LoRAConfig
@@ -43,6 +44,7 @@ def export(run: Path, lora: LoRAConfig | None, weights: nnx.State, base: Convert
         else:
             adapter = Adapter(lora, {name: np.asarray(array) for name, array in trained.items()})
             write_adapter(folder, adapter, base.table, base_model=base.info.source)
+            resolve_names(TrainedWith.of_run(run), base).write(folder)
     print(f"{dst}: written")
 
 
