@@ -75,7 +75,8 @@ def _prompts(name: str, preset: Preset) -> PromptChoice:
     if name == "released":
         return PromptChoice(PLAIN, released=True)
     try:
-        return preset.with_text_prompt(name).choose()
+        prompt = preset.with_text_prompt(name).document.text
+        return preset.choose(prompt=None if name == "text" else prompt)
     except ValueError as error:
         raise ValueError(f"data.prompt: {error}") from error
 
