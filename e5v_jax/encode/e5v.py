@@ -1,7 +1,7 @@
 """The public class: load a model, embed anything, compare."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -20,7 +20,8 @@ from e5v_jax.checkpoints.hf_source import open_source, resolve
 from e5v_jax.checkpoints.loading import load_model
 from e5v_jax.checkpoints.tokenizer import load_tokenizer
 from e5v_jax.checkpoints.trained_with import choose_inputs
-from e5v_jax.data.inputs import Input, InputError
+from e5v_jax.data.inputs import ImageSource, Input, InputError
+from e5v_jax.encode.arguments import Process, check_arguments, collect_inputs
 from e5v_jax.encode.encoder import Encoder, Statistics
 from e5v_jax.encode.stream import BatchLimits, encode_stream
 from e5v_jax.families.base import Model, Processor
@@ -47,6 +48,7 @@ class E5V:
 
     def __init__(self, model: Model, processor: Processor) -> None:
         """Wrap a loaded model and the processor of its inputs."""
+        Process.check()
         graphdef, self._state = nnx.split(model)
         self.processor = processor
         self.config, self.tokenizer = processor.config, processor.tokenizer
@@ -89,7 +91,8 @@ class E5V:
             max_pixels: an image with more is reduced to it. Qwen3-VL-Embedding's script has
                 1,843,200 (1800 tokens), its processor's file 1,310,720.
 
-        Raises FileNotFoundError, ValueError: one line that names the file, key or option.
+        Raises FileNotFoundError, ValueError: one line that names the file, key or option;
+        RuntimeError: the process is a fork of one that has loaded a model.
         """
         for name, value, choices in (
             ("dtype", dtype, get_args(Dtype)),
@@ -99,6 +102,7 @@ class E5V:
             if value not in choices:
                 expected = ", ".join(filter(None, choices))
                 raise ValueError(f"{name} {value!r}: expected one of {expected}")
+        Process.check()
         if preset is not None:
             check_preset(preset)  # before anything is fetched
         runtime = Runtime.on(mesh or make_mesh(data=-1, fsdp=1), attn_implementation)
@@ -148,7 +152,7 @@ class E5V:
 
     def encode(
         self,
-        inputs: Input | Sequence[Input],
+        inputs: Input | Iterable[Input] | None = None,
         prompt_name: str | None = None,
         prompt: str | None = None,
         batch_size: int | None = None,
@@ -156,6 +160,7 @@ class E5V:
         truncate_dim: int | None = None,
         show_progress_bar: bool | None = None,
         *,
+        images: ImageSource | str | Iterable[ImageSource | str] | None = None,
         instruction: str | None = None,
         max_num_batched_tokens: int | None = None,
         max_length: int | None = None,
@@ -165,13 +170,17 @@ class E5V:
         on_error: Callable[[InputError], None] | None = None,
         on_batch: Callable[[int], None] = lambda done: None,
         on_truncate: Callable[[int], None] = lambda position: None,
+        **others: Any,
     ) -> np.ndarray:
-        """Embed inputs as float32 [N, D], or [D] if it is one and no sequence; order kept.
+        """Embed inputs as float32 [N, D], or [D] if it is one and no iterable; order kept.
 
         An input is a str (a text), a PIL image, Path or bytes (an image), or a mapping with
-        ``text`` and/or ``image``. Argument names follow sentence-transformers.
+        ``text`` and/or ``image``; several may come in any iterable: a list, generator, column of a
+        data frame or data set. Argument names follow sentence-transformers, of which ``others`` are
+        those that are not offered: they are refused unless they ask for what is done.
 
         Args:
+            images: images instead of ``inputs``, of which a str is a path.
             prompt_name: "query" or "document" for the preset's prompts, chosen by input kind; or
                 a name in ``e5v_jax.prompts.PROMPTS``. None is "document".
             prompt: one of your own with ``<sent>`` and/or ``<image>``.
@@ -194,10 +203,23 @@ class E5V:
             on_truncate: hears the position of each input whose text was cut.
 
         Raises ValueError: a bad input, "input 3: ...", without on_error, and so is one whose vector
-        is not finite or zero, as of a broken model; a bad prompt or instruction.
+        is not finite or zero, as of a broken model; a bad prompt, instruction or other argument.
+        RuntimeError: the process is a fork of the one that loaded the model.
         """
-        single = isinstance(inputs, str | bytes) or not isinstance(inputs, Sequence)
-        items: Sequence[Input] = [inputs] if single else inputs  # type: ignore[list-item, assignment]
+        Process.check()
+        given = {
+            "prompt_name": prompt_name,
+            "prompt": prompt,
+            "instruction": instruction,
+            "batch_size": batch_size,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "max_length": max_length,
+            "truncate_dim": truncate_dim,
+            "normalize_embeddings": normalize_embeddings,
+            "show_progress_bar": show_progress_bar,
+        }
+        check_arguments(given, others)
+        items, single = collect_inputs(inputs, images)
         dimensions = self.config.text.hidden_size
         if truncate_dim is not None and not 0 < truncate_dim <= dimensions:
             raise ValueError(f"truncate_dim {truncate_dim}: expected 1 to {dimensions}")
@@ -247,7 +269,7 @@ class E5V:
 
     def encode_query(
         self,
-        inputs: Input | Sequence[Input],
+        inputs: Input | Iterable[Input] | None = None,
         prompt_name: str | None = None,
         prompt: str | None = None,
         **options: Any,
@@ -259,7 +281,7 @@ class E5V:
 
     def encode_document(
         self,
-        inputs: Input | Sequence[Input],
+        inputs: Input | Iterable[Input] | None = None,
         prompt_name: str | None = None,
         prompt: str | None = None,
         **options: Any,
