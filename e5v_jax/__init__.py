@@ -1,5 +1,6 @@
 """E5-V in JAX/Flax: universal embeddings of text, images and text+image."""
 
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -7,6 +8,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["E5V", "__version__"]
+
+# transformers says so when it is imported; of it, only tokenizers are used here
+logging.getLogger("transformers").addFilter(
+    lambda record: not str(record.msg).startswith("PyTorch was not found")
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,7 @@
 """Several processes as one: joining them, and what only the first of them does."""
 
 import os
+import sys
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -44,6 +45,19 @@ def initialize(*, distributed: bool = False) -> None:
             f"cannot find the other processes: {error} Set JAX_COORDINATOR_ADDRESS (host:port), "
             "JAX_NUM_PROCESSES and JAX_PROCESS_ID"
         ) from error
+    if jax.default_backend() == "cpu":
+        _keep_stdout()
+
+
+def _keep_stdout() -> None:
+    """Give Python a stdout of its own: to the usual one Gloo prints a line for each connection."""
+    sys.stdout.flush()
+    like = {name: getattr(sys.stdout, name) for name in ("encoding", "errors")}
+    buffering = 1 if sys.stdout.line_buffering else -1
+    sys.stdout = os.fdopen(os.dup(1), "w", buffering, **like)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.close(nowhere)
 
 
 def is_first() -> bool:

@@ -37,7 +37,7 @@ from training_runs import (
 )
 
 from e5v_jax import E5V
-from e5v_jax.checkpoints import from_hf
+from e5v_jax.checkpoints import from_hf, to_hf
 from e5v_jax.checkpoints.adapters import read_run_info
 from e5v_jax.checkpoints.converted import ConvertedFolder
 from e5v_jax.nn.layers import LoRAConfig
@@ -432,15 +432,55 @@ def test_help_documents_every_field() -> None:
     assert "Triplets per optimizer step, over all devices" in done.stdout
 
 
-def test_a_prompt_of_its_own_is_told(
-    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+def test_an_adapter_says_what_it_was_trained_with(
+    folder: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """And is used with it, from its own folder and from the run; what is given goes before."""
     data = config(folder, tmp_path).data
     data = dataclasses.replace(data, prompt="<sent>\nTopic: ", preset="unime-llava-1.6")
-    train(config(folder, tmp_path / "run", data=data, max_steps=1))
-    E5V.from_pretrained(folder / "base", dtype="float32", adapter=tmp_path / "run")
-    assert "was trained with data.prompt '<sent>\\nTopic: '" in caplog.text
-    assert "was trained with data.preset 'unime-llava-1.6': encode with it too" in caplog.text
+    run, base = tmp_path / "run", folder / "base"
+    train(config(folder, run, data=data, max_steps=1))
+    said = json.loads((run / "adapter" / "trained_with.json").read_text())
+    own = {"prompt": data.prompt, "preset": "unime-llava-1.6", "template": said["template"]}
+    assert said == {**own, "min_pixels": None, "max_pixels": None}
+    E5V.load_processor(base, adapter=run, preset="e5-v")
+    for name, was, now in (("prompt", own["prompt"], "text"), ("preset", own["preset"], "e5-v")):
+        assert f"{run} was trained with data.{name} {was!r}, here it is {now!r}" in caplog.text
+    given = E5V.load_processor(base, adapter=run, preset=own["preset"])
+    (expected,) = given.measure(["a dog"], given.preset.choose(prompt=data.prompt))
+    assert given.measure(["a dog"], given.preset.choose()) != [expected]
+    caplog.clear()
+    for name, options in (("with", {}), ("merged", {"merge": True})):
+        args = from_hf.Args(str(folder / "hf"), tmp_path / name, adapter=run / "adapter", **options)
+        from_hf.convert(args)
+    to_hf.convert(to_hf.Args(tmp_path / "with", tmp_path / "peft", peft=True))
+    note = f"texts were trained with the prompt {data.prompt!r}: encode with --prompt and it"
+    assert f"{tmp_path / 'merged'}: {note}\n" in capsys.readouterr().out
+    for path, adapter in (
+        (base, run),
+        (base, run / "adapter"),
+        (base, run / "checkpoints" / "1"),
+        (base, tmp_path / "peft"),
+        (tmp_path / "with", None),
+    ):
+        processor = E5V.load_processor(path, adapter=adapter)
+        for role in ("query", "document"):
+            assert processor.measure(["a dog"], processor.preset.choose(role)) == [expected]
+    model = E5V.from_pretrained(base, dtype="float32", adapter=run / "adapter")
+    assert (model.preset, model.template) == (processor.preset, processor.template)
+    assert not caplog.text
+    for change, message in (
+        ({"prompt": "no slot"}, "'no slot' is no prompt for texts; expected text, plain"),
+        ({"preset": "other"}, "unknown preset 'other'"),
+        ({"template": 1}, "template is 1, expected str or null; restore it from a copy"),
+        ({"later": 1}, "unknown field 'later': update e5v-jax to load it"),
+    ):
+        (run / "adapter" / "trained_with.json").write_text(json.dumps({**said, **change}))
+        with pytest.raises(ValueError, match=f"trained_with.json: {message}"):
+            E5V.load_processor(base, adapter=run)
 
 
 # --- run.json of other versions, and what wandb knows a run by ---

@@ -1,7 +1,6 @@
 """Adapters by the folder that a user names: PEFT's, a training run's or a checkpoint's of one."""
 
 import json
-import logging
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,6 @@ from e5v_jax.nn.layers import LoRAConfig, LoRAParam
 from e5v_jax.presets import PRESETS
 from e5v_jax.storage import absolute, without_wildcards
 
-_logger = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 
 
@@ -80,6 +78,14 @@ def carried_adapter(folder: Path, base: WeightSource) -> Path | None:
     return folder / "adapters" if set(classes) & set(base.known_as) else None
 
 
+def find_run(folder: Path) -> tuple[Path, int | None]:
+    """``folder``, or the run and the step that it is a checkpoint of: RUN/checkpoints/STEP."""
+    run = absolute(folder)
+    if run.parent.name == CHECKPOINTS and run.name.isdigit() and not (run / "run.json").is_file():
+        return run.parent.parent, int(run.name)
+    return run, None
+
+
 def load_adapter(folder: Path, base: WeightSource, wanted: str | None = None) -> Adapter:
     """LoRA factors of a PEFT folder, RUN/checkpoints/STEP or RUN (of its end, else the newest).
 
@@ -89,20 +95,12 @@ def load_adapter(folder: Path, base: WeightSource, wanted: str | None = None) ->
         FileNotFoundError: neither.
         ValueError: the adapter does not fit the model.
     """
-    run, step = absolute(folder), None
-    if run.parent.name == CHECKPOINTS and run.name.isdigit() and not (run / "run.json").is_file():
-        run, step = run.parent.parent, int(run.name)
+    run, step = find_run(folder)
     if (run / "run.json").is_file():
-        info = read_run_info(run)
-        if (command := info.get("command", "train")) != "train":
+        if (command := read_run_info(run).get("command", "train")) != "train":
             raise ValueError(
                 f"{run}: a run of {command} leaves a model and no adapter: use {run}/model"
             )
-        data = info["config"]["data"]
-        for name, usual in (("prompt", (None, "text", "released")), ("preset", (None,))):
-            if (value := data.get(name)) not in usual:
-                told = "%s was trained with data.%s %r: encode with it too"
-                _logger.warning(told, run, name, value)
         folder = run / "adapter"
         if step is not None or not (folder / ADAPTER_FILES[0]).is_file():
             return read_run_adapter(run, step, base)

@@ -14,13 +14,14 @@ from rich.progress import track
 
 from e5v_jax import cli
 from e5v_jax.atomic import check_new, new_folder
-from e5v_jax.checkpoints import converted
+from e5v_jax.checkpoints import converted, trained_with
 from e5v_jax.checkpoints.adapters import carried_adapter
 from e5v_jax.checkpoints.finite import cast
 from e5v_jax.checkpoints.hf_source import HfSource, open_source, resolve
 from e5v_jax.checkpoints.peft import ADAPTER_FILES, Adapter, read_adapter, read_merged
 from e5v_jax.checkpoints.safetensors_file import TensorSpec, write_file
 from e5v_jax.checkpoints.tokenizer import copy_named, load_tokenizer
+from e5v_jax.checkpoints.trained_with import TrainedWith
 from e5v_jax.checksums import write_checksums
 from e5v_jax.data.text import encode_batch
 from e5v_jax.presets import HELP, check_preset, find_preset
@@ -133,7 +134,7 @@ def convert(args: Args) -> None:
             tokenizer.save_pretrained(folder)
         if lora is not None and not args.merge:
             (folder / "adapter").mkdir()  # without a training checkpoint's optimizer and the like
-            copy_named(lora, folder / "adapter", ADAPTER_FILES)
+            copy_named(lora, folder / "adapter", (*ADAPTER_FILES, trained_with.FILE))
         written = write_source(
             folder,
             source,
@@ -145,3 +146,6 @@ def convert(args: Args) -> None:
             revision=args.revision,
         )
     print(f"{args.dst}: {written}")
+    said = TrainedWith.read(lora) if lora is not None and args.merge else None
+    if said is not None and said.note is not None:
+        print(f"{args.dst}: {said.note}")

@@ -21,6 +21,7 @@ from e5v_jax.checkpoints.peft import Adapter, read_merged, write_adapter
 from e5v_jax.checkpoints.safetensors_file import SafetensorsFolder, TensorSpec, write_model
 from e5v_jax.checkpoints.sentence_transformers import write_sentence_transformers
 from e5v_jax.checkpoints.tokenizer import copy_named
+from e5v_jax.checkpoints.trained_with import TrainedWith
 from e5v_jax.presets import find_preset
 
 SHARD = 5_000_000_000  # bytes; the size Hugging Face shards have
@@ -111,9 +112,12 @@ def convert(args: Args) -> None:
         if path is None
         else load_adapter(path, source, find_preset(None, *source.known_as).adapter)
     )
+    said = None if path is None else TrainedWith.read(path)
     with new_folder(args.dst) as folder:
         if args.peft and adapter is not None:
             write_adapter(folder, adapter, source.table, base_model=source.info.source)
+            if said is not None:
+                said.write(folder)
             notes = [f"PEFT adapter of rank {adapter.lora.rank} from {path}"]
         else:
             merged = "" if path is None else f", {path} merged"
@@ -123,5 +127,7 @@ def convert(args: Args) -> None:
                 notes += write_sentence_transformers(folder, source)
             except (FileNotFoundError, ValueError) as error:
                 notes.append(f"nothing for sentence-transformers: {error}")
+            if said is not None and said.note is not None:
+                notes.append(said.note)
     for note in notes:
         print(f"{args.dst}: {note}")

@@ -1,7 +1,7 @@
 """The public class: load a model, embed anything, compare."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -19,14 +19,16 @@ from e5v_jax.checkpoints.converted import ConvertedFolder, WeightSource, is_conv
 from e5v_jax.checkpoints.hf_source import open_source, resolve
 from e5v_jax.checkpoints.loading import load_model
 from e5v_jax.checkpoints.tokenizer import load_tokenizer
-from e5v_jax.data.inputs import Input, InputError
+from e5v_jax.checkpoints.trained_with import choose_inputs
+from e5v_jax.data.inputs import ImageSource, Input, InputError
+from e5v_jax.encode.arguments import Process, check_arguments, collect_inputs
 from e5v_jax.encode.encoder import Encoder, Statistics
 from e5v_jax.encode.stream import BatchLimits, encode_stream
 from e5v_jax.families.base import Model, Processor
 from e5v_jax.memory import release_freed_memory
 from e5v_jax.nn.layers import Build, Precision
 from e5v_jax.nn.quantized import Quantization
-from e5v_jax.presets import Preset, check_preset, find_preset
+from e5v_jax.presets import Preset, check_preset
 from e5v_jax.prompts import SpecialTokens, Truncate
 from e5v_jax.runtime import Implementation, Runtime
 from e5v_jax.sharding import make_mesh
@@ -46,6 +48,7 @@ class E5V:
 
     def __init__(self, model: Model, processor: Processor) -> None:
         """Wrap a loaded model and the processor of its inputs."""
+        Process.check()
         graphdef, self._state = nnx.split(model)
         self.processor = processor
         self.config, self.tokenizer = processor.config, processor.tokenizer
@@ -74,7 +77,8 @@ class E5V:
             dtype: of weights and arithmetic; norms, softmax and rotary angles are fp32 always.
             mesh: devices to place the model on; None uses all of them for data parallelism.
             adapter: a PEFT LoRA folder or a run folder of ``python -m e5v_jax.train``; None applies
-                the adapter that the converted folder carries, if any.
+                the adapter that the converted folder carries, if any. What it was trained with
+                (prompt of texts, preset, template, limits of pixels) is used with it.
             template: a name in ``e5v_jax.prompts.TEMPLATES``; None takes the preset's.
             revision: branch, tag or commit of a hub id.
             quantize: "int8" or "nf4" stores the decoder's kernels so; arithmetic stays in dtype.
@@ -87,7 +91,8 @@ class E5V:
             max_pixels: an image with more is reduced to it. Qwen3-VL-Embedding's script has
                 1,843,200 (1800 tokens), its processor's file 1,310,720.
 
-        Raises FileNotFoundError, ValueError: one line that names the file, key or option.
+        Raises FileNotFoundError, ValueError: one line that names the file, key or option;
+        RuntimeError: the process is a fork of one that has loaded a model.
         """
         for name, value, choices in (
             ("dtype", dtype, get_args(Dtype)),
@@ -97,14 +102,22 @@ class E5V:
             if value not in choices:
                 expected = ", ".join(filter(None, choices))
                 raise ValueError(f"{name} {value!r}: expected one of {expected}")
+        Process.check()
         if preset is not None:
             check_preset(preset)  # before anything is fetched
         runtime = Runtime.on(mesh or make_mesh(data=-1, fsdp=1), attn_implementation)
         check_reachable(str(adapter))
         folder = resolve(str(path), revision)
         source = _open(folder, verify=verify)
-        how = find_preset(preset, *source.known_as, str(path)).with_pixels(min_pixels, max_pixels)
         adapter = carried_adapter(folder, source) if adapter is None else as_path(adapter)
+        how, template = choose_inputs(
+            adapter,
+            (*source.known_as, str(path)),
+            preset=preset,
+            template=template,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+        )
         lora = None if adapter is None else load_adapter(adapter, source, how.adapter)
         processor = source.family.processor(source.config, load_tokenizer(folder), template, how)
         precision = Precision(jnp.dtype(dtype), jnp.dtype(dtype), quantize)
@@ -117,6 +130,7 @@ class E5V:
     def load_processor(
         path: str | Path,
         *,
+        adapter: str | Path | None = None,
         template: str | None = None,
         revision: str | None = None,
         preset: str | None = None,
@@ -126,12 +140,19 @@ class E5V:
         """What makes a model's inputs, without its weights; arguments of ``from_pretrained``."""
         folder = resolve(str(path), revision)
         source = _open(folder)
-        how = find_preset(preset, *source.known_as, str(path)).with_pixels(min_pixels, max_pixels)
+        how, template = choose_inputs(
+            carried_adapter(folder, source) if adapter is None else as_path(adapter),
+            (*source.known_as, str(path)),
+            preset=preset,
+            template=template,
+            min_pixels=min_pixels,
+            max_pixels=max_pixels,
+        )
         return source.family.processor(source.config, load_tokenizer(folder), template, how)
 
     def encode(
         self,
-        inputs: Input | Sequence[Input],
+        inputs: Input | Iterable[Input] | None = None,
         prompt_name: str | None = None,
         prompt: str | None = None,
         batch_size: int | None = None,
@@ -139,6 +160,7 @@ class E5V:
         truncate_dim: int | None = None,
         show_progress_bar: bool | None = None,
         *,
+        images: ImageSource | str | Iterable[ImageSource | str] | None = None,
         instruction: str | None = None,
         max_num_batched_tokens: int | None = None,
         max_length: int | None = None,
@@ -148,13 +170,17 @@ class E5V:
         on_error: Callable[[InputError], None] | None = None,
         on_batch: Callable[[int], None] = lambda done: None,
         on_truncate: Callable[[int], None] = lambda position: None,
+        **others: Any,
     ) -> np.ndarray:
-        """Embed inputs as float32 [N, D], or [D] if it is one and no sequence; order kept.
+        """Embed inputs as float32 [N, D], or [D] if it is one and no iterable; order kept.
 
         An input is a str (a text), a PIL image, Path or bytes (an image), or a mapping with
-        ``text`` and/or ``image``. Argument names follow sentence-transformers.
+        ``text`` and/or ``image``; several may come in any iterable: a list, generator, column of a
+        data frame or data set. Argument names follow sentence-transformers, of which ``others`` are
+        those that are not offered: they are refused unless they ask for what is done.
 
         Args:
+            images: images instead of ``inputs``, of which a str is a path.
             prompt_name: "query" or "document" for the preset's prompts, chosen by input kind; or
                 a name in ``e5v_jax.prompts.PROMPTS``. None is "document".
             prompt: one of your own with ``<sent>`` and/or ``<image>``.
@@ -177,10 +203,23 @@ class E5V:
             on_truncate: hears the position of each input whose text was cut.
 
         Raises ValueError: a bad input, "input 3: ...", without on_error, and so is one whose vector
-        is not finite or zero, as of a broken model; a bad prompt or instruction.
+        is not finite or zero, as of a broken model; a bad prompt, instruction or other argument.
+        RuntimeError: the process is a fork of the one that loaded the model.
         """
-        single = isinstance(inputs, str | bytes) or not isinstance(inputs, Sequence)
-        items: Sequence[Input] = [inputs] if single else inputs  # type: ignore[list-item, assignment]
+        Process.check()
+        given = {
+            "prompt_name": prompt_name,
+            "prompt": prompt,
+            "instruction": instruction,
+            "batch_size": batch_size,
+            "max_num_batched_tokens": max_num_batched_tokens,
+            "max_length": max_length,
+            "truncate_dim": truncate_dim,
+            "normalize_embeddings": normalize_embeddings,
+            "show_progress_bar": show_progress_bar,
+        }
+        check_arguments(given, others)
+        items, single = collect_inputs(inputs, images)
         dimensions = self.config.text.hidden_size
         if truncate_dim is not None and not 0 < truncate_dim <= dimensions:
             raise ValueError(f"truncate_dim {truncate_dim}: expected 1 to {dimensions}")
@@ -230,7 +269,7 @@ class E5V:
 
     def encode_query(
         self,
-        inputs: Input | Sequence[Input],
+        inputs: Input | Iterable[Input] | None = None,
         prompt_name: str | None = None,
         prompt: str | None = None,
         **options: Any,
@@ -242,7 +281,7 @@ class E5V:
 
     def encode_document(
         self,
-        inputs: Input | Sequence[Input],
+        inputs: Input | Iterable[Input] | None = None,
         prompt_name: str | None = None,
         prompt: str | None = None,
         **options: Any,

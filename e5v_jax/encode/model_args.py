@@ -96,7 +96,7 @@ class ModelArgs:
         from e5v_jax import E5V
 
         options = {name: getattr(self, name) for name in _INPUTS}
-        return E5V.load_processor(self.model, **options)
+        return E5V.load_processor(self.model, adapter=self.adapter, **options)
 
     def describe(self) -> dict[str, str | None]:
         """Name all that a vector depends on here; how many devices share the work is not of it."""

@@ -6,7 +6,14 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from e5v_jax.prompts import PromptChoice, Prompts, choose_prompt, slots
+from e5v_jax.prompts import (
+    IMAGE_PLACEHOLDER,
+    PROMPTS,
+    PromptChoice,
+    Prompts,
+    choose_prompt,
+    slots,
+)
 
 Role = Literal["query", "document"]
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -92,6 +99,24 @@ class Preset:
         if least is not None and most is not None and least > most:
             raise ValueError(f"min_pixels {least}: expected at most max_pixels, {most}")
         return replace(self, min_pixels=least, max_pixels=most)
+
+    def with_text_prompt(self, name: str) -> "Preset":
+        """The same for a text with another prompt, by ``data.prompt`` of a training run.
+
+        "text" is the preset's own, and so is "released" when encoding, as the authors do it.
+        Raises ValueError: it is no prompt for texts.
+        """
+        if name in ("text", "released"):
+            return self
+        prompt = PROMPTS.get(name, name)
+        if "<sent>" not in prompt or IMAGE_PLACEHOLDER in prompt:
+            raise ValueError(
+                f"{name!r} is no prompt for texts; expected text, plain, sts, released, or one of "
+                "your own with <sent> in it"
+            )
+        PromptChoice(prompt)  # refuses what is not Unicode
+        document, query = (replace(of, text=prompt) for of in (self.document, self.query))
+        return replace(self, document=document, query=query)
 
     def choose(
         self,

@@ -13,7 +13,7 @@ from e5v_jax.data.pairs import TrainingPairs
 from e5v_jax.data.pipeline import number_inputs
 from e5v_jax.families.base import Batch, BatchShape, Measured, Processor
 from e5v_jax.presets import Preset
-from e5v_jax.prompts import IMAGE_PLACEHOLDER, PLAIN, PROMPTS, PromptChoice
+from e5v_jax.prompts import PLAIN, PromptChoice
 from e5v_jax.train.config import DataConfig
 from e5v_jax.train.step import PairBatch
 
@@ -72,17 +72,13 @@ def tokenize_pairs(pairs: TrainingPairs, processor: Processor, cfg: DataConfig) 
 
 def _prompts(name: str, preset: Preset) -> PromptChoice:
     """What ``data.prompt`` says for texts."""
-    if name == "text":
-        return preset.choose()
     if name == "released":
         return PromptChoice(PLAIN, released=True)
-    prompt = PROMPTS.get(name, name)
-    if "<sent>" not in prompt or IMAGE_PLACEHOLDER in prompt:
-        raise ValueError(
-            f"data.prompt: {name!r} is no prompt for texts; expected text, plain, sts, "
-            "released, or one of your own with <sent> in it"
-        )
-    return PromptChoice(prompt, default_instruction=preset.default_instruction)
+    try:
+        prompt = preset.with_text_prompt(name).document.text
+        return preset.choose(prompt=None if name == "text" else prompt)
+    except ValueError as error:
+        raise ValueError(f"data.prompt: {error}") from error
 
 
 def _group_bounds(count: int, groups: int, multiple: int) -> list[int]:

@@ -13,6 +13,7 @@ from e5v_jax.atomic import new_folder
 from e5v_jax.checkpoints.converted import ConvertedFolder, write_info, write_params
 from e5v_jax.checkpoints.loading import dotted
 from e5v_jax.checkpoints.peft import Adapter, read_merged, write_adapter
+from e5v_jax.checkpoints.trained_with import TrainedWith, resolve_names
 from e5v_jax.checksums import CHECKSUMS, write_checksums
 from e5v_jax.distributed import is_first
 from e5v_jax.nn.layers import LoRAConfig
@@ -27,13 +28,15 @@ def export(run: Path, lora: LoRAConfig | None, weights: nnx.State, base: Convert
     """
     if lora is None:
         export_model(run, None, weights, base)
-    elif (values := _gather(run, weights)) is not None:
-        _replace(
-            run / "adapter",
-            lambda folder: write_adapter(
-                folder, _adapter(lora, values), base.table, base_model=base.info.source
-            ),
-        )
+        return
+    if (values := _gather(run, weights)) is None:
+        return
+
+    def write(folder: Path) -> None:
+        write_adapter(folder, _adapter(lora, values), base.table, base_model=base.info.source)
+        resolve_names(TrainedWith.of_run(run), base).write(folder)
+
+    _replace(run / "adapter", write)
 
 
 def export_model(
