@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-slow test-gpu lint photographs clean
+.PHONY: demo docs test test-slow test-gpu lint photographs clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -24,6 +24,14 @@ $(VENV)/libtpu: $(VENV)/installed
 demo: $(VENV)/installed
 	$(BIN)/python -m e5v_jax.demo
 
+# The site, in build/site; a link or a name that leads nowhere is an error.
+$(VENV)/docs: $(VENV)/installed
+	$(BIN)/pip install --quiet --editable ".[docs]"
+	touch $@
+
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 lint: $(VENV)/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -32,7 +40,7 @@ lint: $(VENV)/installed
 test: lint $(VENV)/libtpu
 	PYTHONPATH=$(CURDIR)/$(VENV)/libtpu $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
 
-test-slow: $(VENV)/libtpu
+test-slow: $(VENV)/libtpu $(VENV)/docs
 	PYTHONPATH=$(CURDIR)/$(VENV)/libtpu $(BIN)/pytest -m slow
 
 # On a machine with a GPU: pip install -e '.[cuda,test]'
