@@ -71,15 +71,17 @@ def note_lines(path: Path, note: Note) -> bytes:
 
 
 def read_shard(path: Path) -> tuple[list[str], np.ndarray]:
-    """Read the ids and vectors [N, D] of a shard, compared with its seal if it has one.
+    """Read the ids and vectors [N, D] of a shard, compared with its seal.
 
-    Raises ValueError: a file of it is missing or damaged, by name.
+    Raises ValueError: a file of it is missing or damaged, by name, the seal included.
     """
     sealed, files = _sealed(path), {}
+    if path not in sealed:
+        raise _damaged(path.with_suffix(_SEAL), "no seal of the shard")
     for file in (path, *([path.with_suffix(_IDS)] if path.suffix == ".npy" else [])):
         try:
             files[file] = file.read_bytes()
-            if sealed and sealed.get(file) != _seal(file, files[file]):
+            if sealed.get(file) != _seal(file, files[file]):
                 raise ValueError("it is not what was written")
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
