@@ -80,9 +80,7 @@ def test_the_gradient_is_that_of_no_rounding(operands: tuple[np.ndarray, QArray]
 
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
-def test_other_chips_get_an_int8_matmul(
-    operands: tuple[np.ndarray, QArray], platform: str
-) -> None:
+def test_other_chips_get_an_int8_matmul(operands: tuple[np.ndarray, QArray], platform: str) -> None:
     x, kernel = operands
     program = jax.jit(quantized_matmul, static_argnums=(2, 3))
     lowered = program.trace(jnp.asarray(x), kernel, True, EXACT)
@@ -94,9 +92,7 @@ def test_other_chips_get_an_int8_matmul(
     assert "(tensor<40x256xi8>, tensor<256x48xi8>) -> tensor<40x48xi32>" in line
 
 
-def test_vectors_of_real_weights_stay_near(
-    smollm2_converted: Path, sts_data: Path
-) -> None:
+def test_vectors_of_real_weights_stay_near(smollm2_converted: Path, sts_data: Path) -> None:
     """The worst and the mean of 200 sentences; the rounded activations show."""
     with (sts_data / "STS" / "STSBenchmark" / "sts-test.csv").open() as file:
         rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))

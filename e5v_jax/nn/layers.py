@@ -59,7 +59,7 @@ class Precision:
 
     @property
     def of_tower(self) -> Self:
-        """The same, for a tower's blocks: too small to be stored in fewer bits for memory's sake."""
+        """The same, for a tower: too small to be stored in fewer bits for memory alone."""
         return self if self.quantization == "int8" else self.unquantized
 
     @property
