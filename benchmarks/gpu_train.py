@@ -39,7 +39,7 @@ class Args:
     """Name among e5v_jax.families.architectures()."""
     tiny: bool = False
     """The same architecture with 2 layers of width 128: does the benchmark run at all?"""
-    quantize: Literal["nf4", "int8"] | None = None
+    quantize: Literal["nf4", "int8", "int8_weight_only"] | None = None
     """Storage of the base."""
     batch_size: int = 768
     """Triplets of a step."""

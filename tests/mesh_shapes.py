@@ -6,6 +6,7 @@ one JSON line per mesh.
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from test_train_step import LORA, TEMPERATURE, flat, largest_relative, make_pair
 
 from e5v_jax.checkpoints.hf_source import open_source
 from e5v_jax.checkpoints.loading import dotted, load_model
-from e5v_jax.nn.layers import Build, LoRAParam, Precision
+from e5v_jax.nn.layers import Build, LoRAConfig, LoRAParam, Precision
 from e5v_jax.nn.parameters import ParameterTable
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh
@@ -32,10 +33,10 @@ from e5v_jax.train.step import make_train_step, pair_loss, split_trainable
 SHAPES = [(d, f, 8 // (d * f)) for d in (1, 2, 4, 8) for f in (1, 2, 4, 8) if d * f <= 8]
 
 
-def load(folder: Path, mesh: Mesh, quantization: str | None) -> nnx.Module:
+def load(folder: Path, mesh: Mesh, quantization: str | None, lora: LoRAConfig) -> nnx.Module:
     precision = Precision(np.float32, np.float32, quantization)
     source = open_source(folder)
-    model = load_model(source, Build(precision, Runtime.on(mesh), LORA), seed=5)
+    model = load_model(source, Build(precision, Runtime.on(mesh), lora), seed=5)
     graphdef, factors, rest = nnx.split(model, LoRAParam, ...)
     rng = np.random.default_rng(1)  # b that is not zero, so that it shows
     values = jax.tree.map(
@@ -52,7 +53,8 @@ def step_on(folder: Path, mesh: Mesh, **options: Any) -> dict[str, Any]:
     lengths = group_lengths(tokens.lengths, rows, groups=1, multiple=8)
     host = make_pair_batch(tokens, rows[0], lengths=lengths, multiple=8)
     batch = place(host, mesh)
-    model = load(folder, mesh, options.get("quantization"))
+    lora = replace(LORA, dropout=options.get("dropout", 0.0))
+    model = load(folder, mesh, options.get("quantization"), lora)
     graphdef, trainable, frozen = split_trainable(model, lora=True)
     optimizer = optax.chain(optax.trace(decay=0.0), optax.scale(1e-3))  # its state is the gradient
     state = init_optimizer(optimizer, trainable, mesh)
@@ -66,7 +68,7 @@ def step_on(folder: Path, mesh: Mesh, **options: Any) -> dict[str, Any]:
             chunk_size=options.get("chunk_size"),
             remat=options.get("remat", "none"),
         ),
-        dropout=False,
+        dropout="dropout" in options,
         state=(trainable, state),
     )
     after, state, metrics = step(trainable, state, frozen, batch, jax.random.key(0))
@@ -98,7 +100,7 @@ def misplaced_in(state: nnx.State, mesh: Mesh, table: ParameterTable) -> list[st
 def main(folder: Path) -> None:
     one = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     plain = {"shapes": SHAPES, "options": {}}
-    everything = {"quantization": "nf4", "chunk_size": 8, "remat": "full"}
+    everything = {"quantization": "nf4", "chunk_size": 8, "remat": "full", "dropout": 0.1}
     for case in (plain, {"shapes": [(2, 2, 2)], "options": everything}):
         expected = step_on(folder, one, **case["options"])
         for shape in case["shapes"]:

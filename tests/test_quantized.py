@@ -186,7 +186,9 @@ def six_triplets() -> PairBatch:
     return make_pair_batch(tokens, rows, lengths=lengths, multiple=6)
 
 
-@pytest.mark.parametrize("quantization", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "quantization", ["nf4", pytest.param("int8_weight_only", marks=pytest.mark.slow)]
+)
 def test_training_is_that_of_the_dequantised_weights(
     folder: Path, quantization: Quantization
 ) -> None:

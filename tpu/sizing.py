@@ -78,7 +78,7 @@ def _train(topology: str, **changes: Any) -> Any:
     from e5v_jax.nn.layers import LoRAConfig
     from e5v_jax.train.config import TrainConfig
 
-    # the paper's, without dropout: that adds no matmul and takes up to 20 minutes to compile
+    # the paper's, without dropout: that adds no matmul, but time to compile
     lora = LoRAConfig(rank=64, alpha=16.0)
     cfg = TrainConfig(Path("e5v-llama3-8b"), Path(), lora=lora, **changes)
     return report_train(TrainDryRun(run=cfg, topology=topology))

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from flax import nnx
-from orbax.checkpoint import v1 as ocp
 
 from e5v_jax.checkpoints.converted import WeightSource, is_converted
 from e5v_jax.checkpoints.loading import dotted
@@ -46,6 +45,8 @@ def read_run_adapter(run: Path, step: int | None, base: WeightSource) -> Adapter
 
     Raises ValueError: the run trained all weights, there is no such checkpoint, or it is damaged.
     """
+    from orbax.checkpoint import v1 as ocp  # takes 0.3 s, which some need not wait for
+
     lora = lora_of(run, read_run_info(run)["config"])
     if lora is None:
         raise ValueError(f"{run}: this run trained all weights (lora None): it has no adapter")

@@ -23,7 +23,6 @@ from typing import Any, Protocol, get_origin
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from orbax.checkpoint import v1 as ocp
 
 from e5v_jax.checkpoints.finite import check_finite
 from e5v_jax.checkpoints.json_file import read_json
@@ -80,6 +79,8 @@ def write_params(
 
     Returns the content hash (sha256 over names, dtypes, shapes and bytes) and all shapes.
     """
+    from orbax.checkpoint import v1 as ocp  # takes 0.3 s, which some need not wait for
+
     digest = hashlib.sha256()
     shapes: dict[str, list[int]] = {}
     context = ocp.Context()
@@ -205,6 +206,8 @@ class ConvertedFolder:
         Raises ValueError: the ``params`` are missing or damaged, or a value is NaN or infinite;
         OSError: they cannot be read.
         """
+        from orbax.checkpoint import v1 as ocp  # takes 0.3 s, which some need not wait for
+
         shapes, dtype = self.info.parameters, np.dtype(self.info.dtype)
         context = ocp.Context()
         context.pytree.loading.partial_load = True

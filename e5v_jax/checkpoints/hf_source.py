@@ -3,10 +3,9 @@
 import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from e5v_jax.checkpoints.finite import check_finite
 from e5v_jax.checkpoints.gguf import GGUFTensors, read_config
@@ -17,6 +16,9 @@ from e5v_jax.checkpoints.safetensors_file import SafetensorsFolder
 from e5v_jax.families import find_family, with_model_type
 from e5v_jax.nn.config import UnsupportedModelError
 from e5v_jax.storage import as_path, check_reachable, in_bucket
+
+if TYPE_CHECKING:  # which takes a second
+    from transformers import PreTrainedTokenizerFast
 
 
 class Tensors(Protocol):
@@ -72,7 +74,7 @@ class HfSource:
             raise ValueError(f"{path}: {error}") from error
         self._keys = {slot.name: key for key, slot in self.slots.items() if slot.needed}
 
-    def match_tokenizer(self, tokenizer: PreTrainedTokenizerFast) -> Any:
+    def match_tokenizer(self, tokenizer: "PreTrainedTokenizerFast") -> Any:
         """The configuration as the tokenizer has it. Raises ValueError: they do not fit."""
         try:
             return self.family.match_tokenizer(self.config, tokenizer)

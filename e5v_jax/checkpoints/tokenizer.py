@@ -4,13 +4,14 @@ import tempfile
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from transformers import PreTrainedTokenizerFast
+from typing import TYPE_CHECKING, Any
 
 from e5v_jax.checkpoints.json_file import read_json
 from e5v_jax.checksums import CHECKSUMS, verify_checksums
 from e5v_jax.storage import copy_file, in_bucket
+
+if TYPE_CHECKING:  # which takes a second
+    from transformers import PreTrainedTokenizerFast
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -33,7 +34,7 @@ def copy_named(src: Path, dst: Path, names: Sequence[str] = TOKENIZER_FILES) -> 
             copy_file(src / name, dst / name)
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+def load_tokenizer(folder: Path) -> "PreTrainedTokenizerFast":
     """The tokenizer of a model folder or GGUF file.
 
     Raises FileNotFoundError: there is none; ValueError: it cannot be read, or is a slow one.
@@ -68,7 +69,9 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
         ) from error
 
 
-def _load(folder: Path, settings: dict[str, Any]) -> PreTrainedTokenizerFast:
+def _load(folder: Path, settings: dict[str, Any]) -> "PreTrainedTokenizerFast":
+    from transformers import PreTrainedTokenizerFast
+
     # Said here, or transformers warns of a pattern that Mistral's tokenizers of 2025 have, and that
     # it leaves as it is unless the folder's settings say otherwise.
     pattern = {"fix_mistral_regex": settings.get("fix_mistral_regex", False)}

@@ -4,11 +4,14 @@ import re
 import secrets
 from collections.abc import Collection, Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from tokenizers import AddedToken, Tokenizer
-from transformers import PreTrainedTokenizerFast
 
 from e5v_jax.prompts import TEXT_SLOT, any_of
+
+if TYPE_CHECKING:  # which takes a second
+    from transformers import PreTrainedTokenizerFast
 
 NO_TOKEN = -1
 """The id where characters of a text would have become a special token's after all."""
@@ -24,7 +27,7 @@ class LiteralTokenizer:
     and hard boundaries, and there are no seams at which the rest would be split differently.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, special: Collection[str]) -> None:
+    def __init__(self, tokenizer: "PreTrainedTokenizerFast", special: Collection[str]) -> None:
         """``special`` are the strings that mean something else to the model than their characters.
 
         Those that ``tokenizer`` does not know as tokens are characters to it, and so they are here.

@@ -5,12 +5,15 @@ NumPy and a fast tokenizer of transformers only; no torch, no jax.
 
 from collections.abc import Sequence
 from itertools import chain
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import PreTrainedTokenizerFast
 
 from e5v_jax.data.literal import LiteralTokenizer
+
+if TYPE_CHECKING:  # which takes a second
+    from transformers import PreTrainedTokenizerFast
 
 # Fine where texts are many; beyond, at most a fifth of a sequence is padding.
 _DOUBLINGS = [quarters * 2**power for power in range(5, 12) for quarters in (5, 6, 7, 8)]
@@ -20,7 +23,7 @@ IMAGE_BUCKETS = tuple(range(256, 16385, 128))
 
 
 def encode_batch(
-    tokenizer: PreTrainedTokenizerFast,
+    tokenizer: "PreTrainedTokenizerFast",
     filled: Sequence[str],
     *,
     last_token: str | None = None,
@@ -58,7 +61,7 @@ def encode_batch(
     return bare
 
 
-def _encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[list[int]]:
+def _encode(tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str]) -> list[list[int]]:
     """Tokenise without what the post-processor adds."""
     ids: list[list[int]] = tokenizer(
         list(texts),
@@ -71,7 +74,7 @@ def _encode(tokenizer: PreTrainedTokenizerFast, texts: Sequence[str]) -> list[li
     return ids
 
 
-def _added_before(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
+def _added_before(tokenizer: "PreTrainedTokenizerFast", prompt: str) -> list[int]:
     """What the post-processor puts before a prompt: nothing or the BOS. Raises ValueError: else."""
     (bare,) = _encode(tokenizer, [prompt])
     whole: list[int] = tokenizer(prompt, padding=False, truncation=False, verbose=False)[
@@ -96,7 +99,7 @@ def _added_before(tokenizer: PreTrainedTokenizerFast, prompt: str) -> list[int]:
 
 
 def truncate_texts(
-    tokenizer: PreTrainedTokenizerFast, texts: Sequence[str], max_tokens: int = 32
+    tokenizer: "PreTrainedTokenizerFast", texts: Sequence[str], max_tokens: int = 32
 ) -> list[str]:
     """Cut each text to ``max_tokens`` tokens, special ones not counted, and decode what is left.
 

@@ -17,6 +17,7 @@ class Chip:
 
     usable_hbm: int  # bytes that a program may take; the runtime keeps the rest
     flops: float  # bf16 FLOP/s
+    int8_ops: float  # int8 op/s; of a chip without int8 units its bf16 FLOP/s
     hbm_bandwidth: float  # bytes/s
     link_bandwidth: float  # bytes/s of one link, one way
     torus_axes: int = 0  # dimensions of the interconnect; 0 means all chips hang on one switch
@@ -32,15 +33,15 @@ def _gpu(gb: float) -> int:
 
 
 TPUS: dict[str, Chip] = {
-    "v4": Chip(_tpu(32), 275e12, 1228e9, 50e9, torus_axes=3),
-    "v5e": Chip(_tpu(16), 197e12, 819e9, 50e9, torus_axes=2),
-    "v5p": Chip(_tpu(95), 459e12, 2765e9, 100e9, torus_axes=3),
-    "v6e": Chip(_tpu(32), 918e12, 1640e9, 100e9, torus_axes=2),
-    "tpu7x": Chip(_tpu(192), 2307e12, 7380e9, 100e9, torus_axes=3, jax_devices=2),
+    "v4": Chip(_tpu(32), 275e12, 275e12, 1228e9, 50e9, torus_axes=3),
+    "v5e": Chip(_tpu(16), 197e12, 394e12, 819e9, 50e9, torus_axes=2),
+    "v5p": Chip(_tpu(95), 459e12, 918e12, 2765e9, 100e9, torus_axes=3),
+    "v6e": Chip(_tpu(32), 918e12, 1836e12, 1640e9, 100e9, torus_axes=2),
+    "tpu7x": Chip(_tpu(192), 2307e12, 2307e12, 7380e9, 100e9, torus_axes=3, jax_devices=2),
 }
 GPUS: dict[str, Chip] = {
-    "a100": Chip(_gpu(80), 312e12, 2039e9, 300e9),
-    "h100": Chip(_gpu(80), 989e12, 3350e9, 450e9),
-    "h200": Chip(_gpu(141), 989e12, 4800e9, 450e9),
-    "b200": Chip(_gpu(180), 2250e12, 8000e9, 900e9),
+    "a100": Chip(_gpu(80), 312e12, 624e12, 2039e9, 300e9),
+    "h100": Chip(_gpu(80), 989e12, 1979e12, 3350e9, 450e9),
+    "h200": Chip(_gpu(141), 989e12, 1979e12, 4800e9, 450e9),
+    "b200": Chip(_gpu(180), 2250e12, 4500e12, 8000e9, 900e9),
 }

@@ -74,9 +74,18 @@ def estimate_train(
 
 
 def estimate_encode(
-    target: Target, program: Program, shape: BatchShape, flops: float, size: int
+    target: Target,
+    program: Program,
+    shape: BatchShape,
+    flops: float,
+    size: int,
+    *,
+    int8_flops: float,
 ) -> Cost:
-    """One batch of the encoder, whole weights on each chip; ``size`` is the bytes of a value."""
+    """One batch of the encoder, whole weights on each chip; ``size`` is the bytes of a value.
+
+    Of ``flops`` those of int8 by int8 are ``int8_flops``.
+    """
     parameters = per_device_bytes(program.frozen)
     text, rows = target.config.text, shape.rows // target.runtime.batch_devices
     tokens = rows * shape.length
@@ -88,4 +97,4 @@ def estimate_encode(
     weights = matmul_parameters(target.table) // text.num_hidden_layers
     peak = parameters + working + 2 * weights * size
     traffic = parameters + text.num_hidden_layers * 2 * tokens * widest * size
-    return Cost(parameters, 0, peak, peak, flops, float(traffic))
+    return Cost(parameters, 0, peak, peak, flops, float(traffic), int8_flops=int8_flops)

@@ -14,14 +14,17 @@ from e5v_jax.nn.layers import LoRAConfig
 from e5v_jax.nn.parameters import ParameterTable
 
 
-def traced_flops(jaxpr: Any, known: Mapping[Any, Any] | None = None) -> float:
+def traced_flops(
+    jaxpr: Any, known: Mapping[Any, Any] | None = None, *, operands: Any = None
+) -> float:
     """FLOPs of all matmuls and convolutions of a jaxpr, each as often as its loops run it.
 
     Of the whole program, over all devices: 2 per multiply-add. Element-wise work is left out, as in
     the hand count. (XLA's own cost analysis counts the body of a loop once.) Of a choice between
     branches the mean of those taken counts where a loop runs over constants that say which, as over
     a tower's blocks with windows and without; else the larger one. ``known`` are values of the
-    jaxpr's variables, in a loop those of all turns.
+    jaxpr's variables, in a loop those of all turns. ``operands`` is a dtype: only matmuls of it
+    count.
     Raises ValueError: a matmul in a loop of unknown length, or an unknown kernel.
     """
     total, known = 0.0, {**(known or {}), **_constants(jaxpr)}
@@ -29,25 +32,24 @@ def traced_flops(jaxpr: Any, known: Mapping[Any, Any] | None = None) -> float:
         name = eqn.primitive.name
         if name == "dot_general":
             (contracting, _), _ = eqn.params["dimension_numbers"]
+            if operands is not None and eqn.invars[0].aval.dtype != operands:
+                continue
             summed = math.prod(eqn.invars[0].aval.shape[i] for i in contracting)
             total += 2.0 * summed * math.prod(eqn.outvars[0].aval.shape)
-        elif name == "conv_general_dilated":
-            kernel = eqn.invars[1].aval.shape
-            per_output = math.prod(kernel) // kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
-            total += 2.0 * per_output * math.prod(eqn.outvars[0].aval.shape)
-        elif name == "pallas_call":
-            total += _kernel_flops(eqn)
+        elif name in ("conv_general_dilated", "pallas_call"):
+            if operands is None:
+                total += _kernel_flops(eqn) if name == "pallas_call" else _convolution_flops(eqn)
         elif name == "shard_map":  # its shapes are those of one device
-            total += eqn.params["mesh"].size * traced_flops(eqn.params["jaxpr"])
+            total += eqn.params["mesh"].size * traced_flops(eqn.params["jaxpr"], operands=operands)
         elif name == "cond":
-            costs = [traced_flops(branch) for branch in eqn.params["branches"]]
+            costs = [traced_flops(branch, operands=operands) for branch in eqn.params["branches"]]
             taken = _value(eqn.invars[0], known)
             total += max(costs) if taken is None else float(np.mean(np.take(costs, taken)))
         elif name == "convert_element_type":  # of the flag that chooses a branch
             if (value := _value(eqn.invars[0], known)) is not None:
                 known[eqn.outvars[0]] = np.asarray(value, eqn.params["new_dtype"])
         elif name == "while":
-            if traced_flops(eqn.params["body_jaxpr"]):
+            if traced_flops(eqn.params["body_jaxpr"], operands=operands):
                 raise ValueError("matmuls in a loop of unknown length")
         else:
             times = eqn.params["length"] if name == "scan" else 1
@@ -63,7 +65,7 @@ def traced_flops(jaxpr: Any, known: Mapping[Any, Any] | None = None) -> float:
                         )
                         if (value := _value(given, known)) is not None
                     }
-                    total += times * traced_flops(found, values)
+                    total += times * traced_flops(found, values, operands=operands)
     return total
 
 
@@ -80,6 +82,12 @@ def _value(var: Any, known: Mapping[Any, Any]) -> Any:
 
 
 _SPLASH_MATMULS = {"fwd": 2, "dq": 3, "dkv": 4}  # the backward kernels compute the scores again
+
+
+def _convolution_flops(eqn: Any) -> float:
+    kernel = eqn.invars[1].aval.shape
+    per_output = math.prod(kernel) // kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+    return 2.0 * per_output * math.prod(eqn.outvars[0].aval.shape)
 
 
 def _kernel_flops(eqn: Any) -> float:

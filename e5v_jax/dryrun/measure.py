@@ -6,6 +6,7 @@ import time
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from e5v_jax.dryrun.chips import GiB
 from e5v_jax.dryrun.flops import traced_flops
@@ -27,6 +28,7 @@ def measure(program: Program, topology: Topology, estimate: Cost) -> Cost:
         parameters=per_device_bytes((program.frozen, program.trainable)) * per_chip,
         optimizer=per_device_bytes(program.optimizer) * per_chip,
         flops=traced_flops(traced.jaxpr) / topology.chips,
+        int8_flops=traced_flops(traced.jaxpr, operands=jnp.int8) / topology.chips,
     )
     start = time.perf_counter()
     try:

@@ -23,6 +23,7 @@ class Cost:
     collective_bytes: dict[str, float] = field(default_factory=dict)  # by kind
     method: Literal["compiled", "estimated"] = "estimated"
     compile_seconds: float = 0.0
+    int8_flops: float = 0.0  # of flops, those of int8 by int8
 
     @property
     def activations(self) -> int:
@@ -62,7 +63,8 @@ class Report:
             return {}
         moved = sum(self.cost.collective_bytes.values())
         return {
-            "compute": self.cost.flops / chip.flops,
+            "compute": (self.cost.flops - self.cost.int8_flops) / chip.flops
+            + self.cost.int8_flops / chip.int8_ops,
             "memory": self.cost.hbm_bytes / chip.hbm_bandwidth,
             "interconnect": moved / self.topology.collective_bandwidth,
         }
@@ -80,9 +82,14 @@ class Report:
 
     @property
     def utilization(self) -> float | None:
-        """Model FLOP utilisation at the roofline: recomputation does not count as useful."""
-        chip, seconds = self.topology.chip, self.step_seconds
-        return self.useful_flops / chip.flops / seconds if chip and seconds else None
+        """Model FLOP utilisation at the roofline: recomputation does not count as useful.
+
+        Of int8 matmuls the peak is that of int8, of others that of bf16.
+        """
+        if not self.step_seconds:
+            return None
+        useful = self.useful_flops / self.cost.flops
+        return useful * self.seconds["compute"] / self.step_seconds
 
     def to_json(self) -> dict[str, object]:
         """Everything, in bytes, FLOPs and seconds."""

@@ -62,7 +62,7 @@ class EncodeDryRun(_Target):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Precision of weights and arithmetic."""
     quantize: Quantization | None = None
-    """Store the decoder's kernels as int8 or nf4."""
+    """Store the decoder's kernels as nf4 or int8_weight_only, or multiply in int8."""
     batch_size: int = 5
     """Inputs of one batch on each chip; 16,384 positions hold five of E5-V's square images."""
     image_size: tuple[int, int] = (672, 672)
@@ -140,7 +140,8 @@ def report_encode(args: EncodeDryRun) -> Report:
         *model, rows=rows, length=length, shape_key=shape_key, causal_half=True, pooled_only=True
     )
     flops = forward.forward / topology.chips
-    estimate = estimate_encode(target, program, shape, flops, dtype.itemsize)
+    int8 = (forward.decoder + forward.vision) / topology.chips if args.quantize == "int8" else 0.0
+    estimate = estimate_encode(target, program, shape, flops, dtype.itemsize, int8_flops=int8)
     item = "images" if shape_key else "texts"
     remedies = [f"--batch-size {args.batch_size // 2}"] if args.batch_size > 1 else []
     if args.quantize != "nf4":

@@ -81,7 +81,9 @@ class E5V:
                 (prompt of texts, preset, template, limits of pixels) is used with it.
             template: a name in ``e5v_jax.prompts.TEMPLATES``; None takes the preset's.
             revision: branch, tag or commit of a hub id.
-            quantize: "int8" or "nf4" stores the decoder's kernels so; arithmetic stays in dtype.
+            quantize: "nf4" or "int8_weight_only" stores the decoder's kernels so, and arithmetic
+                stays in dtype; "int8" multiplies int8 with int8, in the tower, too: faster on TPUs
+                and GPUs.
             verify: compare the files of a converted folder with their checksums first.
             attn_implementation: "xla", "cudnn" (GPU) or "splash" (TPU); "auto" chooses.
             preset: how the model's authors call it, a name in ``e5v_jax.presets.PRESETS``; None is

@@ -36,8 +36,9 @@ class ModelArgs:
     max_pixels: int | None = None
     """Reduce images with more: less work and memory, other vectors; by default the preset's."""
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # Of weights and arithmetic.
-    quantize: Literal["int8", "nf4"] | None = None
-    """Store the decoder's weights in 8 or 4 bits: less memory, slightly other vectors."""
+    quantize: Literal["int8", "int8_weight_only", "nf4"] | None = None
+    """int8: multiply in 8 bits, faster on TPUs and GPUs; int8_weight_only and nf4: only store the
+    decoder's weights in 8 or 4 bits. Less memory, slightly other vectors."""
     verify: bool = False
     """First compare every file of the converted folder with its checksum, as after a copy."""
     attn_implementation: Literal["auto", "xla", "cudnn", "splash"] = "auto"

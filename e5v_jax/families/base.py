@@ -3,11 +3,10 @@
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from e5v_jax.data.images import Size
 from e5v_jax.data.inputs import ImageSource, Input, InputError
@@ -17,6 +16,9 @@ from e5v_jax.nn.text_config import TextConfig
 from e5v_jax.presets import Preset
 from e5v_jax.prompts import PromptChoice, SpecialTokens
 from e5v_jax.runtime import Runtime
+
+if TYPE_CHECKING:  # which takes a second
+    from transformers import PreTrainedTokenizerFast
 
 Array = jax.Array | np.ndarray
 """Batches are built in NumPy and placed on devices as they are."""
@@ -102,7 +104,7 @@ class Processor(Protocol):
     """All that turns inputs into batches: configuration, tokenizer, template, forbidden strings."""
 
     config: ModelConfig
-    tokenizer: PreTrainedTokenizerFast
+    tokenizer: "PreTrainedTokenizerFast"
     preset: Preset
     template: str  # its name in prompts.TEMPLATES, or that of the preset whose own it is
     shape_unit: str  # what shape keys count, for messages
@@ -172,7 +174,7 @@ class Family:
     """``(config, tokenizer, template=None, preset=E5_V) -> Processor``."""
     example_batch: Callable[[Any, BatchShape], Batch]
     """A batch of zeros of that shape; through ``jax.eval_shape`` its shapes, in no memory."""
-    match_tokenizer: Callable[[Any, PreTrainedTokenizerFast], Any] = lambda config, _: config
+    match_tokenizer: "Callable[[Any, PreTrainedTokenizerFast], Any]" = lambda config, _: config
     """The configuration as the tokenizer has it; tokens that it lacks are added to it."""
     hf_config: Callable[[dict[str, Any], Any], dict[str, Any]] = lambda raw, _: copy.deepcopy(raw)
     """The ``config.json`` to export, for a source whose layout transformers has no class for."""

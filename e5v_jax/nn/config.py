@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from types import UnionType
 from typing import Any, TypeVar, get_args
 
-import transformers
-
 T = TypeVar("T")
 LARGEST = 2**31 - 1
 """Of any number that counts something: what int32 holds."""
@@ -81,6 +79,8 @@ def transformers_config(raw: dict[str, Any], model_type: str) -> Any:
     Fields the file leaves out take the value of that class, which is what the file means:
     transformers writes only what differs.
     """
+    import transformers  # takes a second, which what only imports this need not wait for
+
     # a copy: transformers completes the objects in it
     fields = copy.deepcopy({k: v for k, v in raw.items() if k != "model_type"})
     with warnings.catch_warnings():

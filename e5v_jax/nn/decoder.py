@@ -64,11 +64,14 @@ class Attention(nnx.Module):
         return self.o_proj(out.reshape(b, t, -1), dropout_key=keys[3])
 
     def at(self, x: jax.Array, angles: jax.Array, index: jax.Array) -> jax.Array:
-        """What ``self(x)`` has at position ``index`` [B] of each row: [B, T, D] -> [B, D]."""
+        """What ``self(x)`` has at position ``index`` [B] of each row: [B, T, D] -> [B, D].
+
+        No activation is rounded to int8, as all of them are in ``self(x)`` where the model says so.
+        """
         b, t, _ = x.shape
-        q = self.q_proj(take(x, index)).reshape(1, b, -1, self.head_dim)  # [1, B, N, H]
-        k = self.k_proj(x).reshape(b, t, -1, self.head_dim)  # [B, T, K, H]
-        v = self.v_proj(x).reshape(b, t, -1, self.head_dim)  # [B, T, K, H]
+        q = self.q_proj(take(x, index), exact=True).reshape(1, b, -1, self.head_dim)  # [1, B, N, H]
+        k = self.k_proj(x, exact=True).reshape(b, t, -1, self.head_dim)  # [B, T, K, H]
+        v = self.v_proj(x, exact=True).reshape(b, t, -1, self.head_dim)  # [B, T, K, H]
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         own = angles[index] if angles.ndim == 2 else take(angles, index)  # [B, H/2]
@@ -78,7 +81,7 @@ class Attention(nnx.Module):
         out = attention(
             q, k, v, is_causal=False, key_lengths=index + 1, precision=precision, runtime=runtime
         )  # [B, 1, N, H]
-        return self.o_proj(out.reshape(b, -1))
+        return self.o_proj(out.reshape(b, -1), exact=True)
 
 
 class SwiGLU(nnx.Module):
@@ -90,11 +93,13 @@ class SwiGLU(nnx.Module):
         self.up_proj = Linear(d, f, build, rngs=rngs)
         self.down_proj = Linear(f, d, build, rngs=rngs)
 
-    def __call__(self, x: jax.Array, keys: list[jax.Array | None]) -> jax.Array:
+    def __call__(
+        self, x: jax.Array, keys: list[jax.Array | None], *, exact: bool = False
+    ) -> jax.Array:
         """[B, T, D] -> [B, T, D]; ``keys`` are dropout keys for gate, up, down."""
-        gate = self.gate_proj(x, dropout_key=keys[0])  # [B, T, F]
-        up = self.up_proj(x, dropout_key=keys[1])  # [B, T, F]
-        return self.down_proj(jax.nn.silu(gate) * up, dropout_key=keys[2])
+        gate = self.gate_proj(x, dropout_key=keys[0], exact=exact)  # [B, T, F]
+        up = self.up_proj(x, dropout_key=keys[1], exact=exact)  # [B, T, F]
+        return self.down_proj(jax.nn.silu(gate) * up, dropout_key=keys[2], exact=exact)
 
 
 class DecoderLayer(nnx.Module):
@@ -121,7 +126,7 @@ class DecoderLayer(nnx.Module):
         Of the other positions only keys and values are computed.
         """
         pooled = take(x, index) + self.self_attn.at(self.input_layernorm(x), angles, index)
-        return pooled + self.mlp(self.post_attention_layernorm(pooled), [None] * 3)
+        return pooled + self.mlp(self.post_attention_layernorm(pooled), [None] * 3, exact=True)
 
 
 class Decoder(nnx.Module):

@@ -4,7 +4,8 @@ Modules are plain pytrees of ``nnx.Variable``; a stack of layers is the same mod
 leading axis on every array. Storage dtype is ``param_dtype``; arithmetic runs in ``dtype``.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -43,12 +44,23 @@ class LoRAConfig:
 class Precision:
     """Dtypes of one model: ``param`` to store base weights, ``compute`` for arithmetic.
 
-    With ``quantization`` the kernels of the decoder's linear maps are stored quantised instead.
+    With ``quantization`` the kernels of the decoder's linear maps are stored quantised instead; a
+    tower's are where that makes it faster.
     """
 
     param: DTypeLike
     compute: DTypeLike
     quantization: Quantization | None = None
+
+    @property
+    def unquantized(self) -> Self:
+        """The same, for a part of the model whose kernels stay as they are."""
+        return replace(self, quantization=None)
+
+    @property
+    def of_tower(self) -> Self:
+        """The same, for a tower: too small to be stored in fewer bits for memory alone."""
+        return self if self.quantization == "int8" else self.unquantized
 
     @property
     def matmul(self) -> jax.lax.Precision:
@@ -67,9 +79,25 @@ class Build:
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array) -> jax.Array:
-    """Zero a fraction ``rate`` of the entries and rescale the rest; shape and dtype kept."""
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+    """Zero a fraction ``rate`` of the entries of [N, D] and rescale the rest; dtype kept.
+
+    An entry's fate is a hash of key, row and column: the same on every mesh, and a few integer
+    operations that XLA fuses into what reads it. JAX's own generator takes TPUs' compiler minutes.
+    """
+    first, second = jax.random.key_data(key)  # uint32 [], twice
+    row = jax.lax.broadcasted_iota(jnp.uint32, (len(x), 1), 0)
+    column = jax.lax.broadcasted_iota(jnp.uint32, (1, x.shape[1]), 1)
+    row = _mix(_mix(row ^ first) ^ second)  # [N, 1]
+    bits = _mix(row + column * jnp.uint32(0x9E3779B9))  # [N, D]; 2**32 over the golden ratio
+    dropped = bits < jnp.uint32(round(rate * 2**32))
+    return jnp.where(dropped, jnp.zeros_like(x), x / (1.0 - rate))
+
+
+def _mix(x: jax.Array) -> jax.Array:
+    """Hash uint32 to uint32, one to one: the last steps of MurmurHash3."""
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
 
 
 class Linear(nnx.Module):
@@ -104,15 +132,21 @@ class Linear(nnx.Module):
         self.lora = lora
         self.precision = precision
 
-    def __call__(self, x: jax.Array, *, dropout_key: jax.Array | None = None) -> jax.Array:
-        """Map [..., in] to [..., out] in the compute dtype; a ``dropout_key`` turns dropout on."""
+    def __call__(
+        self, x: jax.Array, *, dropout_key: jax.Array | None = None, exact: bool = False
+    ) -> jax.Array:
+        """Map [..., in] to [..., out] in the compute dtype; a ``dropout_key`` turns dropout on.
+
+        With ``exact`` no activation is rounded to int8.
+        """
         dtype, precision = self.precision.compute, self.precision.matmul
         leading = x.shape[:-1]
         # 2-D operands: XLA's CPU backend runs a training step of them a quarter faster than 3-D
         x = x.reshape(-1, x.shape[-1]).astype(dtype)  # [N, in]
         kernel = self.kernel.get_value()  # [in, out]
         if isinstance(kernel, QArray):
-            y = quantized_matmul(x, kernel, precision)  # [N, out]
+            round_rows = self.precision.quantization == "int8" and not exact
+            y = quantized_matmul(x, kernel, round_rows, precision)  # [N, out]
         else:
             y = jnp.matmul(x, kernel.astype(dtype), precision=precision)  # [N, out]
         if self.use_bias:

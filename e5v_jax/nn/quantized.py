@@ -1,8 +1,10 @@
-"""Quantised storage of a linear map's kernel: NF4 or int8 codes with fp32 scales (qwix's core).
+"""A linear map's kernel as NF4 or int8 codes with fp32 scales (qwix's core), and its matmul.
 
-Only storage: a kernel is dequantised where it is used, layer by layer inside the decoder's scan,
-and the matmul runs in the compute dtype. That is QLoRA's arithmetic (Dettmers et al. 2023,
-arXiv 2305.14314), without its second quantisation of the scales.
+NF4 and ``int8_weight_only`` are storage: a kernel is dequantised where it is used, layer by layer
+inside the decoder's scan, and the matmul runs in the compute dtype. That is QLoRA's arithmetic
+(Dettmers et al. 2023, arXiv 2305.14314), without its second quantisation of the scales. ``int8``
+multiplies codes: the activations are rounded, too, with a scale per token (LLM.int8's vector-wise
+quantisation, arXiv 2208.07339, section 2.1), which is twice as fast where a chip has int8 units.
 """
 
 from functools import partial
@@ -14,8 +16,9 @@ import qwix
 from jax.typing import DTypeLike
 from qwix import QArray
 
-Quantization = Literal["nf4", "int8"]
-"""nf4: 4-bit NormalFloat, a scale per 64 inputs of each output. int8: a scale per output."""
+Quantization = Literal["nf4", "int8", "int8_weight_only"]
+"""nf4: 4-bit NormalFloat, a scale per 64 inputs of each output. int8: a scale per output, and one
+per token of what is multiplied with it. int8_weight_only: stored as int8 has it, no more."""
 
 NF4_TILE = 64
 _NF4_TABLE = """
@@ -33,7 +36,7 @@ def quantize_kernel(kernel: jax.Array, quantization: Quantization) -> QArray:
     Raises ValueError: nf4, and ``in`` is no multiple of 64.
     """
     kernel = kernel.astype(jnp.float32)  # scales and rounding in fp32
-    if quantization == "int8":
+    if quantization != "nf4":
         return qwix.quantize(kernel, jnp.int8, channelwise_axes=(1,))
     if kernel.shape[0] % NF4_TILE:
         raise ValueError(
@@ -62,24 +65,56 @@ def dense_kernel(kernel: QArray, dtype: DTypeLike) -> jax.Array:
     return (tiled * kernel.scale[:, None]).reshape(bits.shape).astype(dtype)  # in fp32, then cast
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def quantized_matmul(x: jax.Array, kernel: QArray, precision: jax.lax.Precision) -> jax.Array:
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def quantized_matmul(
+    x: jax.Array, kernel: QArray, round_rows: bool, precision: jax.lax.Precision
+) -> jax.Array:
     """[N, in] times a frozen quantised kernel: [N, out] in the dtype of ``x``.
+
+    With ``round_rows`` each row of ``x`` becomes int8, as the kernel must be; the gradient is that
+    of no rounding (the straight-through estimator, Bengio et al. 2013, arXiv 1308.3432).
 
     The backward pass dequantises again. What JAX would keep instead, each layer's dense kernel, is
     the whole model in full precision.
     """
+    if round_rows:
+        return _int8_matmul(x, kernel)
     return jnp.matmul(x, dense_kernel(kernel, x.dtype), precision=precision)
 
 
+def _int8_matmul(x: jax.Array, kernel: QArray) -> jax.Array:
+    """Round each row of [N, in] to int8, multiply codes, scale the sums: [N, out]."""
+    rows = x.astype(jnp.float32)  # scales and rounding in fp32
+    # a row of zeros has codes of zero with any scale
+    scale = jnp.maximum(jnp.max(jnp.abs(rows), axis=1, keepdims=True) / 127, 1e-30)  # [N, 1]
+    codes = jnp.round(rows / scale).astype(jnp.int8)
+    sums = jax.lax.platform_dependent(codes, kernel.qvalue, cpu=_dot_on_cpu, default=_dot)
+    return (sums * scale * kernel.scale).astype(x.dtype)
+
+
+def _dot(codes: jax.Array, kernel: jax.Array) -> jax.Array:
+    """int8 [N, in] times int8 [in, out], summed in int32, as fp32 [N, out]."""
+    sums = jnp.matmul(codes, kernel, preferred_element_type=jnp.int32)
+    return sums.astype(jnp.float32)
+
+
+def _dot_on_cpu(codes: jax.Array, kernel: jax.Array) -> jax.Array:
+    """:func:`_dot` in fp32, whose sums round from 2**24 on: XLA has no fast int8 matmul on CPUs."""
+    exact = jax.lax.Precision.HIGHEST
+    return jnp.matmul(codes.astype(jnp.float32), kernel.astype(jnp.float32), precision=exact)
+
+
 def _forward(
-    x: jax.Array, kernel: QArray, precision: jax.lax.Precision
+    x: jax.Array, kernel: QArray, round_rows: bool, precision: jax.lax.Precision
 ) -> tuple[jax.Array, QArray]:
-    return quantized_matmul(x, kernel, precision), kernel
+    return quantized_matmul(x, kernel, round_rows, precision), kernel
 
 
 def _backward(
-    precision: jax.lax.Precision, kernel: QArray, gradient: jax.Array
+    round_rows: bool,
+    precision: jax.lax.Precision,
+    kernel: QArray,
+    gradient: jax.Array,
 ) -> tuple[jax.Array, None]:
     dense = dense_kernel(kernel, gradient.dtype)
     return jnp.matmul(gradient, dense.T, precision=precision), None  # the kernel is frozen

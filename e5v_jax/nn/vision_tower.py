@@ -116,7 +116,8 @@ class VisionTower(nnx.Module):
         if cfg.has_class_token:
             self.class_embedding = nnx.Param(init(rngs.params(), (d,), dtype))
         bias = cfg.model_type != CLIP
-        self.patch_embedding = Linear(3 * cfg.patch_size**2, d, build, use_bias=bias, rngs=rngs)
+        plain = Build(build.precision.unquantized, build.runtime)
+        self.patch_embedding = Linear(3 * cfg.patch_size**2, d, plain, use_bias=bias, rngs=rngs)
         self.position_embedding = nnx.Param(init(rngs.params(), (cfg.num_positions, d), dtype))
         if cfg.model_type == CLIP:
             self.pre_layrnorm = LayerNorm(d, eps=cfg.layer_norm_eps, precision=build.precision)

@@ -109,7 +109,7 @@ class RunConfig:
     forward pass. Must divide the inputs of a step."""
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute dtype of the decoder; losses, norms and optimizer are fp32 always."""
-    quantize: Quantization | None = None  # Store a frozen base as nf4 or int8 (QLoRA); needs LoRA.
+    quantize: Quantization | None = None  # Of a frozen base (QLoRA); needs LoRA.
     remat: Remat = "full"
     """What the backward pass keeps per layer: none (all), dots (matmul outputs), full (inputs)."""
     checkpoint_every: int = 100  # Steps between checkpoints; the last step is always saved.

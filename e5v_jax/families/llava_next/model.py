@@ -1,6 +1,5 @@
 """LLaVA-NeXT as an embedding model: tower, projector, anyres merge, decoder, pooled last token."""
 
-import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -49,14 +48,14 @@ class LlavaNext(TextModel):
 
     def __init__(self, config: LlavaNextConfig, build: Build, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, build, rngs=rngs)
-        # only the decoder is adapted, and only it is so large that it may be quantised
-        precision = dataclasses.replace(build.precision, quantization=None)
-        build = Build(precision, build.runtime)
+        # only the decoder is adapted
+        tower = Build(build.precision.of_tower, build.runtime)
+        build = Build(build.precision.unquantized, build.runtime)
         self.spatial_pool_stride = config.spatial_pool_stride
-        self.vision_tower = VisionTower(config.vision, config.feature_depths, build, rngs=rngs)
+        self.vision_tower = VisionTower(config.vision, config.feature_depths, tower, rngs=rngs)
         self.multi_modal_projector = Projector(config, build, rngs=rngs)
         newline = jax.nn.initializers.normal(0.02)(
-            rngs.params(), (config.text.hidden_size,), jnp.dtype(precision.param)
+            rngs.params(), (config.text.hidden_size,), jnp.dtype(build.precision.param)
         )
         self.image_newline = nnx.Param(newline)
 

@@ -4,10 +4,10 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import AddedToken, PreTrainedTokenizerFast
+from tokenizers import AddedToken
 
 from e5v_jax.data.images import Size, load_image
 from e5v_jax.data.text import IMAGE_BUCKETS, bucket_length, expand_image_tokens, pad_right
@@ -26,6 +26,9 @@ from e5v_jax.families.llava_next.tiling import (
 from e5v_jax.families.text.processor import TextProcessor
 from e5v_jax.presets import E5_V, Preset
 from e5v_jax.prompts import IMAGE_PLACEHOLDER
+
+if TYPE_CHECKING:  # which takes a second
+    from transformers import PreTrainedTokenizerFast
 
 # Where pinpoints are many, few programs: tiles and positions that images are padded to. A tile that
 # only pads costs the tower a fifteenth of what the tokens of one cost the decoder.
@@ -52,7 +55,7 @@ class LlavaNextProcessor(TextProcessor):
     def __init__(
         self,
         config: LlavaNextConfig,
-        tokenizer: PreTrainedTokenizerFast,
+        tokenizer: "PreTrainedTokenizerFast",
         template: str | None = None,
         preset: Preset = E5_V,
     ) -> None:
@@ -186,7 +189,9 @@ def _cut(item: Measured, config: LlavaNextConfig, preset: Preset) -> np.ndarray:
     return tiled.tiles
 
 
-def match_tokenizer(config: LlavaNextConfig, tokenizer: PreTrainedTokenizerFast) -> LlavaNextConfig:
+def match_tokenizer(
+    config: LlavaNextConfig, tokenizer: "PreTrainedTokenizerFast"
+) -> LlavaNextConfig:
     """``config`` with ``image_token_id`` the tokenizer's ``<image>``.
 
     The original LLaVA code tokenises around the image, so its tokenizers do not know ``<image>``.

@@ -1,6 +1,5 @@
 """Qwen-VL as an embedding model: tower, merge, decoder with M-RoPE and deepstack, pooled token."""
 
-import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -35,9 +34,8 @@ class QwenVL(TextModel):
 
     def __init__(self, config: QwenVLConfig, build: Build, *, rngs: nnx.Rngs) -> None:
         super().__init__(config, build, rngs=rngs)
-        # only the decoder is adapted, and only it is so large that it may be quantised
-        precision = dataclasses.replace(build.precision, quantization=None)
-        self.visual = QwenVision(config.vision, Build(precision, build.runtime), rngs=rngs)
+        tower = Build(build.precision.of_tower, build.runtime)  # only the decoder is adapted
+        self.visual = QwenVision(config.vision, tower, rngs=rngs)
 
     def __call__(
         self, batch: Any, *, remat: Remat = "none", dropout_key: jax.Array | None = None

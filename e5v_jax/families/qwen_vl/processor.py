@@ -3,11 +3,10 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
-from transformers import PreTrainedTokenizerFast
 
 from e5v_jax.data.images import Size, load_image
 from e5v_jax.data.text import (
@@ -27,6 +26,9 @@ from e5v_jax.families.qwen_vl.vision import Patches
 from e5v_jax.families.qwen_vl.vision_config import QWEN3
 from e5v_jax.families.text.processor import TextProcessor
 from e5v_jax.presets import E5_V, Preset
+
+if TYPE_CHECKING:  # which takes a second
+    from transformers import PreTrainedTokenizerFast
 
 PATCH_BUCKETS = (208, 384, 640, 768, 1216, 1728, 2432, 3456, 5120, 7200)
 """Patches of 16 pixels that images are padded to. Fine where photographs of data sets are (224 x
@@ -66,7 +68,7 @@ class QwenVLProcessor(TextProcessor):
     def __init__(
         self,
         config: QwenVLConfig,
-        tokenizer: PreTrainedTokenizerFast,
+        tokenizer: "PreTrainedTokenizerFast",
         template: str | None = None,
         preset: Preset = E5_V,
     ) -> None:
@@ -222,7 +224,7 @@ def load(
     return Prepared(expand_image_tokens(item.ids, token, [count]), start, patched)
 
 
-def match_tokenizer(config: QwenVLConfig, tokenizer: PreTrainedTokenizerFast) -> QwenVLConfig:
+def match_tokenizer(config: QwenVLConfig, tokenizer: "PreTrainedTokenizerFast") -> QwenVLConfig:
     """``config`` as it is. Raises ValueError: the tokenizer has other ids for its tokens."""
     known = tokenizer.added_tokens_encoder
     for name, string in (

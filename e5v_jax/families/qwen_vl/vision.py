@@ -86,10 +86,11 @@ class QwenVision(nnx.Module):
         self.blocks = jax.vmap(lambda key: VisionBlock(cfg, build, rngs=nnx.Rngs(params=key)))(
             jax.random.split(rngs.params(), cfg.depth)
         )
-        self.merger = PatchMerger(cfg, build, rngs=rngs, norm_merged=False)
+        plain = Build(build.precision.unquantized, build.runtime)  # beside the blocks
+        self.merger = PatchMerger(cfg, plain, rngs=rngs, norm_merged=False)
         self.num_deep = len(cfg.deepstack_visual_indexes)
         if self.num_deep:
-            deep = partial(PatchMerger, cfg, build, norm_merged=True)
+            deep = partial(PatchMerger, cfg, plain, norm_merged=True)
             self.deepstack_merger_list = jax.vmap(lambda key: deep(rngs=nnx.Rngs(params=key)))(
                 jax.random.split(rngs.params(), self.num_deep)
             )

@@ -4,10 +4,9 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from transformers import PreTrainedTokenizerFast
 
 from e5v_jax.data.images import Size, image_size
 from e5v_jax.data.inputs import ImageSource, Input, InputError, split_input
@@ -30,6 +29,9 @@ from e5v_jax.prompts import (
     forbidden_pattern,
     special_strings,
 )
+
+if TYPE_CHECKING:  # which takes a second
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(slots=True)
@@ -68,7 +70,7 @@ class TextProcessor:
     def __init__(
         self,
         config: ModelConfig,
-        tokenizer: PreTrainedTokenizerFast,
+        tokenizer: "PreTrainedTokenizerFast",
         template: str | None = None,
         preset: Preset = E5_V,
     ) -> None:
