@@ -145,14 +145,6 @@ def test_what_is_published(dist: Path) -> None:
         assert f"Provides-Extra: {extra}\n" in said
 
 
-def test_extras_are_documented() -> None:
-    """Those for users: a page says what each is for."""
-    pages = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "tpu/README.md")]
-    text = "\n".join(page.read_text() for page in (*pages, *(ROOT / "docs").glob("*.md")))
-    for extra in PROJECT["optional-dependencies"]:
-        assert f"[{extra}]" in text, extra
-
-
 def test_every_program_works(installed: Installed, inputs: Path, tmp_path: Path) -> None:
     """From a checkpoint to vectors, a trained adapter, scores and exports; equal to those here."""
     if installed.folder.parent.name.startswith("lowest"):  # it is what was asked for
