@@ -98,9 +98,11 @@ def installed(
     python = Path(sys.executable) if lowest else find_python(NEWER)
     uv("venv", "--python", python, folder)
     (wheel,) = dist.glob("*.whl")
-    wanted = f"{wheel}[{','.join(USED_HERE)}]"
     into = ("--python", folder / "bin/python")
-    uv("pip", "install", *into, "--resolution", request.param, wanted)
+    extras = [word for extra in USED_HERE for word in ("--extra", extra)]
+    how = ("--resolution", request.param, *extras, "--output-file", folder / "wanted.txt")
+    uv("pip", "compile", *into, *how, ROOT / "pyproject.toml")
+    uv("pip", "install", *into, "--requirements", folder / "wanted.txt", wheel)
     frozen = uv("pip", "freeze", *into).splitlines()
     versions = dict(line.split("==") for line in frozen if "==" in line)
     return Installed(folder, {name.lower(): version for name, version in versions.items()})
