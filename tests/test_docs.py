@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -47,6 +48,14 @@ def test_links(page: Path) -> None:
     modules = {file.stem for file in (ROOT / "tests").glob("test_*.py")}
     lost += [name for name in TEST.findall(text) if name not in modules]
     assert not lost
+
+
+def test_extras_are_documented() -> None:
+    """A page says of each what it is for."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    text = "\n".join(page.read_text() for page in PAGES if page.name != "CHANGELOG.md")
+    for extra in project["optional-dependencies"]:
+        assert f"[{extra}]" in text, extra
 
 
 def rows(page: Path) -> Iterator[set[str]]:

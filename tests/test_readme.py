@@ -80,12 +80,12 @@ HERE = [
         "runs/e5v-llama3-8b",
         says="adapter: written",
     ),
-    Here("python -m e5v_jax.evaluate --model e5-v", "--stride 500", says="flickr30k"),
+    Here("python -m e5v_jax.evaluate --model e5-v", "--stride 500", says="Flickr30K"),
     Here("python -m e5v_jax.evaluate --model MODEL", "--stride 200", says="OUT/results.json"),
     Here("python -m e5v_jax.evaluate --model BASE", "--stride 500", says="Spearman"),
-    Here("python -m e5v_jax.evaluate --model RANDOM", says="i2i-retrieval"),
-    Here("python -m e5v_jax.evaluate --model models/", "--stride 500", says="coco"),
-    Here("python -m e5v_jax.evaluate --compare", says="difference"),
+    Here("python -m e5v_jax.evaluate --model RANDOM", says="drawn captions"),
+    Here("python -m e5v_jax.evaluate --model models/", "--stride 500", says="COCO"),
+    Here("python -m e5v_jax.evaluate --compare", says="B - A"),
     Here("python -m e5v_jax.evaluate analyse --model MODEL", "--stride 200", says="OUT/svd.png"),
     Here("python -m e5v_jax.evaluate analyse --model BASE", "--stride 200", says="OUT/analysis.md"),
     Here("python benchmarks/train_throughput.py", f"{TINY} --turns 1", says="e5v-jax"),
@@ -173,7 +173,8 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     test_gguf.write(models / "tiny.gguf")
     tower = TOWER_RECIPES["dinov2"].llava_config().vision_config
     AutoModel.from_config(tower).save_pretrained(models / "tower")
-    converted = ("e5-v", "MODEL", "BASE", "RANDOM", "models/llava-next-llama3-8b", "runs/demo/base")
+    converted = ("e5-v", "MODEL", "BASE", "RANDOM", "runs/demo/base", "FOLDER/converted")
+    converted += ("models/llava-next-llama3-8b",)
     for name, target in {
         **dict.fromkeys(converted, models / "converted"),
         **dict.fromkeys(("royokong/e5-v", "lmms-lab/llama3-llava-next-8b"), models / "hf"),

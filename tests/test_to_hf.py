@@ -94,6 +94,7 @@ def test_round_trip_is_exact(case: Case, dtype: torch.dtype, tmp_path: Path) -> 
         *TOKENIZER_FILES,
         *("modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"),
         *("1_Pooling", "2_Normalize"),  # test_sentence_transformers.py
+        "README.md",  # test_model_card.py
     }
 
 
@@ -325,6 +326,7 @@ def test_peft_loads_our_adapter(case: Case, tmp_path: Path) -> None:
     write_adapter(tmp_path / "adapter", adapter, source.table)
     folder = export(ours, tmp_path / "peft", adapter=tmp_path / "adapter", peft=True)
     assert {f.name for f in folder.iterdir()} == {
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
     }

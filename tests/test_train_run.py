@@ -457,7 +457,7 @@ def test_an_adapter_says_what_it_was_trained_with(
         args = from_hf.Args(str(folder / "hf"), tmp_path / name, adapter=run / "adapter", **options)
         from_hf.convert(args)
     to_hf.convert(to_hf.Args(tmp_path / "with", tmp_path / "peft", peft=True))
-    note = f"texts were trained with the prompt {data.prompt!r}: encode with --prompt and it"
+    note = f"texts were trained with another prompt: encode them with --prompt {data.prompt!r}"
     assert f"{tmp_path / 'merged'}: {note}\n" in capsys.readouterr().out
     for path, adapter in (
         (base, run),

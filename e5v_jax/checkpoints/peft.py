@@ -169,6 +169,11 @@ def _module(slot: Slot) -> str:
     return slot.row.hf.removesuffix(".weight").replace("{i}", str(slot.layer))
 
 
+def target_modules(table: ParameterTable) -> str:
+    """peft's name for the decoder's linear maps: a pattern, which leaves the tower's alone."""
+    return rf".*{re.escape(table.adapter_prefix)}layers\.\d+\.(self_attn|mlp)\.[a-z]+_proj"
+
+
 def write_adapter(
     folder: Path, adapter: Adapter, table: ParameterTable, *, base_model: str | None = None
 ) -> None:
@@ -188,10 +193,7 @@ def write_adapter(
         "r": adapter.lora.rank,
         "lora_alpha": adapter.lora.alpha,
         "lora_dropout": adapter.lora.dropout,
-        # a regular expression, so that the vision tower's q_proj is left alone
-        "target_modules": (
-            rf".*{re.escape(table.adapter_prefix)}layers\.\d+\.(self_attn|mlp)\.[a-z]+_proj"
-        ),
+        "target_modules": target_modules(table),
         "bias": "none",
         "inference_mode": True,
     }

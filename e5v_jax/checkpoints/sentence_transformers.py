@@ -12,9 +12,8 @@ from typing import Any
 
 from e5v_jax.checkpoints.converted import ConvertedFolder
 from e5v_jax.checkpoints.preprocessor import FILES
-from e5v_jax.checkpoints.tokenizer import load_tokenizer
 from e5v_jax.families.base import Processor
-from e5v_jax.presets import Preset, find_preset
+from e5v_jax.presets import Preset
 
 _TEXT = "\ue000"  # where the text goes: no prompt holds this character
 _MODULES = (
@@ -43,19 +42,15 @@ _TEMPLATE = """\
 {{%- endif -%}}"""
 
 
-def write_sentence_transformers(folder: Path, source: ConvertedFolder) -> list[str]:
+def write_sentence_transformers(
+    folder: Path, source: ConvertedFolder, processor: Processor
+) -> list[str]:
     """Write the files into ``folder``, which has the exported checkpoint of ``source``.
 
+    ``processor`` fills the prompts that they are to render; it has passed :func:`check_steps`.
     Returns what the user should know about it, a line each.
-
-    Raises FileNotFoundError, ValueError: the tokenizer or the prompts' template cannot be told, or
-    there the preset's images would get other vectors; then nothing is written.
     """
-    preset, tokenizer = find_preset(None, *source.known_as), load_tokenizer(source.folder)
-    images = "image" in source.config.modalities
-    if images:
-        check_steps(preset)
-    processor = source.family.processor(source.config, tokenizer, None, preset)
+    preset, images = processor.preset, "image" in source.config.modalities
     template = chat_template(processor)
     contents: dict[str, Any] = {
         "modules.json": [
@@ -115,7 +110,7 @@ def _size_limits(source: ConvertedFolder, preset: Preset) -> str | None:
 
 
 def check_steps(preset: Preset) -> None:
-    """Refuse what a preset does with images and transformers' processor and model do not.
+    """Refuse what a preset does with images, and transformers' processor and model do not.
 
     Raises ValueError: names the preset and the step.
     """

@@ -17,11 +17,14 @@ from e5v_jax.atomic import check_new, new_folder
 from e5v_jax.checkpoints.adapters import load_adapter
 from e5v_jax.checkpoints.converted import ConvertedFolder
 from e5v_jax.checkpoints.json_file import read_json
+from e5v_jax.checkpoints.model_card import ModelCard, check_adapter, read_scores
 from e5v_jax.checkpoints.peft import Adapter, read_merged, write_adapter
 from e5v_jax.checkpoints.safetensors_file import SafetensorsFolder, TensorSpec, write_model
-from e5v_jax.checkpoints.sentence_transformers import write_sentence_transformers
-from e5v_jax.checkpoints.tokenizer import copy_named
-from e5v_jax.checkpoints.trained_with import TrainedWith
+from e5v_jax.checkpoints.sentence_transformers import check_steps, write_sentence_transformers
+from e5v_jax.checkpoints.tokenizer import copy_named, load_tokenizer
+from e5v_jax.checkpoints.trained_with import TrainedWith, choose_inputs
+from e5v_jax.checkpoints.usage import Usage
+from e5v_jax.families.base import Processor
 from e5v_jax.presets import find_preset
 
 SHARD = 5_000_000_000  # bytes; the size Hugging Face shards have
@@ -41,6 +44,8 @@ class Args:
     """Merge the adapter into the weights. This is the default; the flag insists on an adapter."""
     peft: tyro.conf.FlagCreatePairsOff[bool] = False
     """Write the adapter alone, as a PEFT folder."""
+    scores: Path | None = None
+    """Output folder of e5v_jax.evaluate: its scores go into the model card (README.md)."""
 
 
 def _tensors(source: ConvertedFolder, adapter: Adapter | None) -> Iterator[np.ndarray]:
@@ -107,6 +112,9 @@ def convert(args: Args) -> None:
     path = args.adapter or (carried if carried.is_dir() else None)
     if path is None and (args.merge or args.peft):
         raise cli.UsageError(f"{args.src} carries no adapter: name one with --adapter")
+    scores = None if args.scores is None else read_scores(args.scores)
+    if scores is not None:
+        check_adapter(scores, path, given=args.adapter is not None)
     adapter = (
         None
         if path is None
@@ -123,11 +131,43 @@ def convert(args: Args) -> None:
             merged = "" if path is None else f", {path} merged"
             notes = [f"Hugging Face checkpoint in {source.info.dtype}{merged}"]
             notes += write_hf(folder, source, adapter)
-            try:
-                notes += write_sentence_transformers(folder, source)
-            except (FileNotFoundError, ValueError) as error:
-                notes.append(f"nothing for sentence-transformers: {error}")
-            if said is not None and said.note is not None:
-                notes.append(said.note)
+        processor, problem = _prompts(source, path)
+        if problem is not None:
+            notes += [] if args.peft else [f"nothing for sentence-transformers: {problem}"]
+        elif processor is not None and not args.peft:
+            notes += write_sentence_transformers(folder, source, processor)
+        if not args.peft and said is not None and said.note is not None:
+            notes.append(said.note)
+        usage = Usage(
+            name=args.dst.name,
+            table=source.table,
+            images="image" in source.config.modalities,
+            alone=args.peft,
+            processor=processor,
+            problem=problem,
+            prompt=None if said is None or said.note is None else said.prompt,
+            template=None if said is None else said.template,
+        )
+        ModelCard(usage, source, path, scores).write(folder)
     for note in notes:
         print(f"{args.dst}: {note}")
+
+
+def _prompts(source: ConvertedFolder, adapter: Path | None) -> tuple[Processor | None, str | None]:
+    """What fills the prompts of the model or the adapter, and why others would embed otherwise.
+
+    Raises ValueError: what the adapter says of its training is damaged.
+    """
+    nothing = dict.fromkeys(("preset", "template", "min_pixels", "max_pixels"))
+    preset, template = choose_inputs(adapter, source.known_as, **nothing)
+    try:
+        tokenizer = load_tokenizer(source.folder)
+        processor = source.family.processor(source.config, tokenizer, template, preset)
+    except (FileNotFoundError, ValueError) as error:
+        return None, str(error)
+    try:
+        if "image" in source.config.modalities:
+            check_steps(preset)
+    except ValueError as error:
+        return processor, str(error)
+    return processor, None

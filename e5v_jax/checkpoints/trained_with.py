@@ -17,7 +17,7 @@ from e5v_jax.checkpoints.converted import ConvertedFolder
 from e5v_jax.checkpoints.json_file import read_json
 from e5v_jax.checkpoints.tokenizer import load_tokenizer
 from e5v_jax.presets import Preset, find_preset
-from e5v_jax.prompts import TEMPLATES
+from e5v_jax.prompts import PROMPTS, TEMPLATES
 
 FILE = "trained_with.json"
 _logger = logging.getLogger(__name__)
@@ -84,7 +84,8 @@ class TrainedWith:
         """What to say where the weights go on without it; None: nothing is lost."""
         if self.prompt in ("text", "released"):
             return None
-        return f"texts were trained with the prompt {self.prompt!r}: encode with --prompt and it"
+        flag = "--prompt-name" if self.prompt in PROMPTS else "--prompt"
+        return f"texts were trained with another prompt: encode them with {flag} {self.prompt!r}"
 
 
 def resolve_names(said: TrainedWith, base: ConvertedFolder) -> TrainedWith:
