@@ -24,7 +24,7 @@ from e5v_jax.search.matrix import map_vectors
 
 Kind = Literal["image", "text"]
 FORMAT = 1
-_DATABASE = "index.sqlite"
+DATABASE = "index.sqlite"
 _WAIT = 10.0  # seconds for another program's commit
 _MOST = 500  # values in one statement
 _SCHEMA = """
@@ -108,7 +108,7 @@ class Store:
 
     def __init__(self, folder: Path) -> None:
         """Open the index in ``folder``. Raises IndexFolderError: there is none to be read."""
-        if not (folder / _DATABASE).is_file():
+        if not (folder / DATABASE).is_file():
             raise IndexFolderError(
                 f"{folder}: no index there; make one with python -m e5v_jax.search index"
             )
@@ -203,7 +203,7 @@ def write_meta(connection: sqlite3.Connection, **values: Any) -> None:
 
 def connect(folder: Path) -> sqlite3.Connection:
     """Open a folder's database. Raises IndexFolderError: it is none of this format, or damaged."""
-    file = folder / _DATABASE
+    file = folder / DATABASE
     connection = sqlite3.connect(file, timeout=_WAIT, isolation_level=None, check_same_thread=False)
     try:
         # a commit is on the disk when it returns, and does not wait for readers
@@ -227,18 +227,18 @@ def create(folder: Path) -> None:
 
     Raises IndexFolderError: the folder has other things in it.
     """
-    file = folder / _DATABASE
+    file = folder / DATABASE
     if file.exists():
         return
     left = [entry for entry in (folder.iterdir() if folder.exists() else ())]
-    if not all(entry.match(f".{_DATABASE}*") for entry in left):
+    if not all(entry.match(f".{DATABASE}*") for entry in left):
         raise IndexFolderError(
             f"{folder}: not empty and no index; choose another folder for --index"
         )
     folder.mkdir(parents=True, exist_ok=True)
     for entry in left:  # of a kill
         entry.unlink()
-    temporary = folder / f".{_DATABASE}.tmp"
+    temporary = folder / f".{DATABASE}.tmp"
     with closing(sqlite3.connect(temporary, isolation_level=None)) as connection:
         connection.executescript(f"BEGIN; {_SCHEMA}")
         write_meta(connection, format=FORMAT, generation=0, slots=0, dimensions=None, roots=[])
