@@ -91,10 +91,10 @@ def embed_scene(item: Input) -> np.ndarray:
     for kind in named:
         vector[:48] += _prototype(kind)
     if text is not None and not named:
-        vector[48] = 1
+        vector[48] = 1  # some other text
     if image is not None:
         vector[:48] += _colours(load_image(image))
-    vector[48] += 0.3 if text is not None else 0.1
+    vector[48] += 0.1
     return vector / np.linalg.norm(vector)
 
 

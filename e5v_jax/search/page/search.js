@@ -92,7 +92,7 @@ function showError(message, action = "Try again", act = () => search({ push: fal
 function remember() {
   const words = new URLSearchParams();
   if (query.text) words.set("q", query.text);
-  if (query.like) words.set("like", `${query.like.id} ${query.like.name}`);
+  if (query.like) words.set("like", [query.like.id, query.like.kind, query.like.name].join(" "));
   if (query.more) words.set("more", query.more);
   if (query.less) words.set("less", query.less);
   const address = `/${words.size ? "?" : ""}${words}`;
@@ -101,8 +101,8 @@ function remember() {
 
 function recall() {
   const words = new URLSearchParams(location.search);
-  const [id, ...name] = (words.get("like") ?? "").split(" ");
-  const like = Number(id) > 0 ? { id: Number(id), name: name.join(" ") } : null;
+  const [id, kind, ...name] = (words.get("like") ?? "").split(" ");
+  const like = Number(id) > 0 ? { id: Number(id), kind, name: name.join(" ") } : null;
   Object.assign(query, { text: words.get("q") ?? "", image: null, like });
   Object.assign(query, { more: words.get("more") ?? "", less: words.get("less") ?? "" });
   for (const name of ["text", "more", "less"]) $(name).value = query[name];
@@ -198,14 +198,13 @@ function showChips() {
       search();
       $("text").focus();
     });
-    const image = element("img", { alt: "" });
-    image.addEventListener("error", () => image.remove()); // of a text, or gone
-    image.src = source;
-    chips.push(element("li", {}, image, element("span", { textContent: text }), button));
+    const image = source ? [element("img", { src: source, alt: "" })] : [];
+    chips.push(element("li", {}, ...image, element("span", { textContent: text }), button));
   };
   if (query.image) chip(query.image.url, query.image.name, () => (query.image = null));
   if (query.like) {
-    chip(`/thumbnail/${query.like.id}`, `like ${query.like.name}`, () => (query.like = null));
+    const source = query.like.kind === "image" ? `/thumbnail/${query.like.id}` : null;
+    chip(source, `like ${query.like.name}`, () => (query.like = null));
   }
   $("chips").replaceChildren(...chips);
   $("chips").hidden = !chips.length;
@@ -213,7 +212,7 @@ function showChips() {
 
 function searchLike(hit) {
   $("viewer").close();
-  Object.assign(query, { text: "", image: null, like: { id: hit.id, name: hit.name } });
+  Object.assign(query, { text: "", image: null, like: hit });
   $("text").value = "";
   search();
   scrollTo(0, 0);
