@@ -18,6 +18,8 @@ function element(tag, properties = {}, ...children) {
   return made;
 }
 
+const rounded = (score) => score.toFixed(3).replace("-", "\u2212");
+
 // --- asking --------------------------------------------------------------------------------------
 
 async function ask(path, options) {
@@ -130,7 +132,7 @@ function setSlider(keep) {
 function show() {
   const least = Number($("threshold").value);
   shown = hits.filter((hit) => hit.score >= least);
-  $("least").textContent = hits.length ? least.toFixed(3) : "";
+  $("least").textContent = hits.length ? rounded(least) : "";
   $("results").replaceChildren(...shown.map(makeCard));
   $("controls").hidden = false;
   const all = index ? index.images + index.texts : 0;
@@ -154,9 +156,9 @@ function makeCard(hit, position) {
   }
   const name = element("span", { className: "name", title: hit.path });
   name.append(element("bdi", { textContent: where }));
-  const score = element("span", { className: "score", textContent: hit.score.toFixed(3) });
+  const score = element("span", { className: "score", textContent: rounded(hit.score) });
   open.append(element("span", { className: "caption" }, name, score));
-  open.ariaLabel = `${hit.kind === "image" ? where : hit.text}, score ${hit.score.toFixed(3)}`;
+  open.ariaLabel = `${hit.kind === "image" ? where : hit.text}, score ${rounded(hit.score)}`;
   open.addEventListener("click", () => view(position));
   const like = element("button", { type: "button", className: "like", tabIndex: -1 });
   like.textContent = "More like this";
@@ -234,7 +236,7 @@ function view(position) {
   }
   $("stage").replaceChildren(content);
   $("viewed").textContent = hit.line ? `${hit.name}:${hit.line}` : hit.name;
-  $("place").textContent = `${hit.path} · score ${hit.score.toFixed(3)}`;
+  $("place").textContent = `${hit.path} · score ${rounded(hit.score)}`;
   $("original").href = `/original/${hit.id}`;
   $("previous").disabled = position === 0;
   $("next").disabled = position === shown.length - 1;
