@@ -49,11 +49,10 @@ def content_of(index: Path) -> list[tuple[object, ...]]:
     """All that can be found in an index, with its vectors; whatever the numbers inside are."""
     store = Store(index)
     with store.reading() as now:
-        rows = [row for found in now.rows_of(now.live.tolist()).values() for row in found]
-        vectors = {row.id: now.matrix[row.slot].tobytes() for row in rows}
-        small = {row.id: now.thumbnail(row.id) for row in rows}
+        each = [pair for block in now.blocks(7) for pair in zip(*block, strict=True)]
+        small = {row.id: now.thumbnail(row.id) for row, _ in each}
     store.close()
     return sorted(
-        (row.path, row.line or 0, row.kind, row.text or "", vectors[row.id], small[row.id] or b"")
-        for row in rows
+        (row.path, row.line or 0, row.kind, row.text or "", vector.tobytes(), small[row.id] or b"")
+        for row, vector in each
     )

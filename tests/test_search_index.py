@@ -68,15 +68,14 @@ def edit(path: Path, text: str) -> None:
 
 def test_what_is_in_a_folder(folder: Path, tmp_path: Path) -> None:
     report = run(tmp_path / "index", folder)
-    assert (report.new, report.embedded, report.failed) == (6, 8, {})  # of 10 rows, 2 are equal
+    assert (report.new, report.embedded, report.failed) == (6, 7, {})  # of 9 rows, 2 are equal
     assert texts_of(tmp_path / "index") == [
         ("a.jpg", 0, ""),
         ("b.png", 0, ""),
         ("copy.png", 0, ""),
         ("lines.txt", 1, "A dog sleeps."),
         ("lines.txt", 3, "Snow falls."),
-        ("notes.md", 1, "# Title"),
-        ("notes.md", 3, "Two lines\nof one paragraph."),
+        ("notes.md", 1, "# Title\nTwo lines\nof one paragraph."),
         ("notes.md", 7, "The last."),
         ("rows.jsonl", 1, "Row one."),
         ("rows.jsonl", 2, "Snow falls."),
@@ -102,7 +101,7 @@ def test_an_edit_costs_what_is_new(folder: Path, tmp_path: Path) -> None:
     draw(folder / "a.jpg", 9, (40, 60))
     report = run(tmp_path / "index", folder, embed=count_calls(seen))
     assert (report.edited, report.unchanged, report.embedded) == (2, 4, 2)
-    assert seen == [folder / "a.jpg", "A new one."]
+    assert seen == [folder / "a.jpg", "# Title\nA new one."]
     run(tmp_path / "fresh", folder)
     assert content_of(tmp_path / "index") == content_of(tmp_path / "fresh")
 
@@ -192,7 +191,7 @@ def test_damaged_files_are_told_and_the_rest_is_indexed(folder: Path, tmp_path: 
             "lines.txt": "line 2: the model gives no vector",
         }
     assert [text for _, _, text in texts_of(index) if text] == [
-        "Fine.", "# Title", "Two lines\nof one paragraph.", "The last.", "Good.",
+        "Fine.", "# Title\nTwo lines\nof one paragraph.", "The last.", "Good.",
     ]  # fmt: skip
     draw(folder / "a.jpg", 3)
     assert "a.jpg" not in {Path(path).name for path in run(index, folder).failed}
@@ -219,6 +218,19 @@ def test_names_that_are_not_unicode_and_folders_that_cannot_be_read(
     }
     assert report.deleted == 0
     assert "b.png" in [name for name, *_ in texts_of(tmp_path / "index")]
+
+
+def test_headings_belong_to_what_is_below(tmp_path: Path) -> None:
+    """Alone they are no text to look for, but at the end of a file."""
+    text = "One.\n# A\n\n## B\n\nTwo.\n\n```\n# a comment\n```\n\n# End\n"
+    (tmp_path / "a.md").write_text(text)
+    run(tmp_path / "index", tmp_path / "a.md")
+    assert [(line, text) for _, line, text in texts_of(tmp_path / "index")] == [
+        (1, "One.\n# A"),
+        (4, "## B\nTwo."),
+        (8, "```\n# a comment\n```"),
+        (12, "# End"),
+    ]
 
 
 def test_other_files_are_refused_by_name(folder: Path, tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 from PIL import Image
-from search_fakes import embed_all
-from search_scenes import draw_scene, embed_scene, index_scenes
+from search_fakes import embed_all, embed_one
+from search_scenes import draw_scene, embed_scene, embed_scenes, index_scenes
 
 from e5v_jax.search.index import update
 from e5v_jax.search.writer import Writer
@@ -333,6 +333,26 @@ def test_nothing_is_indexed(context: "BrowserContext", tmp_path: Path) -> None:
         assert not violations(page)
 
 
+def test_more_than_a_screen(context: "BrowserContext", tmp_path: Path) -> None:
+    """60 at a time, the slider where it was."""
+    (tmp_path / "files").mkdir()
+    lines = "".join(f"Line number {number}.\n" for number in range(130))
+    (tmp_path / "files" / "lines.txt").write_text(lines)
+    writer = Writer(tmp_path / "index")
+    update(writer, [tmp_path / "files"], embed_all)
+    writer.close()
+    with serving(tmp_path / "index", embed_one) as address:
+        page = context.new_page()
+        page.goto(f"{address}/?q=line")
+        settle(page)
+        for shown in (60, 120, 130):
+            playwright.expect(page.locator("#results li")).to_have_count(shown)
+            if shown < 130:
+                page.click("#further")
+        assert page.locator("#further").is_hidden()
+        assert scores(page) == sorted(scores(page), reverse=True)
+
+
 def test_names_are_text_and_no_markup(context: "BrowserContext", tmp_path: Path) -> None:
     """A file's name and a text with tags in them are shown as they are."""
     bad = '<img src=x onerror="document.title=1">'
@@ -340,7 +360,7 @@ def test_names_are_text_and_no_markup(context: "BrowserContext", tmp_path: Path)
     draw_scene("night", 0).save(tmp_path / "files" / "<b>bold & more.jpg")
     (tmp_path / "files" / "a.txt").write_text(f"{bad}\n")
     writer = Writer(tmp_path / "index")
-    update(writer, [tmp_path / "files"], embed_all_scenes)
+    update(writer, [tmp_path / "files"], embed_scenes)
     writer.close()
     with serving(tmp_path / "index", embed_scene) as address:
         page = context.new_page()
@@ -350,12 +370,6 @@ def test_names_are_text_and_no_markup(context: "BrowserContext", tmp_path: Path)
         page.locator("#results .words").first.click()
         assert page.locator("#stage p").text_content() == bad
         assert page.title() == "Search" and page.locator("#results img[src=x], b").count() == 0
-
-
-def embed_all_scenes(inputs: Any, on_error: Any) -> Any:
-    from search_scenes import embed_scenes
-
-    return embed_scenes(inputs, on_error)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -12,6 +12,7 @@ from e5v_jax.cli import UsageError
 from e5v_jax.encode.model_args import ModelArgs
 from e5v_jax.search.query import DUPLICATE
 from e5v_jax.search.store import IndexFolderError
+from e5v_jax.storage import as_path, in_bucket
 
 if TYPE_CHECKING:
     from e5v_jax.families.base import Processor
@@ -42,7 +43,8 @@ class SearchArgs(ModelArgs):
                 raise UsageError(f"--{name.replace('_', '-')} needs --model")
         if "model" not in meta:
             raise UsageError("--model: needed for a new index")
-        told = {**meta["model"], "adapter": Path(x) if (x := meta["model"]["adapter"]) else None}
+        told = {name: meta["model"][name] for name in ("model", *names) if name in meta["model"]}
+        told["adapter"] = None if told["adapter"] is None else as_path(told["adapter"])
         shared = [field.name for field in fields(self) if field.name not in (*names, "model")]
         return type(self)(**{name: getattr(self, name) for name in shared}, **told)
 
@@ -52,8 +54,8 @@ class SearchArgs(ModelArgs):
         if Path(self.model).exists():
             told["model"] = os.path.abspath(self.model)
         if self.adapter is not None:
-            here = Path(self.adapter).exists()
-            told["adapter"] = os.path.abspath(self.adapter) if here else str(self.adapter)
+            path = str(self.adapter)
+            told["adapter"] = path if in_bucket(path) else os.path.abspath(path)
         return {**told, "verify": False}
 
     def identify(self, processor: "Processor") -> dict[str, Any]:
@@ -94,8 +96,9 @@ class IndexArgs(SearchArgs):
 
     sources: tyro.conf.Positional[tuple[Path, ...]] = ()
     """Folders, searched deep, and files: photographs, and texts: each non-empty line of .txt, each
-    paragraph of .md (between empty lines), the key "text" of each row of .jsonl. Hidden ones are
-    left out. By default what the index was made of; what is not given stays as it is."""
+    paragraph of .md (between empty lines, with headings above it), the key "text" of each row of
+    .jsonl. Hidden ones are left out. By default what the index was made of; what is not given stays
+    as it is."""
     forget: tuple[Path, ...] = ()
     """Folders and files to drop from the index, which may be gone."""
     max_num_batched_tokens: int | None = None

@@ -157,7 +157,8 @@ def read_parts(file: File) -> tuple[list[Part], str | None]:
     """Give what is to be embedded of a file, and what is wrong with some of it.
 
     A photograph is one part. Each non-empty line of .txt is one, each paragraph of .md (between
-    empty lines), each row of .jsonl that has a ``text``; its other keys are not read.
+    empty lines, with the headings right above it), each row of .jsonl that has a ``text``; its
+    other keys are not read.
 
     Raises OSError, ValueError: the file cannot be read at all.
     """
@@ -203,9 +204,11 @@ def _paragraphs(file: Path) -> Iterator[tuple[int, str]]:
         if line.strip():
             start = start if lines else number
             lines.append(line.rstrip())
-        elif lines:
+        elif lines and not all(line.startswith("#") for line in lines):
             yield start, "\n".join(lines)
             lines = []
+    if lines:
+        yield start, "\n".join(lines)
 
 
 def _is_unicode(text: str) -> bool:

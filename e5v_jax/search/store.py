@@ -80,6 +80,13 @@ class Snapshot:
                 found.setdefault(row.slot, []).append(row)
         return found
 
+    def blocks(self, size: int) -> Iterator[tuple[list[Row], np.ndarray]]:
+        """Everything, by at most ``size`` contents: rows, and the vector of each, fp16 [n, D]."""
+        for start in range(0, len(self.live), size):
+            slots = self.live[start : start + size].tolist()
+            rows = [row for found in self.rows_of(slots).values() for row in found]
+            yield rows, self.matrix[[row.slot for row in rows]]
+
     def row(self, id: int) -> Row | None:
         """One row by its number; None if there is none any more."""
         return next(iter(self._rows("rows.id = ?", [id])), None)
