@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 from PIL import Image
-from search_scenes import TEXTS, draw_scene, embed_scene, index_scenes
+from search_scenes import TEXTS, draw_scene, embed_scene, embed_scenes, index_scenes
 
 pytest.importorskip("uvicorn", reason="pip install -e '.[search]'")
 
@@ -27,7 +27,9 @@ from e5v_jax import E5V
 from e5v_jax.data.inputs import Input
 from e5v_jax.search.__main__ import main
 from e5v_jax.search.app import MAX_BODY
+from e5v_jax.search.index import update
 from e5v_jax.search.server import listen, names_of
+from e5v_jax.search.writer import Writer
 
 if TYPE_CHECKING:
     from hf_models import Case
@@ -223,6 +225,21 @@ def test_too_many_at_once(place: Path) -> None:
         for thread in threads:
             thread.join(30)
     assert sorted(codes) == [200] * 32 + [429] * 8
+
+
+def test_an_index_made_anew(tmp_path: Path) -> None:
+    """With another model: no scores of two models' vectors, but what to do."""
+    index_scenes(tmp_path)
+    with serving(tmp_path / "index", embed_scene) as address:
+        assert ask(address, "/api/search", {"text": "snow"})[0] == 200
+        writer = Writer(tmp_path / "index")
+        with writer.commit():
+            writer.begin_anew(identity={"model": "another"}, model={})
+        update(writer, [], embed_scenes)
+        status, _, content = ask(address, "/api/search", {"text": "snow"})
+        assert (
+            status == 503 and "start this program again" in json.loads(content)["error"]["message"]
+        )
 
 
 def test_ports_and_names() -> None:

@@ -147,7 +147,7 @@ def make_app(store: Store, embed: Embed, hosts: Sequence[str]) -> Starlette:
     """The page of an index, for requests to one of ``hosts`` (names without ports).
 
     Requests by another name are refused: a page of a stranger that had its name point here could
-    else read the photographs. ``embed`` is called in threads.
+    else read the photographs. ``embed`` is called in threads; it embeds as the index was embedded.
     """
     routes = [Route(path, partial(_send_page, name)) for path, name in _FILES.items()]
     pages = _Pages(store, embed)
@@ -216,6 +216,7 @@ class _Pages:
 
     def __init__(self, store: Store, embed: Embed) -> None:
         self._store, self._embed = store, embed
+        self._identity = store.read_meta().get("identity")
         self._waiting = 0
 
     async def search(self, request: Request) -> Response:
@@ -246,13 +247,13 @@ class _Pages:
         # Before the index is read: it takes longer, and another search may read meanwhile.
         terms = embed_terms(search.terms(), embed)
         with self._store.reading() as now:
+            now.check_identity(self._identity)
             vector = combine(terms, now)
             duplicates = DUPLICATE if search.hide_duplicates else None
             hits = find(now, vector, search.top + 1, duplicates=duplicates)
         hits = [hit for hit in hits if hit.row.id != search.like][: search.top]
-        roots = self._store.read_meta()["roots"]
         return {
-            "hits": [_describe(hit, roots) for hit in hits],
+            "hits": [_describe(hit, now.meta["roots"]) for hit in hits],
             "rows": int(now.live.size),
             "seconds": {
                 "embedding": round(embedding, 6),

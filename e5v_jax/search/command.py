@@ -168,8 +168,10 @@ def query(args: QueryArgs) -> None:
         raise cli.UsageError(str(error)) from error
     store, args = _open(args)
     with closing(store):
+        identity = store.read_meta()["identity"]
         terms = embed_terms(terms, open_embed(_load(args), args.instruction))
         with store.reading() as now:
+            now.check_identity(identity)
             vector = combine(terms, now)
             hits = find(now, vector, args.top, threshold=args.threshold, duplicates=args.duplicates)
     print_hits(hits, as_json=args.json)

@@ -66,9 +66,20 @@ class Row:
 class Snapshot:
     """The index between two commits; it is used inside :meth:`Store.reading`."""
 
+    meta: dict[str, Any]  # what is said of the index as a whole
     matrix: np.ndarray  # fp16 [slots, D], memory-mapped
     live: np.ndarray  # int64, the slots that some row has, ascending
     _connection: sqlite3.Connection
+
+    def check_identity(self, identity: object) -> None:
+        """Refuse an index that was made anew with another model meanwhile.
+
+        ``identity`` is what ``meta`` said when the model was chosen. Raises IndexFolderError.
+        """
+        if self.meta.get("identity") != identity:
+            raise IndexFolderError(
+                "the index was made anew with another model meanwhile: start this program again"
+            )
 
     def rows_of(self, slots: Sequence[int]) -> dict[int, list[Row]]:
         """The rows of each slot, by path and line."""
@@ -151,31 +162,35 @@ class Store:
     def reading(self) -> Iterator[Snapshot]:
         """Give the index as it is now; what is committed meanwhile does not change it."""
         with self._lock:
-            self._begin()
+            meta, matrix = self._begin()
             try:
-                matrix = self._map()
-                yield Snapshot(matrix, self._find_live(), self._connection)
+                yield Snapshot(meta, matrix, self._find_live(), self._connection)
             finally:
                 self._connection.execute("ROLLBACK")
 
-    def _begin(self) -> None:
-        """Begin to read; the matrix that is then to be read is there."""
+    def _begin(self) -> tuple[dict[str, Any], np.ndarray]:
+        """Begin to read: what is said of the index, and its matrix."""
         while True:
             self._connection.execute("BEGIN")
             meta = read_meta(self._connection)
-            file = matrix_file(self.folder, meta["generation"])
-            if not meta["slots"] or file.exists():
-                return
-            # rewritten between the two lines, or lost
-            self._connection.execute("ROLLBACK")
-            if read_meta(self._connection)["generation"] == meta["generation"]:
-                raise IndexFolderError(f"{file}: missing; delete the index and make it again")
+            try:
+                return meta, self._map(meta)
+            except FileNotFoundError:
+                self._connection.execute("ROLLBACK")
+                # rewritten between the two lines, or lost
+                if read_meta(self._connection)["generation"] == meta["generation"]:
+                    file = matrix_file(self.folder, meta["generation"])
+                    raise IndexFolderError(
+                        f"{file}: missing; delete the index and make it again"
+                    ) from None
+            except BaseException:
+                self._connection.execute("ROLLBACK")
+                raise
 
-    def _map(self) -> np.ndarray:
-        meta = read_meta(self._connection)
+    def _map(self, meta: dict[str, Any]) -> np.ndarray:
         key = (meta["generation"], meta["slots"])
+        file = matrix_file(self.folder, key[0])
         if self._matrix is None or self._matrix[0] != key:
-            file = matrix_file(self.folder, key[0])
             self._matrix = (key, map_vectors(file, key[1], meta["dimensions"] or 0))
         return self._matrix[1]
 
