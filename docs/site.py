@@ -19,7 +19,11 @@ ELSEWHERE = {  # a file of the checkout -> its page; it is read where it is, so 
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
 }
-_MORE = {"e5v-evaluate": ("analyse", "golden"), "e5v-dryrun": ("train", "encode")}
+_MORE = {
+    "e5v-evaluate": ("analyse", "golden"),
+    "e5v-dryrun": ("train", "encode"),
+    "e5v-search": ("index", "query", "serve"),
+}
 _LINK = re.compile(r"(?<=\]\()([^)#\s:]+)(?=[)#])")
 _ROLE = re.compile(r":(?:attr|class|func|meth|mod):(?=<code>)")
 

@@ -92,6 +92,11 @@ HERE = [
     Here("python benchmarks/chunk_memory.py", f"{TINY} --chunk-sizes None 6", says="None"),
     Here("python benchmarks/pair_cost.py --data", "--tiny --batch-size 2 --steps 1", says="FLOPs"),
     Here("python benchmarks/encode_gpu.py", "--tiny --text-batch 3 --image-batch 1", says="texts"),
+    Here(
+        "python benchmarks/search.py --rows",
+        "--rows 2000 --dimensions 24 --repetitions 2",
+        says="24 dimensions",
+    ),
     Here("python benchmarks/matmul_peak.py", "--rows 8 --repetitions 1", says="XLA"),
 ]
 NOT_HERE = {
@@ -107,6 +112,8 @@ NOT_HERE = {
     r"python .* configs/e5v_llama3_8b_qlora.py": "8 B: test_dryrun.py reads it",
     r".*vit_s_focus.onnx": "the real files: test_compose.py",
     r"python -m e5v_jax.align": "test_align.py runs it",
+    r"python -m e5v_jax.search": "test_search_query.py and test_search_api.py run it",
+    r"python benchmarks/search.py --page": "a browser",
     r"python -m e5v_jax.train --config configs/nano_e5v.py": "test_align.py goes on with a model",
     r"make photographs": "hours, and photographs that are not shipped",
     r"python -m e5v_jax.encode --model runs/demo/base": "test_the_example_as_printed",

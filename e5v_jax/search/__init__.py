@@ -1,0 +1,1 @@
+"""Search over photographs and texts: an index on disk, queries, and a page."""
