@@ -397,7 +397,6 @@ def test_a_failing_device(
 
 def test_no_vector_that_is_not_finite(e5v: E5V, make: Callable[..., Engine]) -> None:
     engine = make(cache_size=10)
-    with changed(e5v, NORM, lambda scale: scale * np.nan):
-        with pytest.raises(UnusableVector):
-            engine.submit(texts("a"))[0].result(20)
+    with changed(e5v, NORM, lambda scale: scale * np.nan), pytest.raises(UnusableVector):
+        engine.submit(texts("a"))[0].result(20)
     assert largest(vectors(engine.submit(texts("a"))), e5v.encode(["a"])) <= TOLERANCE
