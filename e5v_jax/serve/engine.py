@@ -165,6 +165,16 @@ class Engine:
         return self._waiting.tokens
 
     @property
+    def is_full(self) -> bool:
+        """Whether not even one more item is taken."""
+        return self._waiting.is_full
+
+    @property
+    def retry_after(self) -> float:
+        """Seconds after which there may be room."""
+        return self._waiting.retry_after
+
+    @property
     def dimensions(self) -> int:
         """Of a vector."""
         return int(self.model.config.text.hidden_size)

@@ -202,6 +202,14 @@ class Waiting:
         return list(self._known.values())
 
     @property
+    def is_full(self) -> bool:
+        """Whether a limit is reached."""
+        limits = self.limits
+        return (
+            self.items >= limits.items or self.tokens >= limits.tokens or self.bytes >= limits.bytes
+        )
+
+    @property
     def retry_after(self) -> float:
         """Seconds until about half of what waits is done: 1 to 60."""
         seconds = self.tokens / self.speed / 2 if self.speed else 1.0
