@@ -87,14 +87,14 @@ def test_from_start_to_sigterm(model: Path, tmp_path: Path) -> None:
     keys = tmp_path / "keys"
     keys.write_text("secret-1\n")
     flags = ["--model", str(model), "--dtype", "float32", "--api-key-file", str(keys)]
-    flags += ["--warm-up-text", "100", "--max-num-batched-tokens", "400"]
+    flags += ["--warm-up-text", "80", "--max-num-batched-tokens", "200"]
     with running(*flags) as server:
         assert httpx.get(f"{server.base}/live").status_code == 200
         early = httpx.get(f"{server.base}/ready")
         assert early.status_code == 503
         ready = server.wait_for("ready")
         assert httpx.get(f"{server.base}/ready").status_code == 200
-        assert ready["model"] == "tiny" and ready["shapes"] > 4
+        assert ready["model"] == "tiny" and ready["shapes"] >= 2
         with httpx.Client(
             base_url=server.base, headers={"authorization": "Bearer secret-1"}, timeout=20
         ) as client:
@@ -118,19 +118,28 @@ def test_from_start_to_sigterm(model: Path, tmp_path: Path) -> None:
 
 def test_sigterm_waits_for_what_is_asked(model: Path) -> None:
     """A large request is answered; meanwhile it is not ready and takes nothing more."""
-    flags = ["--model", str(model), "--warm-up-text", "0", "--max-num-batched-tokens", "100"]
+    flags = [
+        "--model",
+        str(model),
+        "--dtype",
+        "float32",
+        "--warm-up-text",
+        "0",
+        "--max-num-batched-tokens",
+        "100",
+    ]
     with running(*flags) as server:
         server.wait_for("ready")
         answers: list[httpx.Response] = []
 
         def ask() -> None:
-            body = {"input": [f"Text {i}" for i in range(2000)]}
+            body = {"input": [f"Text {i}" for i in range(200)]}
             answers.append(httpx.post(f"{server.base}/v1/embeddings", json=body, timeout=60))
 
         asking = threading.Thread(target=ask)
         asking.start()
         end = time.monotonic() + 20
-        while "e5v_queue_items 2000.0" not in httpx.get(f"{server.base}/metrics").text:
+        while "e5v_queue_items 200.0" not in httpx.get(f"{server.base}/metrics").text:
             assert time.monotonic() < end and asking.is_alive()
         server.process.send_signal(signal.SIGTERM)
         statuses = []
@@ -142,7 +151,7 @@ def test_sigterm_waits_for_what_is_asked(model: Path) -> None:
             except httpx.TransportError:  # it has ended meanwhile
                 break
         asking.join(60)
-        assert answers[0].status_code == 200 and len(answers[0].json()["data"]) == 2000
+        assert answers[0].status_code == 200 and len(answers[0].json()["data"]) == 200
         assert server.process.wait(30) == 0
     assert statuses[-1] == 503 and set(statuses[2:]) == {503}
 
