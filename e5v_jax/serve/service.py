@@ -20,6 +20,7 @@ from e5v_jax.serve.waiting import BadItem, Draining, Overloaded, TooLarge
 
 T = TypeVar("T")
 _DECODING = 4  # images of all requests that are read at a time
+_INSTRUCTION = 8192  # characters of one; some are kept
 _INLINE = 4096  # characters that are tokenised in the event loop; more take longer than a thread
 
 
@@ -89,8 +90,12 @@ class Service:
 
         Raises Refusal: a bad item, by its field; too much waits; nothing is taken any more.
         """
-        engine, _ = self.opened()
+        engine, model = self.opened()
         self.admission.check_items(len(wanted))
+        for one in wanted:
+            model.check_text(one.text, field=one.field)
+            if len(one.instruction or "") > _INSTRUCTION:
+                raise Refusal(400, f"more than {_INSTRUCTION} characters", field="instruction")
         items = await self._to_items(wanted, held)
         length = sum(len(one.text or "") for one in wanted)
         try:
