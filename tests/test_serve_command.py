@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -9,12 +10,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
 import pytest
+import yaml
 from hf_models import TEXT_RECIPES, build_text
 
 from e5v_jax import E5V
@@ -205,3 +208,24 @@ def test_without_the_extra(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     monkeypatch.setitem(sys.modules, "uvicorn", None)
     with pytest.raises(ImportError, match=r"pip install 'e5v-jax\[serve\]'"):
         serve(Args(model="x"))
+
+
+def test_deployment() -> None:
+    """What it mounts, asks and copies is there: flags, routes, files."""
+    from e5v_jax.serve.options import Args
+
+    for line in (ROOT / "deploy/Dockerfile").read_text().splitlines():
+        if line.startswith("COPY"):
+            for source in shlex.split(line)[1:-1]:
+                assert (ROOT / source).exists(), line
+    documents = yaml.safe_load_all((ROOT / "deploy/kubernetes.yaml").read_text())
+    pod = next(documents)["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    flags = [word for word in container["args"] if word.startswith("--")]
+    assert {flag[2:].replace("-", "_") for flag in flags} <= {f.name for f in fields(Args)}
+    drain = float(container["args"][container["args"].index("--drain-seconds") + 1])
+    assert drain + 5 < pod["terminationGracePeriodSeconds"]
+    probes = [container[f"{name}Probe"]["httpGet"]["path"] for name in ("liveness", "readiness")]
+    assert probes == ["/live", "/ready"]
+    mounted = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounted == {volume["name"] for volume in pod["volumes"]}
