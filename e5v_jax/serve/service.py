@@ -100,7 +100,7 @@ class Service:
         length = sum(len(one.text or "") for one in wanted)
         try:
             if length > _INLINE or len(items) > 16:
-                futures = await asyncio.to_thread(engine.submit, items)
+                futures = await _submit(engine, items)
             else:
                 futures = engine.submit(items)
         except Overloaded as error:
@@ -143,6 +143,21 @@ class Service:
     def _waiting(self) -> tuple[int, int]:
         engine = self.engine
         return (engine.waiting_items, engine.waiting_tokens) if engine else (0, 0)
+
+
+async def _submit(engine: Engine, items: Sequence[Item]) -> "list[Future[Embedded]]":
+    """Submit in a thread; who is cancelled meanwhile leaves nothing behind."""
+    submitting = asyncio.ensure_future(asyncio.to_thread(engine.submit, items))
+
+    def let_go(done: "asyncio.Future[list[Future[Embedded]]]") -> None:
+        for future in done.result() if done.exception() is None else ():
+            future.cancel()
+
+    try:
+        return await asyncio.shield(submitting)
+    except asyncio.CancelledError:
+        submitting.add_done_callback(let_go)
+        raise
 
 
 def _item(one: Wanted, image: Image.Image | None = None, digest: str | None = None) -> Item:
