@@ -5,7 +5,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,13 @@ T = TypeVar("T")
 class ImageError(ValueError):
     """An image that cannot be used; the message is one line and names the image."""
 
+    too_large = False
+    """It may be whole, and has more pixels than allowed."""
+
+
+class _TooLarge(ImageError):
+    too_large = True
+
 
 def load_image(
     source: str | Path | bytes | Image.Image,
@@ -68,6 +75,18 @@ def load_image(
     return _open(source, partial(_to_rgb, resize=resize, transparency=transparency))
 
 
+def read_image(
+    source: str | Path | bytes, *, formats: Sequence[str], max_pixels: int
+) -> Image.Image:
+    """Decode an image as it is in its file, for a program that has its own limits.
+
+    The first frame, with the file's mode, palette and transparency: :func:`load_image` makes of it
+    what it makes of the file. ``formats`` are some of ``FORMATS``; ``max_pixels`` counts where it
+    is lower than ``MAX_IMAGE_PIXELS``. The same errors.
+    """
+    return _open(source, lambda image: image.copy(), formats, max_pixels)
+
+
 def image_size(source: str | Path | bytes | Image.Image) -> Size:
     """Read (height, width) that :func:`load_image` will find from the header; the same errors."""
     return _open(source, lambda image: (image.height, image.width))
@@ -86,7 +105,12 @@ def _to_rgb(image: Image.Image, resize: Size | None, transparency: str) -> Image
     return image.convert("RGB")
 
 
-def _open(source: str | Path | bytes | Image.Image, read: Callable[[Image.Image], T]) -> T:
+def _open(
+    source: str | Path | bytes | Image.Image,
+    read: Callable[[Image.Image], T],
+    formats: Sequence[str] = tuple(FORMATS),
+    max_pixels: int | None = None,
+) -> T:
     if not isinstance(source, str | Path | bytes | Image.Image):
         kind = type(source).__name__
         raise TypeError(f"an image must be a path, bytes or a PIL image, not {kind}")
@@ -101,7 +125,7 @@ def _open(source: str | Path | bytes | Image.Image, read: Callable[[Image.Image]
             nullcontext(source)
             if isinstance(source, Image.Image)
             else Image.open(
-                io.BytesIO(source) if isinstance(source, bytes) else source, formats=list(FORMATS)
+                io.BytesIO(source) if isinstance(source, bytes) else source, formats=list(formats)
             )
         ) as image:
             width, height = image.size
@@ -109,22 +133,23 @@ def _open(source: str | Path | bytes | Image.Image, read: Callable[[Image.Image]
             if width < 1 or height < 1:
                 raise ImageError(f"{name}: {size}, an image needs at least one")
             # Above its own limit Pillow only warns, so a lower one of the program counts here too.
-            limit = min(MAX_IMAGE_PIXELS, Image.MAX_IMAGE_PIXELS or MAX_IMAGE_PIXELS)
+            limits = (MAX_IMAGE_PIXELS, Image.MAX_IMAGE_PIXELS, max_pixels)
+            limit = min(limit for limit in limits if limit)
             if width * height > limit:
-                raise ImageError(f"{name}: {size}, more than the {limit} allowed; shrink it first")
+                raise _TooLarge(f"{name}: {size}, more than the {limit} allowed; shrink it first")
             # A tile is decoded whole, be it larger than the image.
             if math.prod(getattr(image, "tag_v2", {}).get(tag, 1) for tag in _TILE_TAGS) > limit:
-                raise ImageError(f"{name}: its tiles have more than the {limit} pixels allowed")
+                raise _TooLarge(f"{name}: its tiles have more than the {limit} pixels allowed")
             return read(image)
     except ImageError:
         raise
     except FileNotFoundError as error:
         raise ImageError(f"{name}: no such file") from error
     except UnidentifiedImageError as error:
-        known = ", ".join(FORMATS)
+        known = ", ".join(formats)
         raise ImageError(f"{name}: not an image in a format that is read: {known}") from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ImageError(f"{name}: too large to decode: {_one_line(error)}") from error
+        raise _TooLarge(f"{name}: too large to decode: {_one_line(error)}") from error
     except Exception as error:  # Pillow's decoders raise almost anything on broken data
         raise ImageError(f"{name}: cannot be read as an image: {_one_line(error)}") from error
 

@@ -1,0 +1,1 @@
+"""The embedding server: ``python -m e5v_jax.serve``."""
