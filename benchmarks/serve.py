@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the client and t
 
 from mixed_load import Answers, MixedLoad, Tally  # found by the line above
 from odd_images import encode, noise
-from serving import Client, Reply, Server, post_all, serving
+from serve_load import Client, Reply, Server, post_all, serving
 
 Part = Literal["throughput", "latency", "overload", "mixed"]
 

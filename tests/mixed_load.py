@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from serving import Client, Reply
+from serve_load import Client, Reply
 
 TOLERANCE = 1e-6  # of an entry of a vector of unit length
 SMALL_PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()

@@ -46,6 +46,7 @@ FLOORS = (  # from low to high; a file imports from its own floor and those belo
     "families",
     "checkpoints",
     "encode",
+    "serve",
     "evaluate",
     "train",
     "align",

@@ -1,10 +1,11 @@
-"""What people pass to ``encode``: inputs in any container, and other libraries' arguments.
+"""What people pass to ``encode``: inputs in any container, prompts, other libraries' arguments.
 
 Nothing is guessed: what is not followed is refused by its name, with what to do instead.
 """
 
 import os
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import numpy as np
 from PIL import Image
 
 from e5v_jax.data.inputs import ImageSource, Input
+from e5v_jax.families.base import Processor
+from e5v_jax.prompts import PromptChoice, SpecialTokens, Truncate
 
 # Arguments of sentence-transformers' encode: what they may be, as it is what is done; what to do.
 _OF_OTHERS: dict[str, tuple[Any, str]] = {
@@ -90,6 +93,36 @@ def check_arguments(given: Mapping[str, Any], others: Mapping[str, Any]) -> None
             fits = isinstance(value, str if name in _TEXTS else bool)
         if not fits:
             raise ValueError(f"{name} {value!r}: expected {kind}")
+
+
+def choose_prompts(
+    processor: Processor,
+    *,
+    prompt_name: str | None = None,
+    prompt: str | None = None,
+    instruction: str | None = None,
+    max_length: int | None = None,
+    truncate: Truncate = "none",
+    special_tokens: SpecialTokens = "text",
+) -> PromptChoice:
+    """What is said with the inputs of a call, as the arguments of ``encode`` say it.
+
+    Raises ValueError: an unknown prompt, an instruction that has no place or cannot be read, or a
+    ``max_length`` of more than the model takes.
+    """
+    prompts = replace(
+        processor.preset.choose(prompt_name, prompt, instruction),
+        max_length=max_length,
+        truncate=truncate,
+        special_tokens=special_tokens,
+    )
+    processor.longest(max_length)  # refuses one that is more
+    if instruction is not None:
+        try:
+            processor.check_text(instruction, special_tokens="refuse")
+        except ValueError as error:
+            raise ValueError(f"instruction: {error}") from error
+    return prompts
 
 
 class Process:

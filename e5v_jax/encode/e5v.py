@@ -1,13 +1,13 @@
 """The public class: load a model, embed anything, compare."""
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -21,7 +21,8 @@ from e5v_jax.checkpoints.loading import load_model
 from e5v_jax.checkpoints.tokenizer import load_tokenizer
 from e5v_jax.checkpoints.trained_with import choose_inputs
 from e5v_jax.data.inputs import ImageSource, Input, InputError
-from e5v_jax.encode.arguments import Process, check_arguments, collect_inputs
+from e5v_jax.encode.arguments import Process, check_arguments, choose_prompts, collect_inputs
+from e5v_jax.encode.batching import Batch
 from e5v_jax.encode.encoder import Encoder, Statistics
 from e5v_jax.encode.stream import BatchLimits, encode_stream
 from e5v_jax.families.base import Model, Processor
@@ -227,18 +228,15 @@ class E5V:
         for name, value in limits.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} {value}: expected at least 1")
-        prompts = replace(
-            self.preset.choose(prompt_name, prompt, instruction),
+        prompts = choose_prompts(
+            self.processor,
+            prompt_name=prompt_name,
+            prompt=prompt,
+            instruction=instruction,
             max_length=max_length,
             truncate=truncate,
             special_tokens=special_tokens,
         )
-        self.processor.longest(max_length)  # refuses one that is more
-        if instruction is not None:
-            try:
-                self.processor.check_text(instruction, special_tokens="refuse")
-            except ValueError as error:
-                raise ValueError(f"instruction: {error}") from error
         if show_progress_bar is None:
             show_progress_bar = sys.stderr.isatty() and len(items) > 32
         with (
@@ -290,6 +288,20 @@ class E5V:
         if prompt_name is None and prompt is None:
             prompt_name = "document"
         return self.encode(inputs, prompt_name, prompt, **options)
+
+    def start(self, batch: Batch, prepared: Sequence[Any]) -> jax.Array:
+        """Send a batch to the devices -> fp32 [rows, D], not normalised, which may come later.
+
+        This is for programs that form their batches themselves, as a server does, in one thread.
+        ``prepared`` has what ``processor.load`` made of the batch's items, in their order; a batch
+        without items has its shape compiled.
+        """
+        return self._encoder.start(self._state, batch, prepared)
+
+    @property
+    def runtime(self) -> Runtime:
+        """The devices that it is on."""
+        return self._encoder.runtime
 
     @property
     def preset(self) -> Preset:

@@ -76,14 +76,18 @@ class Encoder:
         A batch comes with its items as ``Processor.load`` returned them. The next batch is asked
         for and sent while the device works on the last ones.
         """
-        started = ((batch, self._start(state, batch, items)) for batch, items in batches)
+        started = ((batch, self.start(state, batch, items)) for batch, items in batches)
         for batch, out in delayed(started, _IN_FLIGHT):
             yield batch, np.asarray(out)[: len(batch.items)]
 
-    def _start(self, state: nnx.State, batch: Batch, prepared: Sequence[Any]) -> jax.Array:
-        """Send a batch on its way to vectors [rows, D]; one short of items repeats its last."""
+    def start(self, state: nnx.State, batch: Batch, prepared: Sequence[Any]) -> jax.Array:
+        """Send a batch on its way to vectors [rows, D]; one short of items repeats its last.
+
+        One without any only has its shape compiled.
+        """
         shape, statistics = batch.shape, self.statistics
-        filled = [*prepared, *[prepared[-1]] * (shape.rows - len(prepared))]
+        last = prepared[-1] if prepared else None
+        filled = [*prepared, *[last] * (shape.rows - len(prepared))]
         arrays = place_split(self.processor.stack(filled, shape), self.runtime.mesh)
         start = time.perf_counter()
         out = self._run(state, arrays)
@@ -102,5 +106,5 @@ class Encoder:
             )
         statistics.items += len(prepared)
         statistics.tokens += sum(item.length for item in batch.items)
-        statistics.positions += shape.rows * shape.length
+        statistics.positions += shape.rows * shape.length * bool(prepared)
         return out

@@ -23,8 +23,8 @@ from e5v_jax.prompts import PromptChoice
 WINDOW = 8192  # inputs that are tokenised, measured and sorted at a time
 _AHEAD = 8  # batches whose images are being decoded while the device works
 _ATTEMPTS = 3  # to decode an image: another one may have killed the process that they shared
-# On a CPU, the activations of more leave the caches.
-_MAX_TOKENS = {"cpu": 1024, "gpu": 16384, "tpu": 16384}
+# Of a batch, by platform. On a CPU, the activations of more leave the caches.
+MAX_TOKENS = {"cpu": 1024, "gpu": 16384, "tpu": 16384}
 
 _REMEDY = "is the model whole? Where float16 overflows, choose bfloat16 or float32"
 
@@ -64,7 +64,7 @@ def encode_stream(
     Raises InputError: a bad input, by its position.
     """
     processor, runtime = encoder.processor, encoder.runtime
-    max_tokens = limits.max_tokens or _MAX_TOKENS[runtime.platform]
+    max_tokens = limits.max_tokens or MAX_TOKENS[runtime.platform]
     parts: dict[Hashable, tuple[Input, list[int]]] = {}  # what is embedded, and of which inputs
     missing = [0] * len(inputs)  # parts of each
     for position, item in enumerate(inputs):
