@@ -32,8 +32,7 @@ from encode_text import find_gguf, read_sentences
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the client and the checked load
 
-from mixed_load import Answers, MixedLoad, Tally  # found by the line above
-from odd_images import encode, noise
+from mixed_load import MixedLoad, Tally  # found by the line above
 from serve_load import Client, Reply, Server, post_all, serving
 
 Part = Literal["throughput", "latency", "overload", "mixed"]
@@ -227,31 +226,13 @@ async def overload(args: Args, server: Server, payloads: Sequence[bytes], rate: 
     )
 
 
-def right_answers(folder: Path, texts: Sequence[str]) -> Answers:
-    """Vectors of E5V.encode: texts, images of several sizes, and both."""
-    from e5v_jax import E5V
-
-    model = E5V.from_pretrained(folder, dtype="float32")
-    images = [
-        encode(noise(20 + 9 * i, 80 - 7 * i, seed=i), ("PNG", "JPEG", "WEBP", "GIF")[i % 4])
-        for i in range(8)
-    ]
-    captions = list(texts[: len(images)])
-    both = [{"image": image, "text": text} for image, text in zip(images, captions, strict=True)]
-    return Answers(
-        texts,
-        model.encode(list(texts)),
-        images,
-        model.encode(list(images)),
-        captions,
-        model.encode(both),
-    )
-
-
 def measure_mixed(args: Args, folder: Path, texts: Sequence[str]) -> Tally:
     """Everything at once, every answer checked; memory at the beginning and the end."""
-    answers = right_answers(folder, texts)
-    with serving(folder, args.log, "--dtype", "float32", "--cache-size", "64") as server:
+    from e5v_jax import E5V
+
+    answers = right_answers(E5V.from_pretrained(folder, dtype="float32"), texts)
+    flags = ("--dtype", "float32", "--cache-size", "64", "--warm-up-text", "256")
+    with serving(folder, args.log, *flags) as server:
         load = MixedLoad(answers)
         asyncio.run(load.run(server.port, min(20.0, args.mixed_seconds / 3)))
         memory, shapes = [server.resident], server.metrics()["e5v_compilations"]
@@ -287,7 +268,7 @@ def main(args: Args) -> None:
                 convert = [sys.executable, "-m", "convert.from_hf", str(find_gguf()), str(model)]
                 subprocess.run(convert, check=True)
             flags = ("--dtype", "float32", "--cache-size", "0", "--max-waiting-items", "256")
-            flags += ("--max-request-items", "256")
+            flags += ("--max-request-items", "256", "--warm-up-text", "96")
             server = stack.enter_context(serving(model, args.log, *flags))
             before = server.metrics()["e5v_compilations"]
             sides: dict[str, Any] = {"server": (server.port, bodies(texts))}

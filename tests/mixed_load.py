@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from odd_images import encode, noise
 from serve_load import Client, Reply
+
+from e5v_jax import E5V
 
 TOLERANCE = 1e-6  # of an entry of a vector of unit length
 SMALL_PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n").decode()
@@ -56,6 +59,21 @@ class Answers:
     captions: Sequence[str] = ()
     """Texts that go with the images: one each."""
     both_vectors: np.ndarray = field(default_factory=lambda: np.zeros((0, 1), np.float32))
+
+
+def right_answers(model: E5V, texts: Sequence[str]) -> Answers:
+    """Vectors of E5V.encode: texts, images of several sizes, and both."""
+    images = [
+        encode(noise(20 + 9 * i, 80 - 7 * i, seed=i), ("PNG", "JPEG", "WEBP", "GIF")[i % 4])
+        for i in range(8)
+    ]
+    captions = list(texts[: len(images)])
+    both = [{"image": image, "text": text} for image, text in zip(images, captions, strict=True)]
+    found = model.encode([*texts, *images, *both], show_progress_bar=False)
+    text_vectors, image_vectors, both_vectors = np.split(
+        found, [len(texts), len(texts) + len(images)]
+    )
+    return Answers(texts, text_vectors, images, image_vectors, captions, both_vectors)
 
 
 @dataclass

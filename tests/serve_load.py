@@ -56,12 +56,12 @@ class Server:
         samples = (line.rsplit(" ", 1) for line in lines if line and line[0] != "#")
         return {name: float(value) for name, value in samples}
 
-    def wait_until_ready(self, seconds: float = 120.0) -> None:
+    def wait_until_ready(self, seconds: float = 400.0) -> None:
         deadline = time.monotonic() + seconds
         while self.status("/ready") != 200:
             assert self.process.poll() is None, self.log.read_text()[-3000:]
             assert time.monotonic() < deadline, self.log.read_text()[-3000:]
-            time.sleep(0.05)
+            time.sleep(0.2)
 
     @property
     def resident(self) -> int:
