@@ -32,7 +32,7 @@ from encode_text import find_gguf, read_sentences
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the client and the checked load
 
-from mixed_load import MixedLoad, Tally  # found by the line above
+from mixed_load import MixedLoad, Tally, right_answers  # found by the line above
 from serve_load import Client, Reply, Server, post_all, serving
 
 Part = Literal["throughput", "latency", "overload", "mixed"]

@@ -119,6 +119,7 @@ class MixedLoad:
     def __init__(self, answers: Answers, *, leave: bool = True, bad: bool = True) -> None:
         """``leave``: some clients go before they are answered."""
         self.answers, self.tally = answers, Tally()
+        self.ending = False
         kinds = {"texts": 5, "one text": 5}
         kinds |= {"images": 2, "messages": 2} if answers.images else {}
         kinds |= {"bad": 2} if bad else {}
@@ -126,7 +127,7 @@ class MixedLoad:
         self.kinds, self.weights = list(kinds), list(kinds.values())
 
     async def run(self, port: int, seconds: float, *, workers: int = 16, seed: int = 0) -> Tally:
-        """Send for so many seconds, then wait for what is on its way."""
+        """Send for so many seconds, or until ``ending``, then wait for what is on its way."""
         end = time.monotonic() + seconds
         await asyncio.gather(
             *(self._work(port, end, random.Random(seed * 1000 + i)) for i in range(workers))
@@ -135,7 +136,7 @@ class MixedLoad:
 
     async def _work(self, port: int, end: float, rng: random.Random) -> None:
         client = Client(port)
-        while time.monotonic() < end:
+        while time.monotonic() < end and not self.ending:
             (kind,) = rng.choices(self.kinds, self.weights)
             try:
                 await asyncio.wait_for(self._send(client, kind, rng), 60)
@@ -148,7 +149,9 @@ class MixedLoad:
     async def _send(self, client: Client, kind: str, rng: random.Random) -> None:
         given, tally = self.answers, self.tally
         if kind == "bad":
-            tally.bad[(await client.post(rng.choice(BAD))).status] += 1
+            reply = await client.post(rng.choice(BAD))
+            tally.bad[reply.status] += 1
+            await self._wait(reply)
             return
         if kind in ("leave", "half"):
             body = json.dumps({"input": rng.sample(list(given.texts), 3)}).encode()
@@ -159,7 +162,13 @@ class MixedLoad:
             tally.left += 1
             return
         body, expected = self._draw(kind, rng)
-        tally.check(kind, await client.post(body), expected)
+        reply = await client.post(body)
+        tally.check(kind, reply, expected)
+        await self._wait(reply)
+
+    async def _wait(self, reply: Reply) -> None:
+        if reply.status in (429, 503):  # as a polite client does, but not as long
+            await asyncio.sleep(0.05)
 
     def _draw(self, kind: str, rng: random.Random) -> tuple[dict[str, Any], np.ndarray]:
         """A body and the vectors of its answer."""
