@@ -1,12 +1,16 @@
 """A server on loopback, in this process, over a model that is loaded already."""
 
+import base64
+import io
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import httpx
 import uvicorn
+from PIL import Image
 
 from e5v_jax import E5V
 from e5v_jax.serve.admission import Admission, Bounds
@@ -19,15 +23,17 @@ from e5v_jax.serve.server import describe, listen
 from e5v_jax.serve.service import Service
 
 BOUNDS = Bounds(body_bytes=2**20, waiting_bytes=2**24, items=64, seconds=5)
+CLIENT = httpx.Client(timeout=30)  # one, as each takes a while to make
+NO_KEYS, DEFAULT = Keys(), MediaPolicy()
 
 
 @contextmanager
 def served(
     e5v: E5V | None,
     *,
-    keys: Keys = Keys(),
+    keys: Keys = NO_KEYS,
     bounds: Bounds = BOUNDS,
-    policy: MediaPolicy = MediaPolicy(),
+    policy: MediaPolicy = DEFAULT,
     **options: Any,
 ) -> Iterator[tuple[str, Service]]:
     """The server's address and its service; without a model, one that is still loading."""
@@ -50,3 +56,10 @@ def served(
         assert not thread.is_alive()
         if service.engine is not None:
             service.engine.close()
+
+
+def data_url(image: Image.Image) -> str:
+    """The image as clients send it."""
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
