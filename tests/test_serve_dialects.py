@@ -100,6 +100,10 @@ def test_long_texts(base: str, e5v: E5V) -> None:
     answer = post(base, "/v1/embeddings", {"input": long}, 400)
     assert "the model takes at most 2048" in answer["error"]["message"]
     assert answer["error"]["param"] == "input"
+    endless = post(base, "/v1/embeddings", {"input": "x" * 140_000, "truncate": "end"}, 413)
+    assert "input: 140000 characters, at most 131072" in endless["error"]["message"]
+    answer = post(base, "/v1/embeddings", {"input": "a", "instruction": "x" * 9000}, 400)
+    assert answer["error"]["param"] == "instruction"
     cut = e5v.encode([long], truncate="start", max_length=100)
     for body in (
         {"truncate_prompt_tokens": 100},

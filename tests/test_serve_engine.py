@@ -395,6 +395,23 @@ def test_a_failing_device(
     assert not other.healthy and other.drain(1)
 
 
+def test_the_end_of_an_engine_ends_its_warm_up(
+    e5v: E5V, make: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits for a shape to be compiled is told, too."""
+    gate = Gate(e5v, monkeypatch)
+    engine = make()
+    found = engine.submit(texts("first"))
+    assert gate.entered.wait(20)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(engine.warm_up, [BatchShape(1, 16)])
+        threading.Timer(0.1, gate.let_through).start()
+        engine.close()
+        with pytest.raises(Draining):
+            waiting.result(20)
+    assert found[0].done()
+
+
 def test_no_vector_that_is_not_finite(e5v: E5V, make: Callable[..., Engine]) -> None:
     engine = make(cache_size=10)
     with changed(e5v, NORM, lambda scale: scale * np.nan), pytest.raises(UnusableVector):

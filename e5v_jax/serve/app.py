@@ -1,5 +1,6 @@
 """The routes of the server."""
 
+import asyncio
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from types import ModuleType
@@ -28,6 +29,7 @@ _EMBEDDING: dict[str, Choose] = {
     **dict.fromkeys(("/score", "/v1/score"), lambda _: score),
 }
 """Paths, and the dialect that a body is in."""
+_INLINE = 2**16  # numbers that are printed in the event loop; more would hold up other requests
 
 
 def make_app(service: Service, keys: Keys) -> Starlette:
@@ -78,7 +80,9 @@ async def embed(request: Request, service: Service, *, choose: Choose) -> Respon
             task = dialect.parse(body, model)
             embedded = await unless_gone(request.receive, service.embed(task.wanted, held))
             note(request, items=len(embedded), tokens=sum(one.tokens for one in embedded))
-            return to_json(task.answer(embedded))
+            if len(embedded) * model.dimensions <= _INLINE:
+                return to_json(task.answer(embedded))
+            return await asyncio.to_thread(lambda: to_json(task.answer(embedded)))
     except Refusal as refusal:
         note(request, error=str(refusal))
         return refuse(refusal, dialect)
@@ -90,7 +94,8 @@ async def count_tokens(request: Request, service: Service) -> Response:
         async with service.admission.hold() as held:
             engine, model = service.opened()
             body = read_json(await service.admission.read_body(request, held))
-            return to_json(tokenize.answer(body, model, engine.model.processor))
+            processor = engine.model.processor
+            return to_json(await asyncio.to_thread(tokenize.answer, body, model, processor))
     except Refusal as refusal:
         note(request, error=str(refusal))
         return refuse(refusal, tokenize)

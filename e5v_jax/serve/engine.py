@@ -72,7 +72,7 @@ class Engine:
         self._waiting = Waiting(limits, cache_size)
         self._observer = observer or Observer()
         self._prompts = lru_cache(maxsize=64)(partial(choose_prompts, model.processor))
-        self._jobs: deque[Callable[[], None]] = deque()
+        self._to_compile: deque[tuple[BatchShape, Future[None]]] = deque()
         self._draining = self._ending = False
         self._changed = threading.Condition()  # holds the lock of all that threads share
         self._pool = ThreadPoolExecutor(_DECODING_THREADS, "e5v-decode")
@@ -125,7 +125,7 @@ class Engine:
             finished: Future[None] = Future()
             with self._changed:
                 self._check_open()
-                self._jobs.append(partial(self._compile, shape, finished))
+                self._to_compile.append((shape, finished))
                 self._changed.notify_all()
             finished.result()
             on_shape(done)
@@ -234,22 +234,24 @@ class Engine:
             self.failure = failed
             error = Draining(_say(failed))
         with self._changed:
-            parts = self._waiting.all_parts()
+            parts, jobs = self._waiting.all_parts(), list(self._to_compile)
         self._fail(parts, error)
+        for _, finished in jobs:
+            finished.set_exception(error)
 
     def _run_batches(self) -> None:
         running: deque[tuple[list[Part], BatchShape, float, jax.Array]] = deque()
         free = time.monotonic()  # when the device came to be
         while True:
             with self._changed:
-                while not (running or len(self._waiting) or self._jobs or self._ending):
+                while not (running or len(self._waiting) or self._to_compile or self._ending):
                     self._changed.wait()
                 if self._ending:
                     return
-                job = self._jobs.popleft() if self._jobs and not running else None
+                job = self._to_compile.popleft() if self._to_compile and not running else None
                 parts, shape = ([], None) if job else self._choose(only_full=bool(running))
             if job is not None:
-                job()
+                self._compile(*job)
             elif shape is not None:
                 now = time.monotonic()
                 running.append((parts, shape, now, self._start(parts, shape)))

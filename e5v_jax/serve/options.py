@@ -32,7 +32,7 @@ class Args(ModelArgs):
     max_waiting_items: int = 4096  # Most inputs that wait for the device; more are refused (429).
     max_waiting_tokens: int = 1_048_576  # Most tokens that wait for the device.
     max_waiting_bytes: int = 536_870_912  # Most bytes of bodies and decoded images in memory.
-    max_body_bytes: int = 67_108_864  # Most bytes of one request.
+    max_body_bytes: int = 33_554_432  # Most bytes of one request.
     max_image_bytes: int = 20_971_520  # Most bytes of one image, as a file.
     max_image_pixels: int = 36_000_000  # Most pixels of one image.
     allow_media_host: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()

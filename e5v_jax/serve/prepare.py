@@ -60,6 +60,11 @@ def tokenise(processor: Processor, asked: Mapping[bytes, Asked]) -> list[Part]:
         inputs = [one.item.input for _, one in group]
         for measured in processor.measure(inputs, prompts, on_error=fail):
             key, one = group[measured.position]
+            try:  # here, not where it would end the engine
+                processor.padded_length(measured.length, measured.shape_key)
+            except ValueError as error:
+                fail(InputError(measured.position, str(error)))
+                continue
             parts.append(Part(key, measured, one.item.size, answers=one.answers))
     # the other half of one that failed is for nobody
     for part in parts:

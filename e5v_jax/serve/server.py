@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -98,6 +99,9 @@ def run_server(args: Args) -> None:
                 failures.append(error)
                 server.should_exit = True
 
+        if threading.current_thread() is threading.main_thread():
+            # uvicorn has it so while it runs; the signal may come before
+            signal.signal(signal.SIGTERM, server.handle_exit)
         loading = threading.Thread(target=load, name="e5v-load", daemon=True)
         address = listening.getsockname()
         _logger.info("listening", extra={"fields": {"host": address[0], "port": address[1]}})
@@ -111,8 +115,8 @@ def run_server(args: Args) -> None:
         service.engine.close()
     if loading.is_alive():  # the interpreter's end would wait for XLA, or crash with it
         sys.stderr.flush()
-        os._exit(130 if server.received == 2 else 0)
-    if server.received == 2:
+        os._exit(130 if server.received == signal.SIGINT else 0)
+    if server.received == signal.SIGINT:
         raise KeyboardInterrupt
 
 

@@ -20,6 +20,7 @@ from e5v_jax.serve.waiting import BadItem, Draining, Overloaded, TooLarge
 
 T = TypeVar("T")
 _DECODING = 4  # images of all requests that are read at a time
+_INSTRUCTION = 8192  # characters of one; some are kept
 _INLINE = 4096  # characters that are tokenised in the event loop; more take longer than a thread
 
 
@@ -89,13 +90,17 @@ class Service:
 
         Raises Refusal: a bad item, by its field; too much waits; nothing is taken any more.
         """
-        engine, _ = self.opened()
+        engine, model = self.opened()
         self.admission.check_items(len(wanted))
+        for one in wanted:
+            model.check_text(one.text, field=one.field)
+            if len(one.instruction or "") > _INSTRUCTION:
+                raise Refusal(400, f"more than {_INSTRUCTION} characters", field="instruction")
         items = await self._to_items(wanted, held)
         length = sum(len(one.text or "") for one in wanted)
         try:
             if length > _INLINE or len(items) > 16:
-                futures = await asyncio.to_thread(engine.submit, items)
+                futures = await _submit(engine, items)
             else:
                 futures = engine.submit(items)
         except Overloaded as error:
@@ -138,6 +143,21 @@ class Service:
     def _waiting(self) -> tuple[int, int]:
         engine = self.engine
         return (engine.waiting_items, engine.waiting_tokens) if engine else (0, 0)
+
+
+async def _submit(engine: Engine, items: Sequence[Item]) -> "list[Future[Embedded]]":
+    """Submit in a thread; who is cancelled meanwhile leaves nothing behind."""
+    submitting = asyncio.ensure_future(asyncio.to_thread(engine.submit, items))
+
+    def let_go(done: "asyncio.Future[list[Future[Embedded]]]") -> None:
+        for future in done.result() if done.exception() is None else ():
+            future.cancel()
+
+    try:
+        return await asyncio.shield(submitting)
+    except asyncio.CancelledError:
+        submitting.add_done_callback(let_go)
+        raise
 
 
 def _item(one: Wanted, image: Image.Image | None = None, digest: str | None = None) -> Item:

@@ -1,10 +1,9 @@
 """infinity's extension of OpenAI's embeddings: ``modality`` says what the inputs are."""
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, Literal
 
-from e5v_jax.serve.dialects.openai import Options, embedding_list, error
+from e5v_jax.serve.dialects.openai import Options, error
 from e5v_jax.serve.dialects.task import ServedModel, Task, check_some, read
 
 __all__ = ["error", "parse"]  # its errors are OpenAI's
@@ -20,8 +19,7 @@ class Body(Options, kw_only=True, forbid_unknown_fields=True):
 def parse(body: Mapping[str, Any], model: ServedModel) -> Task:
     """Read a body. Raises Refusal."""
     request = read(body, Body)
-    name = model.check_name(request.model)
-    model.check_dimensions(request.dimensions, field="dimensions")
+    answer = request.answer(model)
     if isinstance(request.input, str):
         inputs = [("input", request.input)]
     else:
@@ -33,10 +31,4 @@ def parse(body: Mapping[str, Any], model: ServedModel) -> Task:
         else request.wanted(field, None, value)
         for field, value in inputs
     ]
-    answer = partial(
-        embedding_list,
-        model=name,
-        encoding=request.encoding_format,
-        dimensions=request.dimensions,
-    )
     return Task(wanted, answer)

@@ -3,7 +3,7 @@
 Token ids are decoded to their text, which then stands in the prompt as any other.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -24,7 +24,7 @@ class Options(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
     dimensions: Annotated[int, msgspec.Meta(ge=1)] | None = None
     encoding_format: Literal["float", "base64"] = "float"
     user: str | None = None  # who asks, which changes nothing
-    # vLLM's
+    # vLLM's; of these, the first two change what is embedded
     truncate_prompt_tokens: Annotated[int, msgspec.Meta(ge=-1)] | None = None
     truncation_side: Literal["left", "right"] = "left"
     add_special_tokens: bool = True
@@ -46,6 +46,14 @@ class Options(msgspec.Struct, kw_only=True, forbid_unknown_fields=True):
             max_length = self.truncate_prompt_tokens if self.truncate_prompt_tokens > 0 else None
         return Wanted(field, text, image, self.prompt_name, self.instruction, truncate, max_length)
 
+    def answer(self, model: ServedModel) -> Callable[[Sequence[Embedded]], dict[str, Any]]:
+        """What prints the answer. Raises Refusal: the model is another, or has less dimensions."""
+        name = model.check_name(self.model)
+        model.check_dimensions(self.dimensions, field="dimensions")
+        return partial(
+            embedding_list, model=name, encoding=self.encoding_format, dimensions=self.dimensions
+        )
+
 
 class Body(Options, kw_only=True, forbid_unknown_fields=True):
     """The whole body."""
@@ -56,19 +64,9 @@ class Body(Options, kw_only=True, forbid_unknown_fields=True):
 def parse(body: Mapping[str, Any], model: ServedModel) -> Task:
     """Read a body. Raises Refusal."""
     request = read(body, Body)
-    name = model.check_name(request.model)
-    model.check_dimensions(request.dimensions, field="dimensions")
+    answer = request.answer(model)
     texts = _texts(request.input, model)
-    wanted = [request.wanted(field, text) for field, text in texts]
-    return Task(
-        wanted,
-        partial(
-            embedding_list,
-            model=name,
-            encoding=request.encoding_format,
-            dimensions=request.dimensions,
-        ),
-    )
+    return Task([request.wanted(field, text) for field, text in texts], answer)
 
 
 def _texts(given: str | list[Any], model: ServedModel) -> list[tuple[str, str]]:

@@ -12,6 +12,7 @@ from e5v_jax.prompts import Truncate
 from e5v_jax.serve.items import Embedded
 
 T = TypeVar("T")
+_CHARACTERS = 64  # for each token that the model takes; words have four
 
 
 class Refusal(Exception):
@@ -79,6 +80,12 @@ class ServedModel:
                 code="model_not_found",
             )
         return name or self.names[0]
+
+    def check_text(self, text: str | None, *, field: str) -> None:
+        """Raise Refusal: a text so long that even to find out where to cut it is too much work."""
+        most = _CHARACTERS * self.max_length
+        if text is not None and len(text) > most:
+            raise Refusal(413, f"{len(text)} characters, at most {most} are taken", field=field)
 
     def check_dimensions(self, dimensions: int | None, *, field: str) -> None:
         """Raise Refusal: a vector has not as many."""

@@ -36,6 +36,7 @@ def answer(body: Mapping[str, Any], model: ServedModel, processor: Processor) ->
     text, field = (request.prompt, "prompt") if request.text is None else (request.text, "text")
     if text is None or (request.prompt is not None and request.text is not None):
         raise Refusal(400, "expected prompt or text", field="prompt")
+    model.check_text(text, field=field)
     try:
         processor.check_text(text)
         choice = processor.preset.choose(request.prompt_name)

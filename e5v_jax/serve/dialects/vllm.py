@@ -7,12 +7,11 @@ the prompt and template that the model was trained with.
 
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import msgspec
 
-from e5v_jax.serve.dialects.openai import Options, embedding_list
+from e5v_jax.serve.dialects.openai import Options
 from e5v_jax.serve.dialects.task import (
     Refusal,
     ServedModel,
@@ -45,8 +44,7 @@ def parse(body: Mapping[str, Any], model: ServedModel) -> Task:
     if isinstance(messages, list):
         check_some(messages, "messages")
     request = read(body, Body)
-    name = model.check_name(request.model)
-    model.check_dimensions(request.dimensions, field="dimensions")
+    answer = request.answer(model)
     wanted = []
     if isinstance(request.messages[0], list):
         for i, conversation in enumerate(request.messages):
@@ -60,12 +58,6 @@ def parse(body: Mapping[str, Any], model: ServedModel) -> Task:
                 raise Refusal(400, "a conversation among messages", field=f"messages[{i}]")
             single.append(message)
         wanted.append(_item(request, "messages", single))
-    answer = partial(
-        embedding_list,
-        model=name,
-        encoding=request.encoding_format,
-        dimensions=request.dimensions,
-    )
     own = {"id": new_id("embd-"), "created": model.created}
     return Task(wanted, lambda embedded: {**own, **answer(embedded)})
 
