@@ -66,6 +66,8 @@ class Args:
     """How long the mixed load goes on."""
     peer: int | None = None
     """Port of another server."""
+    peer_limit: int = 512
+    """Texts that it gets, the first of them, in a run of throughput."""
     log: Path = Path("serve.log")
     """Where the server's log goes."""
     bare: Path | None = None
@@ -136,9 +138,12 @@ def measure_throughput(args: Args, server: Server, bare: Bare, sides: dict[str, 
         for name, (port, payloads) in sides.items():
             start = time.perf_counter()
             replies = asyncio.run(post_all(port, payloads, args.concurrency))
-            rates.setdefault(name, []).append(args.limit / (time.perf_counter() - start))
+            rates.setdefault(name, []).append(len(payloads) / (time.perf_counter() - start))
             assert all(reply.status == 200 for reply in replies), name
             seconds.setdefault(name, []).extend(reply.seconds for reply in replies)
+        print(
+            ", ".join(f"{name} {found[-1]:.2f}" for name, found in rates.items()), file=sys.stderr
+        )
     print(f"\n{args.limit} texts, one a request, {args.concurrency} at a time\n")
     print("| | texts/s (median) | all runs | of encode | p50 | p99 | most, ms |")
     print("|---|---|---|---|---|---|---|")
@@ -153,7 +158,7 @@ def measure_throughput(args: Args, server: Server, bare: Bare, sides: dict[str, 
 
 def measure_latency(args: Args, bare: Bare, sides: dict[str, Any]) -> None:
     """One text after the other, the sides in turns of 20."""
-    count = min(args.singles, args.limit)
+    count = min(args.singles, *(len(payloads) for _, payloads in sides.values()))
     bare.run(0, count, one_by_one=True)  # compiles
     found: dict[str, list[float]] = {"E5V.encode": []}
 
@@ -258,6 +263,7 @@ def main(args: Args) -> None:
         be_bare(args)
         return
     names = ("jax", "starlette", "uvicorn", "msgspec")
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]  # a file or a pipe
     print(f"Python {platform.python_version()}, " + ", ".join(f"{n} {version(n)}" for n in names))
     texts = read_sentences(args.sentences, args.limit)
     with ExitStack() as stack:
@@ -278,7 +284,7 @@ def main(args: Args) -> None:
                 processor = E5V.load_processor(model)
                 prompts = processor.preset.choose()
                 filled = [processor.fill(prompts, text, has_image=False) for text in texts]
-                sides["peer"] = (args.peer, bodies(filled))
+                sides["peer"] = (args.peer, bodies(filled[: args.peer_limit]))
             rate = 0.0
             if {"throughput", "latency"} & set(args.parts):
                 bare = Bare(model, args)
