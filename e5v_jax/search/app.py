@@ -35,6 +35,7 @@ from e5v_jax.search.query import (
     Embed,
     Hit,
     Term,
+    Unavailable,
     combine,
     embed_terms,
     find,
@@ -163,6 +164,7 @@ def make_app(store: Store, embed: Embed, hosts: Sequence[str]) -> Starlette:
     ]
     handlers: Mapping[Any, Any] = {
         ValueError: _refuse,
+        Unavailable: _refuse,
         HTTPException: _tell_status,
         ClientDisconnect: _tell_gone,
     }
@@ -195,7 +197,7 @@ async def _send_page(name: str, request: Request) -> Response:
 
 async def _refuse(request: Request, error: Exception) -> Response:
     told = error if isinstance(error, RequestError) else RequestError(400, str(error))
-    if isinstance(error, IndexFolderError):
+    if isinstance(error, IndexFolderError | Unavailable):
         told = RequestError(503, str(error))
     headers = {"retry-after": "1"} if told.status == 429 else None
     content = {"error": {"message": str(told), "field": told.field}}

@@ -12,7 +12,6 @@ from concurrent.futures import Executor
 from contextlib import closing
 from functools import cache
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import numpy as np
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
 Searching = TypeVar("Searching", QueryArgs, ServeArgs)
 _COMMANDS = ("index", "query", "serve")
 _SHOWN = 5  # files that are told by name
+_CACHE_SIZE = 1024  # vectors of queries: the same again, with other terms or another page
 _WIDTH = 72  # most characters of a text in a result
 
 
@@ -146,15 +146,13 @@ def _open(args: Searching) -> tuple[Store, Searching]:
 
 
 def open_embed(model: "E5V", instruction: str | None) -> Embed:
-    """What embeds queries, one at a time, from any thread."""
-    lock = Lock()
+    """What embeds the terms of one query."""
 
     def embed(item: Input) -> np.ndarray:
-        with lock:
-            try:
-                return model.encode_query(item, truncate="end", instruction=instruction)
-            except InputError as error:
-                raise QueryError(error.reason) from error
+        try:
+            return model.encode_query(item, truncate="end", instruction=instruction)
+        except InputError as error:
+            raise QueryError(error.reason) from error
 
     return embed
 
@@ -206,7 +204,9 @@ def serve(args: ServeArgs) -> None:
     """Serve the page until it is ended. Raises cli.UsageError, ValueError, OSError: one line."""
     args.check()
     try:
+        from e5v_jax.search.queries import engine_embed
         from e5v_jax.search.server import listen, run_server
+        from e5v_jax.serve.engine import Engine
     except ModuleNotFoundError as error:
         raise ImportError(f"{error.name} is missing: pip install -e '.[search]'") from error
 
@@ -214,14 +214,18 @@ def serve(args: ServeArgs) -> None:
     store, args = _open(args)
     with closing(store), closing(taken):
         counts = store.count()
-        embed = open_embed(_load(args), args.instruction)
+        engine = Engine(_load(args), cache_size=_CACHE_SIZE)
+        embed = engine_embed(engine, args.instruction)
         embed("warm")  # compiles, so that the first search does not wait for it
 
         def ready(url: str) -> None:
             told = f"{counts['images']} photographs and {counts['texts']} texts"
             print(f"{url}  {told} of {args.index}; Ctrl-C ends it", flush=True)
 
-        run_server(taken, store, embed, args.allow_host, ready)
+        try:
+            run_server(taken, store, embed, args.allow_host, ready)
+        finally:
+            engine.close()
 
 
 def _quietly(command: Callable[..., None]) -> Callable[..., None]:

@@ -39,6 +39,10 @@ class Hit:
     score: float
 
 
+class Unavailable(RuntimeError):
+    """The model takes no query now; the message is one line."""
+
+
 class QueryError(ValueError):
     """A query that cannot be searched for; the message is one line."""
 
