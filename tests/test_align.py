@@ -374,6 +374,7 @@ def test_the_model_goes_on(folder: Path, finished: Path, tmp_path: Path) -> None
         E5V.from_pretrained(folder / "base", adapter=finished)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_is_bit_equal(folder: Path, finished: Path, tmp_path: Path) -> None:
     cfg = run_config(folder, tmp_path / "run")
     file = tmp_path / "config.py"

@@ -673,6 +673,7 @@ def test_two_processes_and_workers(
     assert contents(tmp_path / "shared") == contents(whole)
 
 
+@pytest.mark.slow
 def test_two_processes_know_of_repeated_ids(model_folder: Path, tmp_path: Path) -> None:
     """Only one of them looks for them; both leave them out of their shards, or both stop."""
     rows = [{"id": str(i % 7), "text": text} for i, text in enumerate(TEXTS)]

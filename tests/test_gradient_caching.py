@@ -98,6 +98,7 @@ def test_chunks_change_nothing(adapted: Model, chunk_size: int, groups: int, rem
     assert relative(chunked, gradients) <= 1e-6
 
 
+@pytest.mark.slow
 def test_memory_falls_with_the_chunk(adapted: Model) -> None:
     """Temporary memory of the compiled step, as XLA reports it: 96 inputs, 24 tokens each."""
 

@@ -34,20 +34,25 @@ RECIPE = Recipe(
 )
 
 
-def test_every_mesh_of_eight_devices_gives_the_step_of_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("meshes", "count"), [("some", 4), pytest.param("all", 11, marks=pytest.mark.slow)]
+)
+def test_every_mesh_of_eight_devices_gives_the_step_of_one(
+    meshes: str, count: int, tmp_path: Path
+) -> None:
     build_text(RECIPE, tmp_path / "hf")
-    # level 0: twenty programs are compiled, and hardly run
+    # level 0: many programs are compiled, and hardly run
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
     flags = f"{os.environ.get('XLA_FLAGS', '')} {flags}"
     done = subprocess.run(
-        [sys.executable, TESTS / "mesh_shapes.py", tmp_path / "hf"],
+        [sys.executable, TESTS / "mesh_shapes.py", tmp_path / "hf", meshes],
         env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": str(TESTS.parent)},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
     results = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(results) == 10 + 1
+    assert len(results) == count
     for result in results:
         assert abs(result["loss"]) <= 1e-5, result
         assert result["gradients"] <= 1e-5, result

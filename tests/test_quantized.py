@@ -216,6 +216,7 @@ def test_training_is_that_of_the_dequantised_weights(
         assert np.linalg.norm(gradients[name] - gradient) <= 1e-5 * norm, name
 
 
+@pytest.mark.slow
 def test_no_layer_stays_dequantised(tmp_path: Path) -> None:
     """Temporary memory of a step without remat grows per layer by activations, not by kernels."""
 

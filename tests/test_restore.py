@@ -317,6 +317,7 @@ def test_the_same_accumulation_goes_on_to_the_bit(
     assert "was 3 and is now 2" in caplog.text and "of 2 steps" in caplog.text
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_another_accumulation(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -208,7 +208,9 @@ def largest_difference(ours: list[float], theirs: list[float]) -> float:
 # --- against torch and peft ---
 
 
-@pytest.mark.parametrize("columns", [3, 2], ids=["triplets", "pairs"])
+@pytest.mark.parametrize(
+    "columns", [pytest.param(3, id="triplets"), pytest.param(2, id="pairs", marks=pytest.mark.slow)]
+)
 def test_ten_lora_steps_follow_peft(case: Case, columns: int, tmp_path: Path) -> None:
     tokens = make_tokens(columns)
     model = load(case)

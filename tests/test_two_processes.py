@@ -97,6 +97,7 @@ def test_two_processes_are_one_run(folder: Path, expected: Path, two: Done) -> N
         assert np.abs(two[name] - value).max() <= 1e-6, name
 
 
+@pytest.mark.slow
 def test_all_take_the_newest_that_all_can_read(folder: Path, two: Done, tmp_path: Path) -> None:
     assert [process.returncode for process in two] == [0, 0]
     run = tmp_path / "run"
