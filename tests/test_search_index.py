@@ -15,6 +15,7 @@ from PIL import Image
 from search_fakes import content_of, draw, embed_all, embed_one
 
 from e5v_jax.data.inputs import Input
+from e5v_jax.search import index as index_module
 from e5v_jax.search.index import OnError, Report, forget, update
 from e5v_jax.search.photographs import make_thumbnail, upright
 from e5v_jax.search.scan import find_files
@@ -195,6 +196,26 @@ def test_damaged_files_are_told_and_the_rest_is_indexed(folder: Path, tmp_path: 
     ]  # fmt: skip
     draw(folder / "a.jpg", 3)
     assert "a.jpg" not in {Path(path).name for path in run(index, folder).failed}
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), ValueError("model")])
+def test_what_is_wrong_with_no_file_ends_it(
+    folder: Path, tmp_path: Path, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full disk or a broken model is an error; what was written before it stays."""
+    monkeypatch.setattr(index_module, "_TEXTS", 2)
+    seen: list[Input] = []
+
+    def embed(inputs: Sequence[Input], on_error: OnError) -> np.ndarray:
+        if seen:
+            raise error
+        return count_calls(seen)(inputs, on_error)
+
+    with pytest.raises(type(error), match=str(error.args[-1])):
+        run(tmp_path / "index", folder, embed=embed)
+    assert [name for name, *_ in texts_of(tmp_path / "index")] == ["a.jpg", "b.png"]
+    report = run(tmp_path / "index", folder)
+    assert (report.embedded, report.failed) == (7 - len(seen), {})
 
 
 def test_names_that_are_not_unicode_and_folders_that_cannot_be_read(

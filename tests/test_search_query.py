@@ -135,14 +135,14 @@ def test_near_duplicates_are_hidden(store: Writer, vectors: np.ndarray) -> None:
         assert [hit.row.path for hit in plain[:3]] == ["/004", "/copy-of-4", "/404"]
         assert hidden[0].row.path == "/004" and len(hidden) == 5
         assert not {"/copy-of-4", "/404"} & {hit.row.path for hit in hidden}
-        rows = now.matrix[[hit.row.slot for hit in every]].astype(np.float32)
+        rows = now.vectors.matrix[[hit.row.slot for hit in every]].astype(np.float32)
         cosines = rows @ rows.T - 2 * np.eye(len(rows))
         assert cosines.max() < DUPLICATE
         # what is missing has a better one that it looks like
         missing = set(now.live.tolist()) - {hit.row.slot for hit in every}
         assert len(missing) == 33  # pairs of which neither was dropped
         for slot in missing:
-            assert (rows @ now.matrix[slot].astype(np.float32)).max() >= DUPLICATE
+            assert (rows @ now.vectors.matrix[slot].astype(np.float32)).max() >= DUPLICATE
 
 
 def test_weights(store: Writer, vectors: np.ndarray) -> None:

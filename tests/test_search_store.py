@@ -11,7 +11,7 @@ from search_fakes import DIMENSIONS
 from e5v_jax.search import store as store_module
 from e5v_jax.search.matrix import append_vectors, map_vectors, score
 from e5v_jax.search.scan import File, Part
-from e5v_jax.search.store import IndexFolderError, Store, matrix_file
+from e5v_jax.search.store import IndexFolderError, Store
 from e5v_jax.search.writer import Writer
 
 
@@ -61,12 +61,12 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
         (row,) = now.rows_of([2])[2]
         assert (row.path, row.line, row.text, row.kind) == ("/a", 3, "a 2", "text")
         assert now.row(row.id) == row and now.row(999) is None
-        np.testing.assert_array_equal(now.matrix, vectors[:4].astype(np.float16))
+        np.testing.assert_array_equal(now.vectors.matrix, vectors[:4].astype(np.float16))
         put(writer, "b", vectors[4:])  # a commit meanwhile is not seen yet
         assert now.rows_of([5]) == {}
     with reader.reading() as now:
         assert now.live.tolist() == list(range(7))
-        np.testing.assert_array_equal(now.matrix, vectors.astype(np.float16))
+        np.testing.assert_array_equal(now.vectors.matrix, vectors.astype(np.float16))
     assert reader.count() == {"images": 0, "texts": 7, "files": 2, "failed": 0}
 
 
@@ -74,7 +74,7 @@ def test_vectors_without_a_commit_are_not_seen(tmp_path: Path) -> None:
     """As a kill leaves them, whole or in part: the next commit writes over them."""
     writer, vectors = Writer(tmp_path / "index"), unit(0, 6)
     put(writer, "a", vectors[:2])
-    file = matrix_file(tmp_path / "index", 0)
+    file = tmp_path / "index" / "vectors-0.f16"
     append_vectors(file, 2, vectors[2:5].astype(np.float16))
     with file.open("ab") as end:
         end.write(b"half")
@@ -84,10 +84,10 @@ def test_vectors_without_a_commit_are_not_seen(tmp_path: Path) -> None:
     writer.close()
     writer = Writer(tmp_path / "index")
     with writer.reading() as now:
-        assert now.matrix.shape == (2, DIMENSIONS)
+        assert now.vectors.matrix.shape == (2, DIMENSIONS)
     put(writer, "b", vectors[5:])
     with writer.reading() as now:
-        np.testing.assert_array_equal(now.matrix, vectors[[0, 1, 5]].astype(np.float16))
+        np.testing.assert_array_equal(now.vectors.matrix, vectors[[0, 1, 5]].astype(np.float16))
 
 
 def test_rewriting_keeps_what_is_used(tmp_path: Path) -> None:
@@ -102,12 +102,12 @@ def test_rewriting_keeps_what_is_used(tmp_path: Path) -> None:
             writer.drop_files([known["/a"][0], known["/c"][0]])
         writer.tidy()
         assert now.rows_of([11])[11][0].text == "c 4"
-        np.testing.assert_array_equal(now.matrix, vectors.astype(np.float16))
+        np.testing.assert_array_equal(now.vectors.matrix, vectors.astype(np.float16))
     with reader.reading() as now:
         assert now.live.tolist() == [0, 1, 2]
         texts = [found[0].text for found in now.rows_of([0, 1, 2]).values()]
         assert texts == ["b 0", "b 1", "b 2"]
-        np.testing.assert_array_equal(now.matrix, vectors[4:7].astype(np.float16))
+        np.testing.assert_array_equal(now.vectors.matrix, vectors[4:7].astype(np.float16))
     assert [file.name for file in sorted((tmp_path / "index").glob("*.f16"))] == ["vectors-1.f16"]
 
 
@@ -119,7 +119,7 @@ def test_few_dropped_vectors_stay_in_place(tmp_path: Path) -> None:
         writer.drop_files([writer.known_files()["/a"][0]])
     writer.tidy()
     with writer.reading() as now:
-        assert now.live.tolist() == [2, 3, 4, 5, 6] and len(now.matrix) == 7
+        assert now.live.tolist() == [2, 3, 4, 5, 6] and len(now.vectors.matrix) == 7
     assert writer.slots_of(["a 0", "b 0"]) == {"b 0": 2}
     put(writer, "a", unit(0, 2))  # its slots are new ones
     assert writer.slots_of(["a 0"]) == {"a 0": 7}
@@ -147,7 +147,7 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="vectors of 7 dimensions, the index has 24"):
         put(writer, "b", unit(0, 2, 7))
     writer.close()
-    file = matrix_file(index, 0)
+    file = index / "vectors-0.f16"
     content = file.read_bytes()
     file.write_bytes(content[:-1])
     with (

@@ -49,7 +49,7 @@ def index(args: IndexArgs) -> None:
     with hold(args.index):
         args = args.with_model_of(_read_meta(args.index))
         identity = args.identify(args.load_processor())
-        with closing(Writer(args.index)) as writer:
+        with closing(Writer(args.index, args.store)) as writer:
             sources = _prepare(writer, args, identity)
             with decoding_pool(args.num_workers) as pool, UpdateProgress() as progress:
                 embed = _Embedding(args, pool)

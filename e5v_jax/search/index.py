@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from e5v_jax.data.images import ImageError
 from e5v_jax.data.inputs import Input, InputError
 from e5v_jax.search import scan
 from e5v_jax.search.photographs import Thumbnail, make_thumbnail, upright
@@ -84,9 +85,9 @@ def update(
     for file in plan.changed:
         try:
             parts, wrong = scan.read_parts(file)
-            blocks.add(file, parts, wrong)
         except (OSError, ValueError) as error:
-            blocks.fail(file, _reason(error, file))
+            parts, wrong = [], _reason(error, file)
+        blocks.add(file, parts, wrong)
     blocks.write()
     writer.tidy()
     report.embedded = blocks.embedded
@@ -133,7 +134,7 @@ class _Blocks:
         self.unsettled: dict[str, str] = {}  # files that changed while they were read
 
     def add(self, file: File, parts: list[Part], wrong: str | None) -> None:
-        """Take a file. Raises ImageError: it is a photograph that cannot be read."""
+        """Take a file, and write what has come together first if that is a block."""
         for part in parts:
             if self._is_full():
                 self.write()
@@ -142,10 +143,6 @@ class _Blocks:
                 self._take(file, part)
         self._files.append((file, parts, wrong))
 
-    def fail(self, file: File, reason: str) -> None:
-        """Take a file that cannot be read."""
-        self._files.append((file, [], reason))
-
     def _is_full(self) -> bool:
         return len(self._inputs) >= _TEXTS or self._images >= _IMAGES or self._held >= _HELD
 
@@ -153,8 +150,12 @@ class _Blocks:
         if part.text is not None:
             self._inputs[part.content] = file, part.text
             return
-        self._thumbnails[part.content] = make_thumbnail(Path(file.path))
-        image = upright(Path(file.path))
+        try:
+            self._thumbnails[part.content] = make_thumbnail(Path(file.path))
+            image = upright(Path(file.path))
+        except ImageError as error:
+            self._bad[part.content] = _reason(error, file)
+            return
         if isinstance(image, Image.Image):
             self._held += image.width * image.height * len(image.getbands())
         self._inputs[part.content] = file, image

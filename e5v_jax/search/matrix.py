@@ -3,12 +3,15 @@
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from e5v_jax.atomic import naming
 
 _BLOCK = 2**19  # bytes of fp16 that are converted at a time: they stay in a core's cache
+_MOVED = 4096  # vectors that are moved at a time when a file is rewritten
+_WASTED = 0.5  # part of the slots that no row has, above which it is rewritten
 _THREADS = min(4, os.cpu_count() or 1)
 # Sign, exponent and mantissa of an fp16 number, moved to where fp32 has its own.
 _FIELDS = np.array(0x8FFFE000, np.uint32).view(np.int32)[()]
@@ -54,6 +57,78 @@ def map_vectors(file: Path, rows: int, dimensions: int) -> np.ndarray:
             "dimensions: damaged; delete the index and make it again"
         )
     return np.memmap(file, np.float16, "r", shape=(rows, dimensions))
+
+
+class MatrixVectors:
+    """A matrix in memory, or mapped into it."""
+
+    def __init__(self, matrix: np.ndarray) -> None:
+        """Search ``matrix``, fp16 [slots, D]."""
+        self.matrix, self.dimensions = matrix, matrix.shape[1]
+
+    def take(self, slots: list[int]) -> np.ndarray:
+        """See :class:`e5v_jax.search.vectors.Vectors`."""
+        taken: np.ndarray = self.matrix[slots]
+        return taken
+
+    def nearest(
+        self, vector: np.ndarray, count: int, live: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """See :class:`e5v_jax.search.vectors.Vectors`. Every vector is compared."""
+        scores = score(self.matrix, vector)
+        if live.size != len(scores):
+            scores = scores[live]
+        if count < scores.size:
+            best = np.argpartition(-scores, count - 1)[:count]
+        else:
+            best = np.arange(scores.size)
+        best = best[order(scores[best], best)]
+        return live[best], scores[best]
+
+
+class MatrixFiles:
+    """The files ``vectors-N.f16`` in a folder; N counts as the database's ``generation``."""
+
+    def __init__(self, folder: Path) -> None:
+        """Keep vectors in ``folder``."""
+        self._folder = folder
+
+    def file(self, meta: dict[str, Any]) -> Path:
+        """The file that ``meta`` speaks of."""
+        return self._folder / f"vectors-{meta['generation']}.f16"
+
+    def open(self, meta: dict[str, Any]) -> MatrixVectors:
+        """See :class:`e5v_jax.search.vectors.Place`. Raises ValueError: the file is too short."""
+        matrix = map_vectors(self.file(meta), meta["slots"], meta["dimensions"] or 0)
+        return MatrixVectors(matrix)
+
+    def append(self, meta: dict[str, Any], vectors: np.ndarray) -> dict[str, Any]:
+        """See :class:`e5v_jax.search.vectors.Place`."""
+        append_vectors(self.file(meta), meta["slots"], vectors)
+        return {}
+
+    def compact(
+        self, meta: dict[str, Any], used: np.ndarray
+    ) -> tuple[dict[str, Any], list[tuple[int, int]]]:
+        """See :class:`e5v_jax.search.vectors.Place`. Only if most of the file is not used."""
+        if len(used) >= meta["slots"] * (1 - _WASTED):
+            return {}, []
+        matrix = map_vectors(self.file(meta), meta["slots"], meta["dimensions"])
+        told = {"generation": meta["generation"] + 1, "slots": len(used)}
+        for start in range(0, len(used), _MOVED):
+            append_vectors(self.file(told), start, matrix[used[start : start + _MOVED]])
+        return told, [(at, int(slot)) for at, slot in enumerate(used) if at != slot]
+
+    def clear(self, meta: dict[str, Any]) -> None:
+        """See :class:`e5v_jax.search.vectors.Place`."""
+        for file in self._folder.glob("vectors-*.f16"):
+            if file != self.file(meta):
+                file.unlink()
+
+
+def order(scores: np.ndarray, slots: np.ndarray) -> np.ndarray:
+    """The order of scores [n], highest first, and of equal ones the lower slot first."""
+    return np.lexsort((slots, -scores))
 
 
 def score(matrix: np.ndarray, vector: np.ndarray) -> np.ndarray:

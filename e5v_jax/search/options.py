@@ -12,6 +12,7 @@ from e5v_jax.cli import UsageError
 from e5v_jax.encode.model_args import ModelArgs
 from e5v_jax.search.query import DUPLICATE
 from e5v_jax.search.store import IndexFolderError
+from e5v_jax.search.vectors import FILES, LANCEDB
 from e5v_jax.storage import as_path, in_bucket
 
 if TYPE_CHECKING:
@@ -99,6 +100,10 @@ class IndexArgs(SearchArgs):
     paragraph of .md (between empty lines, with headings above it), the key "text" of each row of
     .jsonl. Hidden ones are left out. By default what the index was made of; what is not given stays
     as it is."""
+    store: str | None = None
+    """Where a new index keeps its vectors: files (the default: every vector is compared), lancedb
+    (a table in its folder, searched approximately from 200,000 vectors on), or an address that
+    LanceDB knows, as s3://bucket/folder. What else there is stays in the folder."""
     forget: tuple[Path, ...] = ()
     """Folders and files to drop from the index, which may be gone."""
     max_num_batched_tokens: int | None = None
@@ -109,6 +114,8 @@ class IndexArgs(SearchArgs):
         """Refuse bad values. Raises UsageError: names the flag."""
         super().check()
         self.require_positive("max_num_batched_tokens")
+        if self.store not in (None, FILES, LANCEDB) and "://" not in (self.store or ""):
+            raise UsageError(f"--store: {self.store!r}, expected files, lancedb or an address")
         if self.num_workers < 0:
             raise UsageError(f"--num-workers: {self.num_workers}, expected at least 0")
 

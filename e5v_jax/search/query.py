@@ -9,7 +9,6 @@ import numpy as np
 
 from e5v_jax.data.inputs import Input
 from e5v_jax.encode.files import IMAGE_SUFFIXES
-from e5v_jax.search.matrix import score
 from e5v_jax.search.photographs import upright
 from e5v_jax.search.store import Row, Snapshot
 
@@ -112,7 +111,7 @@ def combine(terms: Sequence[Term], now: Snapshot) -> np.ndarray:
     Raises QueryError: a row is not there any more, or nothing is left of the sum; ValueError: the
     index has another D.
     """
-    vector = np.zeros(now.matrix.shape[1], np.float32)
+    vector = np.zeros(now.vectors.dimensions, np.float32)
     for term in terms:
         if term.vector is not None:
             part = term.vector
@@ -125,7 +124,7 @@ def combine(terms: Sequence[Term], now: Snapshot) -> np.ndarray:
             row = None if term.row is None else now.row(term.row)
             if row is None:
                 raise QueryError("what more like it was searched for is no more in the index")
-            part = now.matrix[row.slot].astype(np.float32)
+            part = now.vectors.take([row.slot])[0].astype(np.float32)
         vector += term.weight * part
     length = float(np.linalg.norm(vector))
     if not np.isfinite(length) or length < 1e-3:
@@ -141,41 +140,36 @@ def find(
     threshold: float = -1.0,
     duplicates: float | None = None,
 ) -> list[Hit]:
-    """The rows nearest to a vector [D], best first, at most ``top``; every row is compared.
+    """The rows nearest to a vector [D], best first, at most ``top``.
 
     Those below ``threshold`` are left out, and with ``duplicates`` those whose cosine with a better
     one is at least as much; of equal contents, the first by path is the better.
     """
     if not now.live.size:
         return []
-    scores = score(now.matrix, vector)
-    every = now.live.size == len(scores)
-    scores = scores if every else scores[now.live]
-    wanted = min(scores.size, top if duplicates is None else top * _LOOKED_AT)
-    best = np.argpartition(-scores, wanted - 1)[:wanted] if wanted < scores.size else None
-    best = np.arange(scores.size) if best is None else best
-    best = best[scores[best] >= threshold]
-    best = best[np.lexsort((best, -scores[best]))]
-    slots = best if every else now.live[best]
+    wanted = min(now.live.size, top if duplicates is None else top * _LOOKED_AT)
+    slots, scores = now.vectors.nearest(vector, wanted, now.live)
+    above = scores >= threshold
+    slots, scores = slots[above], scores[above]
     if duplicates is not None:
-        kept = _distinct(now.matrix, slots, top, duplicates)
-        slots, best = slots[kept], best[kept]
+        kept = _distinct(now.vectors.take(slots.tolist()), top, duplicates)
+        slots, scores = slots[kept], scores[kept]
     rows = now.rows_of(slots[:top].tolist())
     hits: list[Hit] = []
-    for slot, at in zip(slots.tolist(), best.tolist(), strict=True):
+    for slot, cosine in zip(slots.tolist(), scores.tolist(), strict=True):
         found = rows.get(slot, []) if duplicates is None else rows.get(slot, [])[:1]
-        hits += [Hit(row, float(scores[at])) for row in found]
+        hits += [Hit(row, cosine) for row in found]
         if len(hits) >= top:
             break
     return hits[:top]
 
 
-def _distinct(matrix: np.ndarray, slots: np.ndarray, top: int, least: float) -> list[int]:
-    """Positions of the first ``top`` slots that are not as near as ``least`` to one before."""
+def _distinct(candidates: np.ndarray, top: int, least: float) -> list[int]:
+    """Positions of the first ``top`` vectors of [n, D] that are not as near to one before."""
     kept: list[int] = []
-    vectors = np.empty((top, matrix.shape[1]), np.float32)
-    for position, slot in enumerate(slots.tolist()):
-        vector = matrix[slot].astype(np.float32)
+    vectors = np.empty((top, candidates.shape[1]), np.float32)
+    for position, candidate in enumerate(candidates):
+        vector = candidate.astype(np.float32)
         if not kept or float((vectors[: len(kept)] @ vector).max()) < least:
             vectors[len(kept)] = vector
             kept.append(position)

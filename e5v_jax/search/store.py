@@ -2,6 +2,7 @@
 
     INDEX/index.sqlite     files, their rows (a photograph, a line, a paragraph), thumbnails
     INDEX/vectors-N.f16    the vectors [slots, D], each of unit length; N counts its rewritings
+                           (or a table of LanceDB)
 
 A vector belongs to a content, not to a file: what is equal is embedded once, and a copied or
 renamed file costs nothing. Its slot is a row of the matrix. It becomes visible by a commit of
@@ -12,6 +13,7 @@ anything, and who searches meanwhile sees the index as it was or as it is.
 import json
 import sqlite3
 import threading
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from e5v_jax.search.matrix import map_vectors
+from e5v_jax.search.vectors import Vectors, open_place
 
 Kind = Literal["image", "text"]
 FORMAT = 1
@@ -67,7 +69,7 @@ class Snapshot:
     """The index between two commits; it is used inside :meth:`Store.reading`."""
 
     meta: dict[str, Any]  # what is said of the index as a whole
-    matrix: np.ndarray  # fp16 [slots, D], memory-mapped
+    vectors: Vectors
     live: np.ndarray  # int64, the slots that some row has, ascending
     _connection: sqlite3.Connection
 
@@ -96,7 +98,7 @@ class Snapshot:
         for start in range(0, len(self.live), size):
             slots = self.live[start : start + size].tolist()
             rows = [row for found in self.rows_of(slots).values() for row in found]
-            yield rows, self.matrix[[row.slot for row in rows]]
+            yield rows, self.vectors.take([row.slot for row in rows])
 
     def row(self, id: int) -> Row | None:
         """One row by its number; None if there is none any more."""
@@ -133,7 +135,8 @@ class Store:
         self.folder = folder
         self._lock = threading.RLock()
         self._connection = connect(folder)
-        self._matrix: tuple[tuple[int, int], np.ndarray] | None = None
+        self._place = open_place(folder, self.read_meta()["store"])
+        self._vectors: tuple[tuple[object, ...], Vectors] | None = None
         self._live: tuple[tuple[int, int], np.ndarray] | None = None
 
     def close(self) -> None:
@@ -162,37 +165,36 @@ class Store:
     def reading(self) -> Iterator[Snapshot]:
         """Give the index as it is now; what is committed meanwhile does not change it."""
         with self._lock:
-            meta, matrix = self._begin()
+            meta, vectors = self._begin()
             try:
-                yield Snapshot(meta, matrix, self._find_live(), self._connection)
+                yield Snapshot(meta, vectors, self._find_live(), self._connection)
             finally:
                 self._connection.execute("ROLLBACK")
 
-    def _begin(self) -> tuple[dict[str, Any], np.ndarray]:
-        """Begin to read: what is said of the index, and its matrix."""
+    def _begin(self) -> tuple[dict[str, Any], Vectors]:
+        """Begin to read: what is said of the index, and its vectors."""
         while True:
             self._connection.execute("BEGIN")
             meta = read_meta(self._connection)
             try:
-                return meta, self._map(meta)
-            except FileNotFoundError:
+                return meta, self._open(meta)
+            except FileNotFoundError as error:
                 self._connection.execute("ROLLBACK")
                 # rewritten between the two lines, or lost
                 if read_meta(self._connection)["generation"] == meta["generation"]:
-                    file = matrix_file(self.folder, meta["generation"])
+                    missing = error.filename or error
                     raise IndexFolderError(
-                        f"{file}: missing; delete the index and make it again"
-                    ) from None
+                        f"{missing}: missing; delete the index and make it again"
+                    ) from error
             except BaseException:
                 self._connection.execute("ROLLBACK")
                 raise
 
-    def _map(self, meta: dict[str, Any]) -> np.ndarray:
-        key = (meta["generation"], meta["slots"])
-        file = matrix_file(self.folder, key[0])
-        if self._matrix is None or self._matrix[0] != key:
-            self._matrix = (key, map_vectors(file, key[1], meta["dimensions"] or 0))
-        return self._matrix[1]
+    def _open(self, meta: dict[str, Any]) -> Vectors:
+        key = tuple(meta.get(name) for name in ("generation", "slots", "version"))
+        if self._vectors is None or self._vectors[0] != key:
+            self._vectors = (key, self._place.open(meta))
+        return self._vectors[1]
 
     def _find_live(self) -> np.ndarray:
         (others,) = self._connection.execute("PRAGMA data_version").fetchone()
@@ -201,11 +203,6 @@ class Store:
             found = self._connection.execute("SELECT DISTINCT slot FROM rows ORDER BY slot")
             self._live = (changes, np.fromiter((slot for (slot,) in found), np.int64))
         return self._live[1]
-
-
-def matrix_file(folder: Path, generation: int) -> Path:
-    """Where the vectors of a generation are."""
-    return folder / f"vectors-{generation}.f16"
 
 
 def read_meta(connection: sqlite3.Connection) -> dict[str, Any]:
@@ -244,8 +241,10 @@ def connect(folder: Path) -> sqlite3.Connection:
     return connection
 
 
-def create(folder: Path) -> None:
+def create(folder: Path, store: str) -> None:
     """Make an empty index in a folder that has none; it is there only when whole.
+
+    ``store`` is what :func:`e5v_jax.search.vectors.open_place` takes.
 
     Raises IndexFolderError: the folder has other things in it.
     """
@@ -263,6 +262,7 @@ def create(folder: Path) -> None:
     temporary = folder / f".{DATABASE}.tmp"
     with closing(sqlite3.connect(temporary, isolation_level=None)) as connection:
         connection.executescript(f"BEGIN; {_SCHEMA}")
-        write_meta(connection, format=FORMAT, generation=0, slots=0, dimensions=None, roots=[])
+        empty: dict[str, Any] = {"generation": 0, "slots": 0, "dimensions": None, "roots": []}
+        write_meta(connection, format=FORMAT, id=uuid.uuid4().hex, store=store, **empty)
         connection.execute("COMMIT")
     temporary.rename(file)

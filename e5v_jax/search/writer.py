@@ -8,26 +8,29 @@ from typing import Any
 import numpy as np
 
 from e5v_jax.encode.vectors import find_unusable
-from e5v_jax.search.matrix import append_vectors, map_vectors
 from e5v_jax.search.photographs import Thumbnail
 from e5v_jax.search.scan import File, Part
-from e5v_jax.search.store import Store, create, matrix_file, read_meta, write_meta
-
-_BLOCK = 4096  # vectors that are moved at a time when the matrix is rewritten
-_WASTED = 0.5  # part of the slots that no row has, above which the matrix is rewritten
+from e5v_jax.search.store import IndexFolderError, Store, create, read_meta, write_meta
+from e5v_jax.search.vectors import FILES
 
 
 class Writer(Store):
     """An index that is changed."""
 
-    def __init__(self, folder: Path) -> None:
-        """Open the index in ``folder``, or make an empty one. Raises IndexFolderError."""
-        create(folder)
+    def __init__(self, folder: Path, store: str | None = None) -> None:
+        """Open the index in ``folder``, or make an empty one that keeps its vectors in ``store``.
+
+        Raises IndexFolderError: it cannot be used, or keeps them elsewhere; ImportError: lancedb.
+        """
+        create(folder, store or FILES)
         super().__init__(folder)
-        generation = self.read_meta()["generation"]
-        for file in folder.glob("vectors-*.f16"):  # what a kill left behind
-            if file != matrix_file(folder, generation):
-                file.unlink()
+        meta = self.read_meta()
+        if store not in (None, meta["store"]):
+            raise IndexFolderError(
+                f"{folder}: keeps its vectors in {meta['store']}, not in {store}; choose another "
+                "--index"
+            )
+        self._place.clear(meta)  # what a kill left behind
 
     @contextmanager
     def commit(self) -> Iterator[None]:
@@ -87,11 +90,11 @@ class Writer(Store):
         if (bad := find_unusable(halves)).size:
             raise ValueError(f"{contents[bad[0]]}: its vector is zero or not finite in fp16")
         start = meta["slots"]
-        append_vectors(matrix_file(self.folder, meta["generation"]), start, halves)
+        told = self._place.append(meta, halves)
         self._connection.executemany(
             "INSERT INTO vectors VALUES (?, ?)", enumerate(contents, start=start)
         )
-        self.set_meta(slots=start + len(contents), dimensions=dimensions)
+        self.set_meta(slots=start + len(contents), dimensions=dimensions, **told)
 
     def add_thumbnails(self, thumbnails: Mapping[str, Thumbnail]) -> None:
         """Keep the thumbnail of each content."""
@@ -137,7 +140,7 @@ class Writer(Store):
         self.set_meta(generation=generation, slots=0, dimensions=None, **meta)
 
     def tidy(self) -> None:
-        """Drop vectors and thumbnails that no row has; rewrite the matrix if most are such."""
+        """Drop vectors and thumbnails that no row has, and give back their room."""
         with self.commit():
             self._connection.execute(
                 "DELETE FROM vectors WHERE slot NOT IN (SELECT slot FROM rows)"
@@ -145,26 +148,11 @@ class Writer(Store):
             self._connection.execute(
                 "DELETE FROM thumbnails WHERE content NOT IN (SELECT content FROM vectors)"
             )
-        meta = read_meta(self._connection)
-        (used,) = self._connection.execute("SELECT count(*) FROM vectors").fetchone()
-        old = matrix_file(self.folder, meta["generation"])
-        if used < meta["slots"] * (1 - _WASTED):
-            self._rewrite(meta)
-        if read_meta(self._connection)["generation"] != meta["generation"]:
-            old.unlink(missing_ok=True)
-
-    def _rewrite(self, meta: dict[str, Any]) -> None:
-        """Copy the vectors that are left into a new file, in their order, and renumber them."""
-        old = matrix_file(self.folder, meta["generation"])
-        new = matrix_file(self.folder, meta["generation"] + 1)
-        matrix = map_vectors(old, meta["slots"], meta["dimensions"])
-        with self.commit():
             found = self._connection.execute("SELECT slot FROM vectors ORDER BY slot")
-            slots = np.fromiter((slot for (slot,) in found), np.int64)
-            for start in range(0, len(slots), _BLOCK):
-                append_vectors(new, start, matrix[slots[start : start + _BLOCK]])
+            used = np.fromiter((slot for (slot,) in found), np.int64)
+            told, moves = self._place.compact(read_meta(self._connection), used)
             # ascending, and never above the old number: no two are equal on the way
-            moves = [(at, int(slot)) for at, slot in enumerate(slots) if at != slot]
             self._connection.executemany("UPDATE vectors SET slot = ? WHERE slot = ?", moves)
             self._connection.executemany("UPDATE rows SET slot = ? WHERE slot = ?", moves)
-            self.set_meta(generation=meta["generation"] + 1, slots=len(slots))
+            self.set_meta(**told)
+        self._place.clear(read_meta(self._connection))
