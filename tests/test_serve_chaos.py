@@ -24,6 +24,8 @@ from e5v_jax import E5V
 if TYPE_CHECKING:
     from hf_models import Case
 
+pytestmark = pytest.mark.slow  # and it waits: on a busy machine others would wait for it
+
 TEXTS = [f"{number} dogs run {'very ' * (number % 7)}fast." for number in range(40)]
 FLAGS = ("--dtype", "float32", "--cache-size", "8", "--warm-up-text", "0", "--body-seconds", "2")
 GONE = {"e5v_queue_items": 0.0, "e5v_queue_tokens": 0.0, "e5v_held_bytes": 0.0}
@@ -84,7 +86,8 @@ def test_clients_that_leave_cost_no_device_time(server: Server, answers: Answers
     async def leave() -> None:
         clients = [Client(server.port) for _ in range(asked)]
         for number, client in enumerate(clients):
-            await client.send(json.dumps({"input": f"{number} who have gone"}).encode())
+            text = f"{number}: " + "who have gone " * 100  # takes the device longer than the client
+            await client.send(json.dumps({"input": text}).encode())
         for client in clients:
             client.close()
 
