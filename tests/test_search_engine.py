@@ -41,7 +41,7 @@ def test_what_it_refuses(engine: Engine) -> None:
     for bad in (b"GIF89a", {"text": "a", "image": b"none"}):
         with pytest.raises(ValueError, match="image"):
             embed(bad)
-    with pytest.raises(QueryError, match="empty|white"):
+    with pytest.raises(QueryError, match=r"empty|white"):
         embed("  ")
     ended = Engine(engine.model)
     ended.close()

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.console import Console
 
 from e5v_jax import E5V, cli
+from e5v_jax.atomic import write_whole
 from e5v_jax.checkpoints import from_hf
 from e5v_jax.demo.config import HERE
 from e5v_jax.demo.scores import COLUMNS, compare, draw_cosines, nearest, score
@@ -17,7 +18,9 @@ from e5v_jax.train.loop import train
 SEARCHES = ["an animal in trouble", "somebody lost a lot of money", "music that went wrong"]
 NEXT = """
 Yours next:
-  search     python -m e5v_jax.encode --model {model} --adapter {output} --dtype float32 --text ...
+  index      python -m e5v_jax.search index {sentences} --index {index} --model {model} \\
+               --adapter {output} --dtype float32
+  search     python -m e5v_jax.search serve --index {index}    # a page on these sentences
   own pairs  python -m e5v_jax.train --config configs/demo.py --data.path my.csv --output runs/mine
   GPU, TPU   README.md, "From laptop to pod": the same command with configs/e5v_qwen3_vl_2b.py
 """
@@ -78,4 +81,9 @@ def demo(args: Args) -> None:
     console.print(compare(all_of_them, before.paraphrases, after.paraphrases))
     harder = "harder: a hard negative repeats the sentence but for one fact"
     console.print(compare(harder, before.triplets, after.triplets))
-    console.print(NEXT.format(config=args.config, output=cfg.output, model=cfg.model))
+    written = cfg.output.parent / "sentences.txt"
+    lines = "".join(f"{sentence}\n" for sentence in sentences)
+    write_whole(written, lambda file: file.write(lines.encode()))
+    index = written.with_name("index")
+    paths = {"model": cfg.model, "output": cfg.output, "sentences": written, "index": index}
+    console.print(NEXT.format(**paths))
