@@ -1,4 +1,4 @@
-"""Queries of the search page go through the server's engine, and mean what E5V.encode_query says."""
+"""Queries of the page go through the server's engine, and mean what E5V.encode_query says."""
 
 import io
 from collections.abc import Callable, Iterator
