@@ -230,7 +230,9 @@ def test_long_texts_are_cut(
     np.testing.assert_allclose(np.frombuffer(vector, np.float16), expected, atol=1e-3)
 
 
-def test_query_by_words(indexed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_query_by_words(
+    indexed: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert run("query", "Snow falls.", "--index", indexed / "index", "-t", 2, "--json") == 0
     hits = json.loads(capsys.readouterr().out)
     assert len(hits) == 2 and hits[0]["score"] >= hits[1]["score"]
@@ -238,6 +240,9 @@ def test_query_by_words(indexed: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert run("query", "Snow falls.", "--index", indexed / "index") == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 4 and f"{indexed}/files/lines.txt:2  Snow falls." in "\n".join(lines)
+    monkeypatch.chdir(indexed)
+    assert run("query", "Snow falls.", "--index", "index") == 0
+    assert "  files/lines.txt:2  Snow falls." in capsys.readouterr().out
     assert max(map(len, lines)) < 200
 
 

@@ -12,7 +12,7 @@ from hf_models import TEXT_RECIPES, build_text
 from e5v_jax import __version__
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("convert", "export", "train", "encode", "evaluate", "dryrun", "demo")
+COMMANDS = ("convert", "export", "train", "encode", "evaluate", "dryrun", "demo", "search")
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +47,8 @@ def test_contents(installed: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"e5v_jax"}
     assert "e5v_jax/demo/train.csv" in names and "e5v_jax/demo/heldout.csv" in names
+    page = ("index.html", "style.css", "search.js")
+    assert {f"e5v_jax/search/page/{name}" for name in page} <= set(names)
     assert "e5v_jax/evaluate/published.csv" in names and "e5v_jax/py.typed" in names
     assert wheel.name.startswith(f"e5v_jax-{__version__}-")
     cited = (ROOT / "CITATION.cff").read_text().splitlines()

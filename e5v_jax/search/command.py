@@ -191,7 +191,9 @@ def print_hits(hits: Sequence[Hit], *, as_json: bool) -> None:
         print(json.dumps(rows, indent=1, ensure_ascii=False))
         return
     for hit in hits:
-        where = hit.row.path if hit.row.line is None else f"{hit.row.path}:{hit.row.line}"
+        path = Path(hit.row.path)
+        near = path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+        where = near if hit.row.line is None else f"{near}:{hit.row.line}"
         text = " ".join((hit.row.text or "").split())
         text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
         text = text if len(text) <= _WIDTH else f"{text[: _WIDTH - 1]}…"
