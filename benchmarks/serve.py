@@ -33,7 +33,7 @@ from encode_text import find_gguf, read_sentences
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the client and the checked load
 
 from mixed_load import MixedLoad, Tally, right_answers  # found by the line above
-from serve_load import Client, Reply, Server, post_all, serving
+from serve_load import Client, Reply, Server, cpu_seconds, post_all, serving
 
 Part = Literal["throughput", "latency", "overload", "mixed"]
 
@@ -131,28 +131,34 @@ def measure_throughput(args: Args, server: Server, bare: Bare, sides: dict[str, 
     """Print a table; gives the server's texts a second."""
     bare.run(0, args.limit, one_by_one=False)  # compiles
     rates: dict[str, list[float]] = {"E5V.encode": []}
+    cpu: dict[str, list[float]] = {"E5V.encode": [], "server": []}  # seconds a text
     seconds: dict[str, list[float]] = {}
     for _ in range(args.repetitions):
+        before = cpu_seconds(bare.process.pid)
         (taken,) = bare.run(0, args.limit, one_by_one=False)
         rates["E5V.encode"].append(args.limit / taken)
+        cpu["E5V.encode"].append((cpu_seconds(bare.process.pid) - before) / args.limit)
         for name, (port, payloads) in sides.items():
-            start = time.perf_counter()
+            start, before = time.perf_counter(), server.cpu_seconds
             replies = asyncio.run(post_all(port, payloads, args.concurrency))
             rates.setdefault(name, []).append(len(payloads) / (time.perf_counter() - start))
+            if name == "server":
+                cpu[name].append((server.cpu_seconds - before) / len(payloads))
             assert all(reply.status == 200 for reply in replies), name
             seconds.setdefault(name, []).extend(reply.seconds for reply in replies)
         print(
             ", ".join(f"{name} {found[-1]:.2f}" for name, found in rates.items()), file=sys.stderr
         )
     print(f"\n{args.limit} texts, one a request, {args.concurrency} at a time\n")
-    print("| | texts/s (median) | all runs | of encode | p50 | p99 | most, ms |")
-    print("|---|---|---|---|---|---|---|")
+    print("| | texts/s (median) | all runs | of encode | CPU, ms a text | p50 | p99 | most, ms |")
+    print("|---|---|---|---|---|---|---|---|")
     base = np.median(rates["E5V.encode"])
     for name, found in rates.items():
         runs = " ".join(f"{rate:.2f}" for rate in found)
         share = f"{100 * np.median(found) / base:.1f} %"
         times = spread(seconds[name]) if name in seconds else " | | "
-        print(f"| {name} | {np.median(found):.2f} | {runs} | {share} | {times} |")
+        work = f"{1e3 * np.median(cpu[name]):.0f}" if name in cpu else ""
+        print(f"| {name} | {np.median(found):.2f} | {runs} | {share} | {work} | {times} |")
     return float(np.median(rates["server"]))
 
 

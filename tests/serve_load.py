@@ -28,6 +28,12 @@ def free_port() -> int:
         return int(one.getsockname()[1])
 
 
+def cpu_seconds(process: int) -> float:
+    """What the threads of a process took of the CPUs: waiting for others does not count."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
 @dataclass
 class Server:
     """A running ``python -m e5v_jax.serve``."""
@@ -62,6 +68,11 @@ class Server:
             assert self.process.poll() is None, self.log.read_text()[-3000:]
             assert time.monotonic() < deadline, self.log.read_text()[-3000:]
             time.sleep(0.2)
+
+    @property
+    def cpu_seconds(self) -> float:
+        """Of all its threads, so far."""
+        return cpu_seconds(self.process.pid)
 
     @property
     def resident(self) -> int:
