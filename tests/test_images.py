@@ -4,6 +4,7 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -487,3 +488,14 @@ def test_sizes_that_do_not_divide_raise(function: Callable[..., Any]) -> None:
         function((5, 5), **{**good, "grid_pinpoints": []})
     with pytest.raises(ImageError, match="5x0 pixels"):
         function((0, 5), **good)
+
+
+def test_one_lazy_image_in_many_threads(tmp_path: Path) -> None:
+    """``Image.open`` reads pixels when they are asked for: twice at once fails, or mixes them."""
+    pixels = np.random.default_rng(0).integers(0, 256, (300, 400, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    with ThreadPoolExecutor(8) as threads:
+        for _ in range(20):
+            with Image.open(tmp_path / "a.png") as image:
+                for found in threads.map(load_image, [image] * 8):
+                    np.testing.assert_array_equal(np.asarray(found), pixels)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Literal, TypeVar
 
 from PIL import Image, UnidentifiedImageError
@@ -33,6 +34,10 @@ FORMATS = {
     "AVIF": (".avif",),
 }
 _TILE_TAGS = (322, 323)  # TIFF's TileWidth and TileLength
+
+# Of a caller's image, whose pixels Pillow reads when they are first asked for: two inputs may share
+# one, and threads that read it at once fail, or mix its bytes.
+_ONE_AT_A_TIME = Lock()
 
 Size = tuple[int, int]  # (height, width)
 T = TypeVar("T")
@@ -72,6 +77,9 @@ def load_image(
             nothing is decoded for it.
         TypeError: ``source`` is none of these.
     """
+    if isinstance(source, Image.Image):
+        with _ONE_AT_A_TIME:
+            _open(source, lambda image: image.load())
     return _open(source, partial(_to_rgb, resize=resize, transparency=transparency))
 
 
