@@ -38,6 +38,15 @@ from serve_load import Client, Reply, Server, cpu_seconds, post_all, serving
 Part = Literal["throughput", "latency", "overload", "mixed"]
 
 
+BATCHES = (
+    "e5v_batch_items_count",
+    "e5v_batch_items_sum",
+    "e5v_batch_tokens_sum",
+    "e5v_padding_tokens_total",
+)
+"""Of the server's metrics."""
+
+
 @dataclass(frozen=True)
 class Args:
     """Load a server of SmolLM2 beside E5V.encode on the same texts."""
@@ -133,6 +142,7 @@ def measure_throughput(args: Args, server: Server, bare: Bare, sides: dict[str, 
     rates: dict[str, list[float]] = {"E5V.encode": []}
     cpu: dict[str, list[float]] = {"E5V.encode": [], "server": []}  # seconds a text
     seconds: dict[str, list[float]] = {}
+    first = {name: server.metrics()[name] for name in BATCHES}
     for _ in range(args.repetitions):
         before = cpu_seconds(bare.process.pid)
         (taken,) = bare.run(0, args.limit, one_by_one=False)
@@ -149,6 +159,9 @@ def measure_throughput(args: Args, server: Server, bare: Bare, sides: dict[str, 
         print(
             ", ".join(f"{name} {found[-1]:.2f}" for name, found in rates.items()), file=sys.stderr
         )
+    after = server.metrics()
+    did = {name: after[name] - found for name, found in first.items()}
+    positions = did["e5v_padding_tokens_total"] + did["e5v_batch_tokens_sum"]
     print(f"\n{args.limit} texts, one a request, {args.concurrency} at a time\n")
     print("| | texts/s (median) | all runs | of encode | CPU, ms a text | p50 | p99 | most, ms |")
     print("|---|---|---|---|---|---|---|---|")
@@ -159,6 +172,11 @@ def measure_throughput(args: Args, server: Server, bare: Bare, sides: dict[str, 
         times = spread(seconds[name]) if name in seconds else " | | "
         work = f"{1e3 * np.median(cpu[name]):.0f}" if name in cpu else ""
         print(f"| {name} | {np.median(found):.2f} | {runs} | {share} | {work} | {times} |")
+    print(
+        f"\nthe server's batches: {did['e5v_batch_items_count']:.0f} of "
+        f"{did['e5v_batch_items_sum'] / did['e5v_batch_items_count']:.1f} texts, padding "
+        f"{100 * did['e5v_padding_tokens_total'] / positions:.1f} %"
+    )
     return float(np.median(rates["server"]))
 
 
@@ -230,7 +248,9 @@ async def overload(args: Args, server: Server, payloads: Sequence[bytes], rate: 
     print("| status | requests | p50 | p99 | most, ms |\n|---|---|---|---|---|")
     for status, seconds in sorted(by_status.items()):
         print(f"| {status} | {len(seconds)} | {spread(seconds)} |")
-    print("\nmemory, MB: " + " ".join(f"{one / 1e6:.0f}" for one in memory))
+    refused = np.asarray(by_status.get(429, [np.inf]))
+    print(f"\nrefusals within 50 ms: {100 * np.mean(refused <= 0.05):.1f} %")
+    print("memory, MB: " + " ".join(f"{one / 1e6:.0f}" for one in memory))
     retry = {reply.headers.get("retry-after") for reply in replies if reply.status == 429}
     print(
         f"Retry-After: {sorted(map(str, retry))}; this program was {1e3 * late:.0f} ms late at most"
