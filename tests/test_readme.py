@@ -115,6 +115,7 @@ NOT_HERE = {
     r"e5v-convert --preset": "no command but a flag: test_presets.py",
     r"python benchmarks/(encode_text|encode_images|encode_bulk).py": "the real SmolLM2, minutes",
     r"python benchmarks/serve.py": "so does this; test_serve_benchmark.py runs its checked part",
+    r"python benchmarks/llama_cpp_server.py": "a package that is not this project's",
     r"python benchmarks/encode_gpu_qwen.py": "a GPU",
     r"python benchmarks/gpu_train.py": "a GPU; test_gpu_benchmark.py runs it at toy size",
     r"python benchmarks/(convert_memory|checksums).py": "16 and 2 GB; test_convert_memory.py",
