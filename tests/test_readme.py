@@ -107,7 +107,7 @@ NOT_HERE = {
     r"curl|mkdir": "the network, and a folder for what comes from it",
     r"python .* configs/e5v_llama3_8b_qlora.py": "8 B: test_dryrun.py reads it",
     r".*vit_s_focus.onnx": "the real files: test_compose.py",
-    r"python -m e5v_jax.serve": "it runs until a signal: test_serve_command.py",
+    r"python -m e5v_jax.serve|e5v-serve": "it runs until a signal: test_serve_command.py",
     r"python -m e5v_jax.align": "test_align.py runs it",
     r"python -m e5v_jax.train --config configs/nano_e5v.py": "test_align.py goes on with a model",
     r"make photographs": "hours, and photographs that are not shipped",
