@@ -20,7 +20,7 @@ from e5v_jax.families.base import BatchShape
 from e5v_jax.serve.items import Embedded, Item
 from e5v_jax.serve.observer import BatchReport, Observer
 from e5v_jax.serve.prepare import choose_parts, tokenise
-from e5v_jax.serve.shapes import fitting_shape
+from e5v_jax.serve.shapes import fitting_shape, share_out
 from e5v_jax.serve.waiting import (
     Answer,
     BadItem,
@@ -282,25 +282,29 @@ class Engine:
         }
         if not window:
             return [], None
-        first, processor = next(iter(window.values())), self.model.processor
+        first, processor = next(iter(window.values())).measured, self.model.processor
+        like = [
+            part.measured for part in window.values() if part.measured.shape_key == first.shape_key
+        ]
+        # in equal shares, as the first in line may be in the last batch, else the emptiest
+        batches, rows = share_out(like, processor.padded_length, self.max_tokens)
         batch = next(
             batch
             for batch in plan_batches(
-                [part.measured for part in window.values()],
+                like,
                 padded_length=processor.padded_length,
-                max_rows=None,
+                max_rows=rows,
                 max_tokens=self.max_tokens,
                 multiple=self.model.runtime.batch_devices,
             )
-            if any(item is first.measured for item in batch.items)
+            if any(item is first for item in batch.items)
         )
-        if only_full and (len(batch.items) + 1) * batch.shape.size <= self.max_tokens:
+        if only_full and batches == 1 and (rows + 1) * batch.shape.size <= self.max_tokens:
             return [], None
         parts = [window[id(item)] for item in batch.items]
         self._waiting.start(parts)
         compiled = self.model.statistics.compilations
-        shape = batch.shape
-        return parts, shape if shape in compiled else fitting_shape(shape, len(parts), compiled)
+        return parts, fitting_shape(batch.shape, len(parts), compiled)
 
     def _start(self, parts: list[Part], shape: BatchShape) -> jax.Array:
         batch = Batch([part.measured for part in parts], shape)

@@ -1,15 +1,15 @@
 """The shapes that are compiled before the first request, and which of them a batch takes."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from PIL import Image
 
 from e5v_jax.data.images import Size
-from e5v_jax.families.base import BatchShape, Processor
+from e5v_jax.families.base import BatchShape, Measured, Processor
 from e5v_jax.presets import ROLES
 
-_GROWTH = 4  # rows of the next larger shape
+_GROWTH = 2  # rows of the next larger shape
 _WORDS = 64  # tokens of a text beside an image
 
 
@@ -24,7 +24,7 @@ def declare_shapes(
     """List shapes for texts of up to ``longest_text`` tokens (0: none), and for some images.
 
     Tokens count the prompt and the template; sizes are (height, width) in pixels. Of each length
-    there are 1, 4, 16, ... rows, up to what ``max_tokens`` positions hold, in multiples of
+    there are 1, 2, 4, ... rows, up to what ``max_tokens`` positions hold, in multiples of
     ``multiple``, the devices that share a batch. Raises ValueError: no such text or image.
     """
     roles = [processor.preset.choose(role) for role in ROLES]
@@ -46,6 +46,16 @@ def declare_shapes(
         rows = {-(-count // multiple) * multiple for count in rows}
         shapes += [replace(shape, rows=count) for count in sorted(rows)]
     return shapes
+
+
+def share_out(
+    items: Sequence[Measured], padded_length: Callable[[int, int], int], max_tokens: int
+) -> tuple[int, int]:
+    """How many batches hold items of one shape key, and how many rows of each are then filled."""
+    longest = max(items, key=lambda item: item.length)
+    shape = BatchShape(0, padded_length(longest.length, longest.shape_key), longest.shape_key)
+    batches = -(-len(items) // max(1, max_tokens // shape.size))
+    return batches, -(-len(items) // batches)
 
 
 def fitting_shape(wanted: BatchShape, items: int, compiled: Iterable[BatchShape]) -> BatchShape:
