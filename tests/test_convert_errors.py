@@ -15,12 +15,13 @@ import pytest
 import safetensors.numpy
 from faults import file_size_limit
 from hf_models import TEXT_RECIPES, Case, build_text, build_tokenizer
+from orbax.checkpoint import v1 as ocp
 from test_convert import save
 from test_to_hf import random_adapter
 
 from e5v_jax import E5V, cli
 from e5v_jax.atomic import new_folder
-from e5v_jax.checkpoints import converted, from_hf, to_hf
+from e5v_jax.checkpoints import from_hf, to_hf
 from e5v_jax.checkpoints.converted import ConvertedFolder, write_params
 from e5v_jax.checkpoints.hf_source import open_source
 from e5v_jax.checkpoints.peft import write_adapter
@@ -561,11 +562,11 @@ def test_what_to_do_about_params(
     }
     for text_, todo in causes.items():
         with monkeypatch.context() as patch:
-            patch.setattr(converted.ocp, "load", raising(ValueError(text_)))
+            patch.setattr(ocp, "load", raising(ValueError(text_)))
             line = read(text / "ours")
             assert todo in line and "convert" not in line
     with monkeypatch.context() as patch:
-        patch.setattr(converted.ocp, "load", raising(OSError(5, "Input/output error")))
+        patch.setattr(ocp, "load", raising(OSError(5, "Input/output error")))
         assert "Input/output error" in read(text / "ours")
 
 
