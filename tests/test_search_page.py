@@ -7,6 +7,7 @@ writes the pictures of docs/search.md. Chromium is the system's (apt-get install
 
 import base64
 import io
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -257,20 +258,19 @@ def test_keyboard(page: "Page") -> None:
     settle(page)
     found = names(page)
 
-    def focused() -> str:
-        return str(
-            page.evaluate("document.activeElement.querySelector('.name')?.textContent ?? ''")
-        )
+    def wait_for_focus(name: str) -> None:
+        focused = "document.activeElement.querySelector('.name')?.textContent"
+        wait_for(page, f"{focused} === {json.dumps(name)}")
 
     page.keyboard.press("ArrowDown")
-    assert focused() == found[0]
+    wait_for_focus(found[0])
     page.keyboard.press("ArrowRight")
-    assert focused() == found[1]
+    wait_for_focus(found[1])
     columns = page.evaluate(
         "getComputedStyle(document.querySelector('#results')).gridTemplateColumns.split(' ').length"
     )
     page.keyboard.press("ArrowDown")
-    assert focused() == found[1 + columns]
+    wait_for_focus(found[1 + columns])
     page.keyboard.press("ArrowUp")
     page.keyboard.press("ArrowLeft")
     page.keyboard.press("Enter")
@@ -280,7 +280,7 @@ def test_keyboard(page: "Page") -> None:
     wait_for(page, "document.querySelector('#stage img').naturalWidth === 480")
     page.keyboard.press("Escape")
     playwright.expect(page.locator("#viewer")).to_be_hidden()
-    assert focused() == found[1]
+    wait_for_focus(found[1])
     page.keyboard.press("m")
     playwright.expect(page.locator("#chips span")).to_have_text(f"like {found[1]}")
     page.keyboard.press("/")

@@ -12,7 +12,7 @@ from hf_models import TEXT_RECIPES, build_text
 from e5v_jax import __version__
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("convert", "export", "train", "encode", "evaluate", "dryrun", "demo", "search")
+COMMANDS = ("convert", "export", "train", "encode", "evaluate", "dryrun", "demo", "serve", "search")
 
 
 @pytest.fixture(scope="module")
