@@ -86,4 +86,4 @@ def demo(args: Args) -> None:
     write_whole(written, lambda file: file.write(lines.encode()))
     index = written.with_name("index")
     paths = {"model": cfg.model, "output": cfg.output, "sentences": written, "index": index}
-    console.print(NEXT.format(**paths))
+    console.print(NEXT.format(**paths), soft_wrap=True)  # commands are copied
