@@ -101,7 +101,7 @@ def test_the_vectors_of_encode(e5v: E5V, make: Callable[..., Engine]) -> None:
         {"truncate": "start", "max_length": 90},
     ):
         long = [TEXTS[0], "a long text " * 30]
-        expected = e5v.encode(long, **options)  # type: ignore[arg-type]
+        expected = e5v.encode(long, **options)
         found = engine.submit(texts(*long, **options))
         assert largest(vectors(found), expected) <= TOLERANCE
     assert found[-1].result().tokens == 90
@@ -265,7 +265,7 @@ def test_warm_up(e5v: E5V, make: Callable[..., Engine]) -> None:
     found = vectors(engine.submit(items))
     assert e5v.statistics.compilations == before
     given = [item.text or item.image for item in items]
-    assert largest(found, e5v.encode(given)) <= TOLERANCE  # type: ignore[arg-type]
+    assert largest(found, e5v.encode(given)) <= TOLERANCE
 
 
 def test_shapes() -> None:
@@ -293,7 +293,7 @@ def test_bad_items_each_for_itself(e5v: E5V, make: Callable[..., Engine]) -> Non
         def convert(self, *_: Any, **__: Any) -> Image.Image:
             raise OSError("truncated")
 
-        resize = convert  # type: ignore[assignment]
+        resize = convert
 
     items = [
         Item("good"),

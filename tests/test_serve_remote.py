@@ -125,7 +125,7 @@ def test_numbers_and_names_of_this_machine(host: str) -> None:
     """Even if somebody allowed them: resolved by this machine, and no connection is made."""
 
     class NoConnection(Internet):
-        resolve = staticmethod(resolve)  # type: ignore[assignment]  # the real one
+        resolve = staticmethod(resolve)  # the real one
 
     for policy in (POLICY, replace(POLICY, allowed_hosts=frozenset({host.removesuffix(".")}))):
         internet = NoConnection({})
@@ -233,7 +233,7 @@ def test_a_redirect_to_an_allowed_name_at_a_private_address() -> None:
 @pytest.mark.parametrize("slow", [drip, slow_head])
 def test_seconds(slow: object) -> None:
     """Of all of it: an answer that comes a byte at a time never waits long for any."""
-    internet = Internet({"images.test/a.png": slow})  # type: ignore[dict-item]
+    internet = Internet({"images.test/a.png": slow})
     start = time.perf_counter()
     with pytest.raises(MediaError, match=r"took more than the 0.3 seconds allowed") as caught:
         internet.fetch("http://images.test/a.png", replace(POLICY, timeout_s=0.3))
