@@ -403,3 +403,10 @@ def test_three_kills(many: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_twenty_kills(many: Path, tmp_path: Path) -> None:
     kill_while_indexing(many, tmp_path, 20)
+
+
+def test_a_file_that_is_named_is_no_folder(tmp_path: Path) -> None:
+    """Nothing is told of it: it is not walked through, too."""
+    (tmp_path / "lines.txt").write_text("A dog sleeps.\n")
+    found, failed = find_files([tmp_path / "lines.txt"], tmp_path / "index")
+    assert found == [str(tmp_path / "lines.txt")] and not failed

@@ -77,6 +77,7 @@ def find_files(roots: Sequence[Path], index: Path) -> tuple[list[str], dict[str,
                 known = ", ".join((*TEXT_SUFFIXES, *IMAGE_SUFFIXES))
                 raise ValueError(f"{root}: unknown suffix {root.suffix!r}, expected {known}")
             offer(os.path.abspath(root))
+            continue
         for folder, folders, names in os.walk(os.path.abspath(root), onerror=note):
             folders[:] = sorted(
                 name
