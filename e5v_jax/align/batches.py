@@ -13,6 +13,7 @@ from e5v_jax.align.loss import CaptionBatch
 from e5v_jax.data.inputs import InputError
 from e5v_jax.data.text import TEXT_BUCKETS, bucket_length
 from e5v_jax.families.base import BatchShape, Measured, Processor
+from e5v_jax.nn.decoder import Packing
 from e5v_jax.prompts import PromptChoice, slots
 
 
@@ -23,7 +24,8 @@ class CaptionTokens:
     items: list[Measured]  # of each row, without a caption
     captions: list[list[list[int]]]  # [rows][captions of it]: ids, the end included
     shape: BatchShape  # of each step's batch but its rows
-    label_count: int  # the most tokens of a caption
+    label_count: int  # the most tokens that are predicted in a row
+    packed: bool  # whether a row has all captions of its image
 
 
 def tokenize_captions(data: Captions, processor: Processor, cfg: CaptionsConfig) -> CaptionTokens:
@@ -56,15 +58,16 @@ def tokenize_captions(data: Captions, processor: Processor, cfg: CaptionsConfig)
             raise ValueError(
                 f"{where}: {length} tokens with its longest caption, the model takes at most {most}"
             )
-    longest = max(
-        item.length + max(map(len, own)) for item, own in zip(items, captions, strict=True)
-    )
+    packed = cfg.captions == "all"
+    counts = [sum(map(len, own)) if packed else max(map(len, own)) for own in captions]
+    longest = max(item.length + count for item, count in zip(items, counts, strict=True))
     return CaptionTokens(
         items,
         captions,
         # one shape for the run, so that it may be as small as these rows let it
         BatchShape(0, bucket_length(longest, TEXT_BUCKETS), max(item.shape_key for item in items)),
-        max(len(caption) for own in captions for caption in own),
+        max(counts),
+        packed,
     )
 
 
@@ -104,19 +107,27 @@ class CaptionBatchMaker:
     def __call__(self, rows: np.ndarray, which: np.ndarray) -> CaptionBatch:
         """Make the batch of rows int64 [B], each with its caption number ``which`` int64 [B].
 
-        A row of -1 is left empty; so is an image that is not wanted here.
+        Where captions are packed, each has all of them. A row of -1 is left empty; so is an image that is not wanted here.
         Raises ValueError: a broken image; names row and file.
         """
         tokens = self.tokens
         shape = (len(rows), tokens.label_count)
         index, labels = np.zeros(shape, np.int32), np.full(shape, -1, np.int32)
+        segment, shift = np.zeros((2, len(rows), tokens.shape.length), np.int32)
         due = []
         for i, (row, caption) in enumerate(zip(rows.tolist(), which.tolist(), strict=True)):
             if row < 0:
                 continue
-            item, ids = tokens.items[row], tokens.captions[row][caption]
-            index[i, : len(ids)] = np.arange(len(ids)) + item.length - 1
-            labels[i, : len(ids)] = ids
+            item, captions = tokens.items[row], tokens.captions[row]
+            ids: list[int] = []
+            for number, own in enumerate(captions if tokens.packed else [captions[caption]]):
+                start, end = item.length + len(ids), item.length + len(ids) + len(own)
+                labelled = slice(len(ids), len(ids) + len(own))
+                # the end of the prompt predicts the first token of each
+                index[i, labelled] = [item.length - 1, *range(start, end - 1)]
+                labels[i, labelled] = own
+                segment[i, start:end], shift[i, start:end] = number + 1, len(ids)
+                ids += own
             if self.wanted[i]:
                 length = item.length + len(ids)
                 due.append((i, row, replace(item, ids=[*item.ids, *ids], length=length)))
@@ -124,7 +135,7 @@ class CaptionBatchMaker:
         for (i, *_), loaded in zip(due, self.pool.map(self._load, due), strict=True):
             items[i] = loaded
         inputs = self.processor.stack(items, replace(tokens.shape, rows=len(rows)))
-        return CaptionBatch(inputs, index, labels)
+        return CaptionBatch(inputs, index, labels, Packing(segment, shift) if tokens.packed else None)
 
     def _load(self, due: tuple[int, int, Measured]) -> Any:
         _, row, item = due

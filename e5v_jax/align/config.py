@@ -19,7 +19,8 @@ class CaptionsConfig:
     the images, in it or in images/; Parquet files with columns image (an encoded image, kept in
     memory) and captions (texts)."""
     captions: Literal["one", "all"] = "one"
-    """Of each image in an epoch: one, the next one in every epoch; or all, as so many rows."""
+    """Of each image in an epoch: one, the next one in every epoch; or all, behind the image in one
+    row, where none sees another: the loss of as many rows, at little more than the work of one."""
     features: Path | None = None
     """Folder for what the frozen tower makes of each image, computed once and kept; None computes
     it in every step."""

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from concurrent.futures import Executor
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -44,21 +43,16 @@ def open_feed(
     # a run that goes on shows the same ones as one that was left alone
     random = np.random.Philox(np.random.SeedSequence([cfg.seed, len(counts)]))
     first = (random.random_raw(len(counts)) % counts.astype(np.uint64)).astype(np.int64)
-    every = cfg.data.captions == "all"
-    row_of = np.repeat(np.arange(len(counts)), counts if every else 1)
-    start_of = np.array(list(accumulate(counts, initial=0)))
 
-    def host_batch(numbers: np.ndarray, epoch: int) -> HostBatch:
-        rows = row_of[numbers]
-        which = numbers - start_of[rows] if every else (first[rows] + epoch) % counts[rows]
-        batch = make_batch(rows, which)
+    def host_batch(rows: np.ndarray, epoch: int) -> HostBatch:
+        batch = make_batch(rows, (first[rows] + epoch) % counts[rows])
         seen = sum(tokens.items[row].length for row in rows) + int((batch.labels >= 0).sum())
         return HostBatch(rows, batch, seen)
 
     batches = partial(
         batches_of_rows,
-        row_of,
-        [data.row_ids[row] for row in row_of],
+        np.arange(len(counts)),
+        data.row_ids,
         "image",
         batch_size=cfg.batch_size,
         seed=cfg.seed,

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import optax
 
 from e5v_jax.families.base import Array, Batch
-from e5v_jax.nn.decoder import Decoder, Remat
+from e5v_jax.nn.decoder import Decoder, Packing, Remat
 from e5v_jax.train.step import Key, in_chunks
 
 
 class CaptionBatch(NamedTuple):
-    """Images with a caption behind each, and what is to be predicted where.
+    """Images with a caption or several behind each, and what is to be predicted where.
 
     ``inputs`` alone knows of pixels, so that features could stand there.
     """
@@ -20,6 +20,7 @@ class CaptionBatch(NamedTuple):
     inputs: Batch  # B sequences
     label_index: Array  # int32 [B, T], the positions whose next token is predicted
     labels: Array  # int32 [B, T], those tokens; -1 is none
+    packing: Packing | None = None  # of an image's captions, where a row has several
 
 
 class CaptionModel(Protocol):
@@ -28,7 +29,12 @@ class CaptionModel(Protocol):
     language_model: Decoder
 
     def hidden_states(
-        self, batch: Any, *, remat: Remat = "none", dropout_key: jax.Array | None = None
+        self,
+        batch: Any,
+        *,
+        packing: Packing | None = None,
+        remat: Remat = "none",
+        dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """The final-norm output at all positions, [B, L, D]."""
 
@@ -70,7 +76,9 @@ def caption_sums(
 
 def _sums(model: CaptionModel, batch: CaptionBatch, *, remat: Remat, dropout_key: Key) -> Sums:
     decoder = model.language_model
-    x = model.hidden_states(batch.inputs, remat=remat, dropout_key=dropout_key)  # [B, L, D]
+    x = model.hidden_states(
+        batch.inputs, packing=batch.packing, remat=remat, dropout_key=dropout_key
+    )  # [B, L, D]
     x = jnp.take_along_axis(x, jnp.asarray(batch.label_index)[..., None], axis=1)  # [B, T, D]
     table = decoder.embed_tokens[...].astype(x.dtype)  # [V, D]
     logits = jnp.einsum(

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -34,7 +35,8 @@ class CaptionValidation:
         assert cfg.evaluation.data is not None
         data = load_captions([cfg.evaluation.data], stride=cfg.evaluation.stride)
         mesh = training.runtime.mesh
-        tokens = tokenize_captions(data, training.processor, cfg.data)
+        one = replace(cfg.data, captions="one")
+        tokens = tokenize_captions(data, training.processor, one)
         size = cfg.chunk_size or cfg.batch_size
         wanted, pool = local_rows(size, mesh), ThreadPoolExecutor()
         self._data, self._pool = data, pool

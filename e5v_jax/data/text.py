@@ -17,9 +17,10 @@ if TYPE_CHECKING:  # which takes a second
 
 # Fine where texts are many; beyond, at most a fifth of a sequence is padding.
 _DOUBLINGS = [quarters * 2**power for power in range(5, 12) for quarters in (5, 6, 7, 8)]
-# Lengths that texts are padded to, and sequences with images: what TPU's splash attention takes.
+# Lengths that texts are padded to, and sequences with images: from 256 on what TPU's splash
+# attention takes; shorter ones are those of small models with few tokens for an image.
 TEXT_BUCKETS = (16, 20, 24, 28, 32, 36, 40, 48, 56, 64, 80, 96, 112, 128, *_DOUBLINGS)
-IMAGE_BUCKETS = tuple(range(256, 16385, 128))
+IMAGE_BUCKETS = (48, 64, 80, 96, 112, 128, 160, 192, 224, *range(256, 16385, 128))
 
 
 def encode_batch(

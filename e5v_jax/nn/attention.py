@@ -36,19 +36,25 @@ def attention(
     precision: Precision,
     runtime: Runtime,
     key_lengths: jax.Array | None = None,
+    segment: jax.Array | None = None,
 ) -> jax.Array:
     """Attention of q [B, T, N, H] over k, v [B, S, K, H] -> [B, T, N, H]; N is a multiple of K.
 
     Right-padded batches need no mask under the causal one: no real token sees what is right of it.
     Without that, ``key_lengths`` int32 [B] says that keys from there on are not seen; what comes
-    out for queries from there on means nothing, but is finite. Raises ValueError: splash was asked
-    for, and the shape does not fit it, or causal attention with ``key_lengths``.
+    out for queries from there on means nothing, but is finite. Under the causal mask, ``segment``
+    int32 [B, T] says that a key is seen only from its own segment, or from all if its is 0; XLA
+    computes that on every device. Raises ValueError: splash was asked for, and the shape does not
+    fit it, causal attention with ``key_lengths``, or attention that is not with ``segment``.
     """
     if is_causal and key_lengths is not None:
         raise ValueError("causal attention takes no key_lengths: pad on the right")
+    if segment is not None and not is_causal:
+        raise ValueError("segments are for causal attention")
     chosen, platform = runtime.attn_implementation, runtime.platform
-    if q.shape[1] != k.shape[1] or (chosen == "splash" and not is_causal and key_lengths is None):
-        chosen = "xla"  # the last layer's pooled query; tiles, whose length is no multiple of 128
+    tiles = chosen == "splash" and not is_causal and key_lengths is None  # no multiple of 128
+    if q.shape[1] != k.shape[1] or tiles or segment is not None:  # the first: the pooled query
+        chosen = "xla"
     elif chosen == "auto":
         chosen = _choose(q, platform, is_causal=is_causal, is_masked=key_lengths is not None)
     if chosen == "splash":
@@ -58,7 +64,7 @@ def attention(
     on_cpu = platform == "cpu"
     if is_causal:
         block = _QUERY_BLOCK_CPU if on_cpu else QUERY_BLOCK
-        return _causal(q, k, v, precision=precision, block=block)
+        return _causal(q, k, v, segment, precision=precision, block=block)
     block = _QUERY_BLOCK_CPU_FULL if on_cpu else QUERY_BLOCK
     full = partial(_full, precision=precision, block=block)
     if not on_cpu or runtime.mesh.size > 1 or 1 in q.shape[:2]:  # one row, or the pooled query
@@ -96,7 +102,13 @@ def _cudnn(
 
 
 def _causal(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, precision: Precision, block: int
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment: jax.Array | None,
+    *,
+    precision: Precision,
+    block: int,
 ) -> jax.Array:
     """Blocks of queries, each with only the keys up to its end."""
     keys, values = (x.transpose(0, 2, 1, 3) for x in (k, v))  # [B, K, S, H]
@@ -104,6 +116,9 @@ def _causal(
     for start in range(0, q.shape[1], block):
         end = min(start + block, q.shape[1])
         visible = jnp.arange(start, end)[:, None] >= jnp.arange(end)[None, :]  # [T', S']
+        if segment is not None:
+            own, seen = segment[:, start:end, None], segment[:, None, :end]
+            visible = (visible & ((seen == 0) | (seen == own)))[:, None, None]  # [B, 1, 1, T', S']
         out.append(
             attend_block(q[:, start:end], keys[:, :, :end], values[:, :, :end], visible, precision)
         )

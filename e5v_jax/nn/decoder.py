@@ -31,6 +31,13 @@ class Deepstack(NamedTuple):
     image_index: jax.Array  # int32 [B, L], which of the N stands at a position; below 0 none
 
 
+class Packing(NamedTuple):
+    """Several continuations of one beginning in a row, none of which sees another."""
+
+    segment: jax.Array | np.ndarray  # int32 [B, L], which continuation a token belongs to; 0 is the beginning
+    shift: jax.Array | np.ndarray  # int32 [B, L], how much earlier than its place a token would stand alone
+
+
 class Attention(nnx.Module):
     """Causal self-attention with grouped key/value heads and rotary positions."""
 
@@ -49,7 +56,13 @@ class Attention(nnx.Module):
         self.rope_scale = (scaling and scaling.attention_factor) or 1.0
         self.precision, self.runtime = build.precision, build.runtime
 
-    def __call__(self, x: jax.Array, angles: jax.Array, keys: list[jax.Array | None]) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        angles: jax.Array,
+        keys: list[jax.Array | None],
+        segment: jax.Array | None = None,
+    ) -> jax.Array:
         """[B, T, D] -> [B, T, D]; ``keys`` are dropout keys for q, k, v, o."""
         b, t, _ = x.shape
         q = self.q_proj(x, dropout_key=keys[0]).reshape(b, t, -1, self.head_dim)  # [B, T, N, H]
@@ -58,8 +71,9 @@ class Attention(nnx.Module):
         if self.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = apply_rope(q, angles, self.rope_scale), apply_rope(k, angles, self.rope_scale)
+        precision, runtime = self.precision, self.runtime
         out = attention(
-            q, k, v, is_causal=True, precision=self.precision, runtime=self.runtime
+            q, k, v, is_causal=True, segment=segment, precision=precision, runtime=runtime
         )  # [B, T, N, H]
         return self.o_proj(out.reshape(b, t, -1), dropout_key=keys[3])
 
@@ -112,12 +126,18 @@ class DecoderLayer(nnx.Module):
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, eps=eps, precision=build.precision)
         self.mlp = SwiGLU(cfg, build, rngs=rngs)
 
-    def __call__(self, x: jax.Array, angles: jax.Array, dropout_key: jax.Array | None) -> jax.Array:
+    def __call__(
+        self,
+        x: jax.Array,
+        angles: jax.Array,
+        dropout_key: jax.Array | None,
+        segment: jax.Array | None = None,
+    ) -> jax.Array:
         """[B, T, D] -> [B, T, D]."""
         keys: list[jax.Array | None] = [None] * 7
         if dropout_key is not None:
             keys = list(jax.random.split(dropout_key, 7))
-        x = x + self.self_attn(self.input_layernorm(x), angles, keys[:4])
+        x = x + self.self_attn(self.input_layernorm(x), angles, keys[:4], segment)
         return x + self.mlp(self.post_attention_layernorm(x), keys[4:])
 
     def at(self, x: jax.Array, angles: jax.Array, index: jax.Array) -> jax.Array:
@@ -153,6 +173,7 @@ class Decoder(nnx.Module):
         *,
         positions: jax.Array | None = None,
         deepstack: Deepstack | None = None,
+        packing: Packing | None = None,
         remat: Remat = "none",
         dropout_key: jax.Array | None = None,
     ) -> jax.Array:
@@ -160,8 +181,14 @@ class Decoder(nnx.Module):
 
         The caller gathers the pooled token first and norms only that one. ``positions`` are int32
         [B, T, 3], time, row and column of each token, where a model has them (M-RoPE); without
-        them token t is at t. Raises ValueError: ``deepstack`` is for more layers than there are.
+        them token t is at t. With ``packing`` each continuation is as if it stood alone. Raises
+        ValueError: ``deepstack`` is for more layers than there are.
         """
+        segment = None
+        if packing is not None:
+            segment = jnp.asarray(packing.segment)
+            places = jnp.arange(x.shape[1])[:, None] if positions is None else positions
+            positions = jnp.broadcast_to(places - packing.shift[..., None], (*x.shape[:2], 3))
         angles = self._angles(x.shape[1], positions)
         add = self._deepstack_addition(deepstack)
         keys = None
@@ -173,7 +200,7 @@ class Decoder(nnx.Module):
         ) -> tuple[jax.Array, None]:
             layer, key, number = xs
             split = self.runtime.split_batch
-            return split(add(layer(split(h), angles, key), number)), None
+            return split(add(layer(split(h), angles, key, segment), number)), None
 
         if remat == "full":
             body = jax.checkpoint(body, prevent_cse=False)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from e5v_jax.families.base import Array, BatchShape, ModelConfig
-from e5v_jax.nn.decoder import Decoder, Remat, take
+from e5v_jax.nn.decoder import Decoder, Packing, Remat, take
 from e5v_jax.nn.layers import Build
 
 
@@ -42,15 +42,20 @@ class TextModel(nnx.Module):
         return self._pool(self._run(batch, remat=remat, dropout_key=dropout_key), batch)
 
     def hidden_states(
-        self, batch: Any, *, remat: Remat = "none", dropout_key: jax.Array | None = None
+        self,
+        batch: Any,
+        *,
+        packing: Packing | None = None,
+        remat: Remat = "none",
+        dropout_key: jax.Array | None = None,
     ) -> jax.Array:
         """What a head would see, [B, L, D] in the compute dtype: final-norm output everywhere."""
-        x = self._run(batch, remat=remat, dropout_key=dropout_key)
+        x = self._run(batch, packing=packing, remat=remat, dropout_key=dropout_key)
         return self.language_model.norm(x)
 
-    def _run(self, batch: Any, *, remat: Remat, dropout_key: jax.Array | None) -> jax.Array:
-        """All decoder layers over a batch: [B, L, D] before the norm."""
-        return self.language_model(self.decoder_inputs(batch), remat=remat, dropout_key=dropout_key)
+    def _run(self, batch: Any, **how: Any) -> jax.Array:
+        """All decoder layers over a batch: [B, L, D] before the norm; with the decoder's keywords."""
+        return self.language_model(self.decoder_inputs(batch), **how)
 
     def encode(self, batch: Any) -> jax.Array:
         """The same vectors [B, D] without what only training needs: see :meth:`Decoder.at`."""
