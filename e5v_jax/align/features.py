@@ -61,16 +61,21 @@ class Features:
         self._folder.mkdir(parents=True, exist_ok=True)
         graphdef, state = nnx.split(model)
         compute = jax.jit(lambda state, tiles: nnx.merge(graphdef, state).tile_features(tiles))
-        most = max(item.shape_key for item in missing)  # tiles of an image
-        rows = max(_TILES // most, 1)
-        for start in track(range(0, len(missing), rows), "features of images"):
-            part = missing[start : start + rows]
+        for start in track(range(0, len(missing), _TILES), "features of images"):
+            part = missing[start : start + _TILES]
             tiles = [loaded.tiles for loaded in pool.map(self._processor.load, part)]
             ends = np.cumsum([len(own) for own in tiles])
-            padded = np.zeros((rows * most, *tiles[0].shape[1:]), np.uint8)  # one shape to compile
-            padded[: ends[-1]] = np.concatenate(tiles)
+            # an image of a tile's size is cut into itself: the tower sees it once
+            different, place = np.unique(np.concatenate(tiles), axis=0, return_inverse=True)
+            padding = np.zeros((-len(different) % _TILES, *different.shape[1:]), np.uint8)
+            different = np.concatenate([different, padding])  # one shape to compile
             # NumPy writes no bfloat16; as fp32 each value is the same
-            found = np.asarray(compute(state, padded)).astype(np.float32)
+            found = np.concatenate(
+                [
+                    np.asarray(compute(state, different[i : i + _TILES])).astype(np.float32)
+                    for i in range(0, len(different), _TILES)
+                ]
+            )[place.reshape(-1)]  # [tiles of all, P, Dv]
             for item, own in zip(part, np.split(found, ends)[:-1], strict=True):
                 write_whole(self._files[item.position], _saving(own))
 

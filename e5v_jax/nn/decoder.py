@@ -34,8 +34,12 @@ class Deepstack(NamedTuple):
 class Packing(NamedTuple):
     """Several continuations of one beginning in a row, none of which sees another."""
 
-    segment: jax.Array | np.ndarray  # int32 [B, L], which continuation a token belongs to; 0 is the beginning
-    shift: jax.Array | np.ndarray  # int32 [B, L], how much earlier than its place a token would stand alone
+    segment: (
+        jax.Array | np.ndarray
+    )  # int32 [B, L], which continuation a token belongs to; 0 is the beginning
+    shift: (
+        jax.Array | np.ndarray
+    )  # int32 [B, L], how much earlier than its place a token would stand alone
 
 
 class Attention(nnx.Module):

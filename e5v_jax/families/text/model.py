@@ -54,7 +54,7 @@ class TextModel(nnx.Module):
         return self.language_model.norm(x)
 
     def _run(self, batch: Any, **how: Any) -> jax.Array:
-        """All decoder layers over a batch: [B, L, D] before the norm; with the decoder's keywords."""
+        """All decoder layers over a batch, with keywords of theirs: [B, L, D] before the norm."""
         return self.language_model(self.decoder_inputs(batch), **how)
 
     def encode(self, batch: Any) -> jax.Array:
