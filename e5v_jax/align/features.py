@@ -66,16 +66,17 @@ class Features:
             tiles = [loaded.tiles for loaded in pool.map(self._processor.load, part)]
             ends = np.cumsum([len(own) for own in tiles])
             # an image of a tile's size is cut into itself: the tower sees it once
-            different, place = np.unique(np.concatenate(tiles), axis=0, return_inverse=True)
-            padding = np.zeros((-len(different) % _TILES, *different.shape[1:]), np.uint8)
-            different = np.concatenate([different, padding])  # one shape to compile
+            number: dict[bytes, int] = {}
+            place = [number.setdefault(x.tobytes(), len(number)) for own in tiles for x in own]
+            padded = np.zeros((-(-len(number) // _TILES) * _TILES, *tiles[0].shape[1:]), np.uint8)
+            padded[place] = np.concatenate(tiles)  # whole batches: one shape to compile
             # NumPy writes no bfloat16; as fp32 each value is the same
             found = np.concatenate(
                 [
-                    np.asarray(compute(state, different[i : i + _TILES])).astype(np.float32)
-                    for i in range(0, len(different), _TILES)
+                    np.asarray(compute(state, padded[i : i + _TILES])).astype(np.float32)
+                    for i in range(0, len(padded), _TILES)
                 ]
-            )[place.reshape(-1)]  # [tiles of all, P, Dv]
+            )[place]  # [tiles of all, P, Dv]
             for item, own in zip(part, np.split(found, ends)[:-1], strict=True):
                 write_whole(self._files[item.position], _saving(own))
 
