@@ -36,6 +36,9 @@ from e5v_jax.checkpoints import from_hf
 from e5v_jax.checkpoints.converted import ConvertedFolder
 from e5v_jax.checkpoints.loading import dotted
 from e5v_jax.checkpoints.peft import Adapter, write_adapter
+from e5v_jax.dryrun.__main__ import main as dryrun
+from e5v_jax.dryrun.program import Target, align_program
+from e5v_jax.families.base import BatchShape
 from e5v_jax.nn.layers import LoRAConfig
 from e5v_jax.train.config import DataConfig, TrainConfig
 from e5v_jax.train.feed import HostBatch
@@ -309,6 +312,46 @@ def test_every_choice_changes_the_batch(folder: Path, tmp_path: Path) -> None:
     prompt = first(prompt="<image>\nWhat is it?").inputs
     assert not np.array_equal(prompt.last_index, plain.inputs.last_index)
     assert not np.array_equal(first(template="vicuna").inputs.last_index, plain.inputs.last_index)
+
+
+@pytest.mark.parametrize("captions", ["one", "all"])
+def test_the_dry_run_compiles_the_real_step(folder: Path, tmp_path: Path, captions: Any) -> None:
+    """Shapes and dtypes of all that the step gets, with features of images and without."""
+    kept: list[Path | None] = [None, tmp_path / "features"]
+    for features in kept:
+        data = dataclasses.replace(_captions(folder, captions), features=features)
+        cfg = config(folder, tmp_path, lora=LORA, data=data)
+        training = training_of(cfg)
+        batch = next(training.feed.batches).arrays
+        base = ConvertedFolder(cfg.model)
+        tiles = len(batch.inputs.tiles) // BATCH
+        shape = BatchShape(BATCH, batch.inputs.input_ids.shape[1], tiles)
+        target = Target(base.family, base.config, training.runtime)
+        program = align_program(cfg, target, shape, batch.labels.shape[1])
+        state = (training.trainable, training.opt_state, training.frozen)
+        real = (*state, batch, jax.random.key(0))
+        assert _shapes(program.args) == _shapes(real)
+        assert program.trace().jaxpr.out_avals[-4].shape == ()  # the loss
+
+
+def _shapes(tree: Any) -> list[tuple[str, tuple[int, ...], str]]:
+    found = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return [(jax.tree_util.keystr(path), x.shape, str(x.dtype)) for path, x in found]
+
+
+def test_the_dry_run_is_a_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["align", "--model", str(folder / "base"), "--image-size", "28", "28", "--json",
+             "--batch-size", "4", "--dtype", "float32", "--topology"]  # fmt: skip
+    with pytest.raises(SystemExit) as done:
+        dryrun([*words, "cpu"])
+    assert not done.value.code
+    report = json.loads(capsys.readouterr().out)
+    assert report["program"].startswith("alignment step (projector, 4 images")
+    assert report["useful_flops"] > 0 and report["peak"] > report["parameters"] > 0
+    with pytest.raises(SystemExit) as error:
+        dryrun([*words, "gpu:h100:1"])
+    assert error.value.code == 2
+    assert "compiled, not estimated" in capsys.readouterr().err
 
 
 # --- whole runs ---

@@ -20,13 +20,14 @@ from e5v_jax.align.validation import DEV_LOSS, CaptionValidation
 from e5v_jax.checkpoints.converted import ConvertedFolder
 from e5v_jax.checkpoints.json_file import read_json
 from e5v_jax.checkpoints.loading import load_model
+from e5v_jax.families.base import Family, Model
 from e5v_jax.nn.layers import Build, LoRAParam, Precision
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh, place_split
 from e5v_jax.train.export import export_model
 from e5v_jax.train.loop import run
 from e5v_jax.train.optimizer import make_optimizer
-from e5v_jax.train.setup import Training, make_parts, open_base
+from e5v_jax.train.setup import StepParts, Training, make_parts, open_base
 from e5v_jax.train.step import DECODER
 from e5v_jax.train.task import Task
 
@@ -82,25 +83,38 @@ def set_up(cfg: AlignConfig, base: ConvertedFolder, data: Captions) -> Training:
     known = open_features(cfg, processor)
     load = processor.load if known is None else known.load
     feed = open_feed(cfg, data, tokens, processor, runtime, pool, load)
-    dtype = jnp.dtype(cfg.dtype)
-    build = Build(Precision(dtype, dtype, cfg.quantize), runtime, cfg.lora)
-    parts = base.family.projector
-    masters = (*parts, DECODER_PATH) if cfg.train == "decoder" else parts
-    model = load_model(base, build, masters=masters, seed=cfg.seed)
+    build = align_build(cfg, runtime)
+    model = load_model(base, build, masters=masters(cfg, base.family), seed=cfg.seed)
     if known is not None:
         known.fill(model, tokens.items, pool)
-    wanted: list[Any] = [nnx.All(nnx.Param, nnx.PathContains(name)) for name in parts]
+    step = make_step(cfg, model, base.family, total_steps=feed.total_steps)
+    return Training(
+        **vars(step), processor=processor, runtime=runtime, feed=feed, place=place_split
+    )
+
+
+def align_build(cfg: AlignConfig, runtime: Runtime) -> Build:
+    """Build in ``cfg.dtype``; what is trained beside LoRA is stored as :func:`masters` say."""
+    dtype = jnp.dtype(cfg.dtype)
+    return Build(Precision(dtype, dtype, cfg.quantize), runtime, cfg.lora)
+
+
+def masters(cfg: AlignConfig, family: Family) -> tuple[str, ...]:
+    """Paths of the modules whose weights are trained as they are, in fp32."""
+    return (*family.projector, DECODER_PATH) if cfg.train == "decoder" else family.projector
+
+
+def make_step(cfg: AlignConfig, model: Model, family: Family, *, total_steps: int) -> StepParts:
+    """The step on captions of a model, loaded or abstract; the schedule ends at ``total_steps``."""
+    wanted: list[Any] = [nnx.All(nnx.Param, nnx.PathContains(name)) for name in family.projector]
     wanted += [DECODER] if cfg.train == "decoder" else [LoRAParam]
-    step = make_parts(
+    return make_parts(
         cfg,
         model,
         partial(caption_loss, chunk_size=cfg.chunk_size, remat=cfg.remat),
         _make_optimizer,
-        total_steps=feed.total_steps,
+        total_steps=total_steps,
         wanted=nnx.Any(*wanted),
-    )
-    return Training(
-        **vars(step), processor=processor, runtime=runtime, feed=feed, place=place_split
     )
 
 

@@ -1,4 +1,4 @@
-"""``python -m e5v_jax.dryrun train|encode --topology v5e:4x8 ...``."""
+"""``python -m e5v_jax.dryrun train|align|encode --topology v5e:4x8 ...``."""
 
 import json
 import sys
@@ -10,20 +10,28 @@ from e5v_jax.exits import guarded
 
 if TYPE_CHECKING:
     from e5v_jax.dryrun.report import Report
-    from e5v_jax.dryrun.run import EncodeDryRun, TrainDryRun
+    from e5v_jax.dryrun.run import AlignDryRun, EncodeDryRun, TrainDryRun
 
-USAGE = """usage: {} train|encode --topology v5e:4x8 [flags]
-What a training step, or a batch of the encoder, needs on chips that are not here.
-The flags: python -m e5v_jax.dryrun train|encode --help."""
+USAGE = """usage: {} train|align|encode --topology v5e:4x8 [flags]
+What a step of training or alignment, or a batch of the encoder, needs on chips that are not here.
+The flags: python -m e5v_jax.dryrun train|align|encode --help."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one of the two commands; ``argv`` are its words, None takes the command line's."""
+    """Run one of the three commands; ``argv`` are its words, None takes the command line's."""
     with guarded(argv) as words:
         import tyro  # here and below: they take seconds, and Ctrl-C may come meanwhile
 
         from e5v_jax import cli
-        from e5v_jax.dryrun.run import EncodeDryRun, TrainDryRun, report_encode, report_train
+        from e5v_jax.align.config import AlignConfig
+        from e5v_jax.dryrun.run import (
+            AlignDryRun,
+            EncodeDryRun,
+            TrainDryRun,
+            report_align,
+            report_encode,
+            report_train,
+        )
         from e5v_jax.train.config import TrainConfig
 
         command, *flags = words or [""]
@@ -38,6 +46,16 @@ def main(argv: Sequence[str] | None = None) -> None:
                 default=default,
                 argv=flags_left,
             )
+        if command == "align":
+            aligning, flags_left = cli.split_config(flags, AlignConfig)
+            if aligning is None:
+                aligning = AlignConfig(model=tyro.MISSING, output=Path("unused"))
+            cli.run(
+                lambda args: show(report_align(args), args),
+                AlignDryRun,
+                default=AlignDryRun(run=aligning, topology=tyro.MISSING),
+                argv=flags_left,
+            )
         if command == "encode":
             cli.run(lambda args: show(report_encode(args), args), EncodeDryRun, argv=flags)
         is_help = command in ("-h", "--help")
@@ -45,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(0 if is_help else 2)
 
 
-def show(report: "Report", args: "TrainDryRun | EncodeDryRun") -> None:
+def show(report: "Report", args: "TrainDryRun | AlignDryRun | EncodeDryRun") -> None:
     """Print a report, as a table or as JSON."""
     if args.json:
         print(json.dumps(report.to_json(), indent=1))

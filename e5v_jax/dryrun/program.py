@@ -10,9 +10,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from e5v_jax.align.config import AlignConfig
+from e5v_jax.align.loss import CaptionBatch
+from e5v_jax.align.task import align_build, masters
+from e5v_jax.align.task import make_step as make_align_step
 from e5v_jax.checkpoints.loading import abstract_model
 from e5v_jax.encode.encoder import make_encode_step
 from e5v_jax.families.base import BatchShape, Family, Model, ModelConfig
+from e5v_jax.nn.decoder import Packing
 from e5v_jax.nn.layers import Build, Precision
 from e5v_jax.nn.parameters import ParameterTable
 from e5v_jax.runtime import Runtime
@@ -39,9 +44,11 @@ class Target:
         """Its parameters."""
         return self.family.parameters(self.config)
 
-    def model(self, build: Build, *, load_vision: bool) -> Model:
-        """The module with shapes in place of arrays."""
-        return abstract_model(self.family, self.config, build, load_vision=load_vision)
+    def model(self, build: Build, *, load_vision: bool, masters: tuple[str, ...] = ()) -> Model:
+        """The module with shapes in place of arrays; ``masters`` are as in `abstract_model`."""
+        return abstract_model(
+            self.family, self.config, build, load_vision=load_vision, masters=masters
+        )
 
     def batch(self, shape: BatchShape) -> Any:
         """The shapes of a batch, split over the mesh."""
@@ -102,6 +109,51 @@ def train_program(cfg: TrainConfig, target: Target, sequence_lengths: tuple[int,
     return Program(
         parts.step_fn,
         (parts.trainable, parts.opt_state, parts.frozen, PairBatch(batches, order, text_ids), key),
+        parts.frozen,
+        parts.trainable,
+        parts.opt_state,
+    )
+
+
+def align_program(cfg: AlignConfig, target: Target, shape: BatchShape, labels: int) -> Program:
+    """The step of an alignment as align/task.py makes it, on one image in each row of ``shape``.
+
+    ``labels`` is the number of tokens that are predicted in a row. Raises ValueError: an axis, the
+    batch or the chunks do not divide over the mesh.
+    """
+    multiple = group_multiple(cfg, target.runtime)
+    if shape.rows % multiple:
+        raise ValueError(f"batch_size: {shape.rows} images are no multiple of {multiple}")
+    build, fp32 = align_build(cfg, target.runtime), masters(cfg, target.family)
+    model = target.model(build, load_vision=True, masters=fp32)
+    parts = make_align_step(cfg, model, target.family, total_steps=TOTAL_STEPS)
+    inputs = target.batch(shape)
+    split = batch_sharding(target.runtime.mesh)
+    if cfg.data.features is not None:  # what the tower makes of the tiles, in place of them
+        graphdef, state = nnx.split(model)
+
+        def tower(state: nnx.State, tiles: Any) -> Any:
+            module: Any = nnx.merge(graphdef, state)
+            return module.tile_features(tiles)
+
+        features = jax.eval_shape(tower, state, inputs.tiles)
+        inputs = inputs._replace(tiles=_place(features, split))
+
+    def of(columns: int) -> Any:
+        return jax.ShapeDtypeStruct((shape.rows, columns), jnp.int32, sharding=split)
+
+    numbers, places = of(labels), of(shape.length)
+    packing = Packing(places, places) if cfg.data.captions == "all" else None
+    whole = NamedSharding(target.runtime.mesh, PartitionSpec())
+    return Program(
+        parts.step_fn,
+        (
+            parts.trainable,
+            parts.opt_state,
+            parts.frozen,
+            CaptionBatch(inputs, numbers, numbers, packing),
+            _place(jax.eval_shape(lambda: jax.random.key(0)), whole),
+        ),
         parts.frozen,
         parts.trainable,
         parts.opt_state,

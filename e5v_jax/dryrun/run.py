@@ -1,6 +1,6 @@
 """The dry run of training and of encoding, from their flags to a report."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,12 +8,20 @@ from typing import Annotated, Literal
 import jax.numpy as jnp
 import tyro
 
+from e5v_jax.align.config import AlignConfig
 from e5v_jax.checkpoints.converted import ConvertedFolder
 from e5v_jax.dryrun.estimate import estimate_encode, estimate_train
-from e5v_jax.dryrun.flops import count_forward, train_flops
+from e5v_jax.dryrun.flops import count_forward, traced_flops, train_flops
 from e5v_jax.dryrun.measure import measure
-from e5v_jax.dryrun.program import COLUMNS, Target, encode_program, train_program
-from e5v_jax.dryrun.report import Report
+from e5v_jax.dryrun.program import (
+    COLUMNS,
+    Target,
+    align_program,
+    encode_program,
+    per_device_bytes,
+    train_program,
+)
+from e5v_jax.dryrun.report import Cost, Report
 from e5v_jax.dryrun.topology import open_runtime, parse_topology
 from e5v_jax.families import architecture_of, architectures
 from e5v_jax.families.base import BatchShape, Family, ModelConfig
@@ -51,6 +59,18 @@ class TrainDryRun(_Target):
     sequence_lengths: tuple[int, ...] = ()
     """Padded length of each group of a batch. By default one group of data.max_tokens + 32: no
     data pads to more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AlignDryRun(_Target):
+    """Compile the step of an alignment for a machine that is not here: does it fit, how fast can it
+    be? For TPUs and this machine's CPU. The flags of alignment mean what they do there."""
+
+    run: Annotated[AlignConfig, tyro.conf.arg(name="")]
+    image_size: tuple[int, int] = (672, 672)
+    """Height and width of each image, in pixels; the prompt has 20 tokens beside it."""
+    captions: int = 5
+    """Captions of an image, each of data.max_tokens tokens, where data.captions is all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +137,46 @@ def report_train(args: TrainDryRun) -> Report:
         item="triplets",
         tokens=sum(rows * length for length in lengths),
         remedies=_train_remedies(cfg, inputs, target.runtime.batch_devices),
+    )
+
+
+def report_align(args: AlignDryRun) -> Report:
+    """Compile one step of an alignment.
+
+    Raises ImportError: no libtpu to compile for a TPU with; ValueError: one line naming the flag.
+    """
+    cfg, topology = args.run, parse_topology(args.topology)
+    if topology.platform == "gpu":
+        raise ValueError("--topology: an alignment is compiled, not estimated: give TPUs or cpu")
+    name, (family, config) = find_architecture(cfg.model, args.architecture)
+    if not family.projector:
+        raise ValueError(f"{name} has no projector of its own: there is nothing to align")
+    target = Target(family, config, open_runtime(topology, cfg.mesh))
+    labels = cfg.data.max_tokens * (args.captions if cfg.data.captions == "all" else 1)
+    length, shape_key = family.image_shape(config, args.image_size, IMAGE_PROMPT_TOKENS + labels)
+    shape = BatchShape(cfg.batch_size, length, shape_key)
+    program = align_program(cfg, target, shape, labels)
+    plain = align_program(replace(cfg, remat="none", chunk_size=None), target, shape, labels)
+    useful = traced_flops(plain.trace().jaxpr) / topology.chips
+    parameters, optimizer = (
+        per_device_bytes(tree) for tree in ((program.frozen, program.trainable), program.optimizer)
+    )
+    known = Cost(parameters, optimizer, parameters + optimizer, 0, useful, 0.0)
+    what = cfg.train if cfg.lora is None else f"projector and LoRA r {cfg.lora.rank}"
+    base = f", {cfg.quantize} base" if cfg.quantize else ""
+    remedies = [] if cfg.remat == "full" else ["--remat full"]
+    if (half := (cfg.chunk_size or cfg.batch_size) // 2) >= target.runtime.batch_devices:
+        remedies.append(f"--chunk-size {half}")
+    return Report(
+        program=f"alignment step ({what}{base}, {cfg.batch_size} images, {labels} labels each)",
+        architecture=name,
+        topology=topology,
+        cost=measure(program, topology, known),
+        useful_flops=useful,
+        items=cfg.batch_size,
+        item="images",
+        tokens=shape.rows * length,
+        remedies=(*remedies, "more chips, with --mesh.fsdp -1"),
     )
 
 
