@@ -347,7 +347,9 @@ def test_the_dry_run_is_a_command(folder: Path, capsys: pytest.CaptureFixture[st
     assert not done.value.code
     report = json.loads(capsys.readouterr().out)
     assert report["program"].startswith("alignment step (projector, 4 images")
-    assert report["useful_flops"] > 0 and report["peak"] > report["parameters"] > 0
+    assert (
+        report["useful_flops"] > 0 and report["memory"]["peak"] > report["memory"]["parameters"] > 0
+    )
     with pytest.raises(SystemExit) as error:
         dryrun([*words, "gpu:h100:1"])
     assert error.value.code == 2

@@ -342,7 +342,7 @@ def test_unknown_architecture_names_those_known(tmp_path: Path) -> None:
 
 def test_command_line_that_says_too_little(capsys: pytest.CaptureFixture[str]) -> None:
     cases: list[tuple[Any, list[str], str]] = [
-        (main, [], "dryrun train|encode"),
+        (main, [], "dryrun train|align|encode"),
         (main, ["train", "--model", "e5-v"], "--topology"),
         (main, ["train", "--topology", "cpu"], "--model"),
         (train_main, ["--dry-run"], "e5v_jax.dryrun train"),
