@@ -87,7 +87,7 @@ def extract(file: Path, folder: Path) -> None:
 def stages(args: Args) -> Iterator[Stage]:
     """Every command, in order."""
     out, photos = args.output, args.data / "flickr8k_224"
-    dev, base, aligned = out / "dev", out / "base", out / "aligned"
+    base, aligned = out / "base", out / "aligned"
     yield Stage(
         base,
         f"convert.compose {find_gguf()} {args.tower} {base}",
