@@ -12,15 +12,14 @@ import jax
 import numpy as np
 
 from e5v_jax.encode.arguments import choose_prompts
-from e5v_jax.encode.batching import Batch, plan_batches
+from e5v_jax.encode.batching import Batch
 from e5v_jax.encode.e5v import E5V
-from e5v_jax.encode.stream import MAX_TOKENS
 from e5v_jax.encode.vectors import find_unusable
 from e5v_jax.families.base import BatchShape
 from e5v_jax.serve.items import Embedded, Item
 from e5v_jax.serve.observer import BatchReport, Observer
 from e5v_jax.serve.prepare import choose_parts, tokenise
-from e5v_jax.serve.shapes import fitting_shape, share_out
+from e5v_jax.serve.shapes import fitting_shape, grow_batch
 from e5v_jax.serve.waiting import (
     Answer,
     BadItem,
@@ -33,6 +32,9 @@ from e5v_jax.serve.waiting import (
 
 _logger = logging.getLogger("e5v_jax")
 _DECODING_THREADS = 4  # Pillow decodes and resizes without Python's lock
+# Positions of a batch. On a CPU smaller ones than `E5V.encode` makes are as fast, and of the few
+# texts that wait they hold those more alike.
+_MAX_TOKENS = {"cpu": 512, "gpu": 16384, "tpu": 16384}
 _WINDOW = 8  # batches' worth of items, the first in line, that are sorted by length
 _IN_FLIGHT = 2  # batches on the device: a full one waits there while another one runs
 _MEMORY = 0.8  # of the speed so far, when a batch tells the speed anew
@@ -63,10 +65,10 @@ class Engine:
             max_waiting_items: most items that are not answered yet, and so on; more is refused.
             max_waiting_bytes: of texts and of decoded images.
             cache_size: vectors that are kept, those used last.
-            max_num_batched_tokens: most positions of a batch, as in ``E5V.encode``.
+            max_num_batched_tokens: most positions of a batch, padding included.
         """
         self.model = model
-        self.max_tokens = max_num_batched_tokens or MAX_TOKENS[model.runtime.platform]
+        self.max_tokens = max_num_batched_tokens or _MAX_TOKENS[model.runtime.platform]
         self.failure: Exception | None = None
         limits = Limits(max_waiting_items, max_waiting_tokens, max_waiting_bytes)
         self._waiting = Waiting(limits, cache_size)
@@ -286,25 +288,18 @@ class Engine:
         like = [
             part.measured for part in window.values() if part.measured.shape_key == first.shape_key
         ]
-        # in equal shares, as the first in line may be in the last batch, else the emptiest
-        batches, rows = share_out(like, processor.padded_length, self.max_tokens)
-        batch = next(
-            batch
-            for batch in plan_batches(
-                like,
-                padded_length=processor.padded_length,
-                max_rows=rows,
-                max_tokens=self.max_tokens,
-                multiple=self.model.runtime.batch_devices,
-            )
-            if any(item is first for item in batch.items)
+        items, shape = grow_batch(
+            like,
+            first,
+            processor.padded_length,
+            max_tokens=self.max_tokens,
+            multiple=self.model.runtime.batch_devices,
         )
-        if only_full and batches == 1 and (rows + 1) * batch.shape.size <= self.max_tokens:
+        if only_full and len(items) == len(like) < self.max_tokens // shape.size:
             return [], None
-        parts = [window[id(item)] for item in batch.items]
+        parts = [window[id(item)] for item in items]
         self._waiting.start(parts)
-        compiled = self.model.statistics.compilations
-        return parts, fitting_shape(batch.shape, len(parts), compiled)
+        return parts, fitting_shape(shape, len(parts), self.model.statistics.compilations)
 
     def _start(self, parts: list[Part], shape: BatchShape) -> jax.Array:
         batch = Batch([part.measured for part in parts], shape)

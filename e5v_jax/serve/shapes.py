@@ -11,6 +11,8 @@ from e5v_jax.presets import ROLES
 
 _GROWTH = 2  # rows of the next larger shape
 _WORDS = 64  # tokens of a text beside an image
+_FILLED = 0.85  # of the rows of a large batch at least, and of its longest row
+_LARGE = 4  # a batch is large from the budget's fourth on: it takes longer than a smaller one
 
 
 def declare_shapes(
@@ -41,21 +43,68 @@ def declare_shapes(
     shapes = []
     for length, key in dict.fromkeys(lengths):
         shape = BatchShape(0, length, key)
-        most = max(1, max_tokens // shape.size)
-        rows = {min(_GROWTH**power, most) for power in range(most.bit_length() + 1)} | {most}
-        rows = {-(-count // multiple) * multiple for count in rows}
-        shapes += [replace(shape, rows=count) for count in sorted(rows)]
+        shapes += [replace(shape, rows=n) for n in row_counts(shape, max_tokens, multiple)]
     return shapes
 
 
-def share_out(
-    items: Sequence[Measured], padded_length: Callable[[int, int], int], max_tokens: int
-) -> tuple[int, int]:
-    """How many batches hold items of one shape key, and how many rows of each are then filled."""
-    longest = max(items, key=lambda item: item.length)
-    shape = BatchShape(0, padded_length(longest.length, longest.shape_key), longest.shape_key)
-    batches = -(-len(items) // max(1, max_tokens // shape.size))
-    return batches, -(-len(items) // batches)
+def row_counts(shape: BatchShape, max_tokens: int, multiple: int) -> list[int]:
+    """How many rows batches of that length have: few numbers, up to what ``max_tokens`` hold."""
+    most = max(1, max_tokens // shape.size)
+    counts = {min(_GROWTH**power, most) for power in range(most.bit_length() + 1)}
+    return sorted({-(-count // multiple) * multiple for count in counts})
+
+
+def grow_batch(
+    items: Sequence[Measured],
+    first: Measured,
+    padded_length: Callable[[int, int], int],
+    *,
+    max_tokens: int,
+    multiple: int = 1,
+) -> tuple[list[Measured], BatchShape]:
+    """Take ``first`` and those of ``items``, all of its shape key, whose lengths are nearest to it.
+
+    A large batch takes no others than those of about its length, and where too many of its rows
+    would be padding it is cut to the next smaller number: the rest is not far behind. Raises
+    ValueError: an item is longer than the longest padded length.
+    """
+
+    def is_large(positions: int) -> bool:
+        return _LARGE * positions >= max_tokens
+
+    ordered = sorted(items, key=lambda item: item.length)
+    shapes = [
+        BatchShape(0, padded_length(item.length, item.shape_key), item.shape_key)
+        for item in ordered
+    ]
+
+    def fits(rows: int, low: int, high: int) -> bool:
+        positions = rows * shapes[high].size
+        alike = shapes[low].size >= _FILLED * shapes[high].size
+        return positions <= max_tokens and (alike or not is_large(positions))
+
+    low = high = next(i for i, item in enumerate(ordered) if item is first)
+    order = [low]  # as they came in
+    while True:
+        rows, size = len(order) + 1, shapes[high].size
+        sides = []  # (positions of padding that it brings, which)
+        if low > 0:
+            sides.append((size - shapes[low - 1].size, low - 1))
+        if high + 1 < len(ordered):
+            sides.append((len(order) * (shapes[high + 1].size - size), high + 1))
+        sides = [side for side in sides if fits(rows, min(low, side[1]), max(high, side[1]))]
+        if not sides:
+            break
+        _, taken = min(sides)
+        low, high = min(low, taken), max(high, taken)
+        order.append(taken)
+    counts = row_counts(shapes[high], max_tokens, multiple)
+    fewer = [n for n in counts if n <= len(order)]
+    rows = next(n for n in counts if n >= len(order))
+    if fewer and len(order) < _FILLED * rows and is_large(rows * shapes[high].size):
+        rows = fewer[-1]
+        order = order[:rows]
+    return [ordered[i] for i in order], replace(shapes[max(order)], rows=rows)
 
 
 def fitting_shape(wanted: BatchShape, items: int, compiled: Iterable[BatchShape]) -> BatchShape:
