@@ -92,6 +92,8 @@ def test_hand_count_is_the_cost_model() -> None:
         {"remat": "none"},
         {"remat": "full"},
         {"remat": "dots"},
+        {"remat": "dots_except_o"},
+        {"remat": "dots_except_mlp"},
         {"quantize": "nf4", "chunk_size": 128},
         {"lora": None},
     ],
@@ -342,7 +344,7 @@ def test_unknown_architecture_names_those_known(tmp_path: Path) -> None:
 
 def test_command_line_that_says_too_little(capsys: pytest.CaptureFixture[str]) -> None:
     cases: list[tuple[Any, list[str], str]] = [
-        (main, [], "dryrun train|align|encode"),
+        (main, [], "dryrun train|plan|align|encode"),
         (main, ["train", "--model", "e5-v"], "--topology"),
         (main, ["train", "--topology", "cpu"], "--model"),
         (train_main, ["--dry-run"], "e5v_jax.dryrun train"),

@@ -376,7 +376,17 @@ def reference(adapted: Model) -> tuple[float, dict[str, np.ndarray]]:
     return loss_and_gradients(adapted, batch, remat="none")
 
 
-@pytest.mark.parametrize(("groups", "remat"), [(1, "dots"), (1, "full"), (4, "none"), (3, "full")])
+@pytest.mark.parametrize(
+    ("groups", "remat"),
+    [
+        (1, "dots"),
+        (1, "dots_except_o"),
+        (1, "dots_except_mlp"),
+        (1, "full"),
+        (4, "none"),
+        (3, "full"),
+    ],
+)
 def test_length_groups_and_remat_change_nothing(
     adapted: Model,
     reference: tuple[float, dict[str, np.ndarray]],

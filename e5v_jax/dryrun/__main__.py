@@ -1,4 +1,4 @@
-"""``python -m e5v_jax.dryrun train|align|encode --topology v5e:4x8 ...``."""
+"""``python -m e5v_jax.dryrun train|plan|align|encode --topology v5e:4x8 ...``."""
 
 import json
 import sys
@@ -9,21 +9,24 @@ from typing import TYPE_CHECKING
 from e5v_jax.exits import guarded
 
 if TYPE_CHECKING:
+    from e5v_jax.dryrun.plan import Plans
     from e5v_jax.dryrun.report import Report
     from e5v_jax.dryrun.run import AlignDryRun, EncodeDryRun, TrainDryRun
 
-USAGE = """usage: {} train|align|encode --topology v5e:4x8 [flags]
-What a step of training or alignment, or a batch of the encoder, needs on chips that are not here.
-The flags: python -m e5v_jax.dryrun train|align|encode --help."""
+USAGE = """usage: {} train|plan|align|encode --topology v5e:4x8 [flags]
+What a step of training or alignment, or a batch of the encoder, needs on chips that are not here;
+plan searches for the training flags that make it fastest.
+The flags: python -m e5v_jax.dryrun train|plan|align|encode --help."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one of the three commands; ``argv`` are its words, None takes the command line's."""
+    """Run one of the commands; ``argv`` are its words, None takes the command line's."""
     with guarded(argv) as words:
         import tyro  # here and below: they take seconds, and Ctrl-C may come meanwhile
 
         from e5v_jax import cli
         from e5v_jax.align.config import AlignConfig
+        from e5v_jax.dryrun.plan import PlanDryRun, search_plans
         from e5v_jax.dryrun.run import (
             AlignDryRun,
             EncodeDryRun,
@@ -35,15 +38,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         from e5v_jax.train.config import TrainConfig
 
         command, *flags = words or [""]
-        if command == "train":
+        if command in ("train", "plan"):
             cfg, flags_left = cli.split_config(flags, TrainConfig)
             if cfg is None:
                 cfg = TrainConfig(model=tyro.MISSING, output=Path("unused"))
-            default = TrainDryRun(run=cfg, topology=tyro.MISSING)
+            if command == "plan":
+                cli.run(
+                    lambda args: show(search_plans(args), args),
+                    PlanDryRun,
+                    default=PlanDryRun(run=cfg, topology=tyro.MISSING),
+                    argv=flags_left,
+                )
             cli.run(
                 lambda args: show(report_train(args), args),
                 TrainDryRun,
-                default=default,
+                default=TrainDryRun(run=cfg, topology=tyro.MISSING),
                 argv=flags_left,
             )
         if command == "align":
@@ -63,8 +72,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(0 if is_help else 2)
 
 
-def show(report: "Report", args: "TrainDryRun | AlignDryRun | EncodeDryRun") -> None:
-    """Print a report, as a table or as JSON."""
+def show(report: "Report | Plans", args: "TrainDryRun | AlignDryRun | EncodeDryRun") -> None:
+    """Print a report, or plans, as a table or as JSON."""
     if args.json:
         print(json.dumps(report.to_json(), indent=1))
     else:

@@ -46,9 +46,12 @@ def estimate_train(
         rows = cfg.chunk_size // devices
         kept_tokens = rows * longest
     layer = _layer_activations(text, rows * longest, longest, size)
+    dots = layer * kept_tokens // (rows * longest) // 2
     kept = {
         "full": kept_tokens * text.hidden_size * size,
-        "dots": layer * kept_tokens // (rows * longest) // 2,
+        "dots": dots,
+        "dots_except_o": dots - kept_tokens * text.hidden_size * size,
+        "dots_except_mlp": dots - kept_tokens * 2 * text.intermediate_size * size,
         "none": layer * kept_tokens // (rows * longest),
     }
     moved_weights = 2 * (weights // layers) * size if split > 1 or cfg.quantize else 0

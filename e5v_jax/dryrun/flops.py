@@ -114,6 +114,8 @@ class HandCount:
     attention: float  # scores and their product with the values; half of it under the causal mask
     vision: float  # tower and projector
     down: float  # the base's part of decoder in the last linear map of each layer
+    o: float  # and in the attention's last one
+    gate_up: float  # and in the MLP's first two
 
     @property
     def forward(self) -> float:
@@ -167,6 +169,8 @@ def count_forward(
         attention=scores * tokens * length * (0.5 if causal_half else 1.0),
         vision=family.image_cost(config, rows if shape_key else 0, shape_key, 2).flops,
         down=2.0 * matmul_parameters(table, "down_proj") * tokens,
+        o=2.0 * matmul_parameters(table, "o_proj") * tokens,
+        gate_up=2.0 * matmul_parameters(table, "gate_proj", "up_proj") * tokens,
     )
 
 
@@ -176,10 +180,15 @@ def train_flops(forward: HandCount, *, frozen_base: bool, remat: Remat, chunked:
     The backward pass costs one forward for the activations' gradients and one for those of trained
     weights: of a frozen base only its LoRA factors. Attention has two operands, both with a
     gradient. Full rematerialisation computes each layer once more, up to its last linear map, whose
-    output no gradient needs; gradient caching computes each chunk once more before that.
+    output no gradient needs, and of what ``dots`` keeps what is left out; gradient caching computes
+    each chunk once more before that.
     """
     trained = forward.decoder * (2 if frozen_base else 3) + 3 * (forward.lora + forward.attention)
     again = forward.forward if chunked else 0.0
     if remat == "full":
         again += forward.forward - forward.down
+    elif remat == "dots_except_o":
+        again += forward.o
+    elif remat == "dots_except_mlp":
+        again += forward.gate_up
     return trained + again

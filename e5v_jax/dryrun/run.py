@@ -15,6 +15,7 @@ from e5v_jax.dryrun.flops import count_forward, traced_flops, train_flops
 from e5v_jax.dryrun.measure import measure
 from e5v_jax.dryrun.program import (
     COLUMNS,
+    Program,
     Target,
     align_program,
     encode_program,
@@ -22,7 +23,7 @@ from e5v_jax.dryrun.program import (
     train_program,
 )
 from e5v_jax.dryrun.report import Cost, Report
-from e5v_jax.dryrun.topology import open_runtime, parse_topology
+from e5v_jax.dryrun.topology import Topology, open_runtime, parse_topology
 from e5v_jax.families import architecture_of, architectures
 from e5v_jax.families.base import BatchShape, Family, ModelConfig
 from e5v_jax.nn.layers import Precision
@@ -113,17 +114,53 @@ def report_train(args: TrainDryRun) -> Report:
     cfg, topology = args.run, parse_topology(args.topology)
     name, model = find_architecture(cfg.model, args.architecture)
     target = Target(*model, open_runtime(topology, cfg.mesh))
-    lengths = args.sequence_lengths or (cfg.data.max_tokens + PROMPT_TOKENS,)
+    lengths = step_lengths(args)
     program = train_program(cfg, target, lengths)
-    inputs = COLUMNS * cfg.batch_size
-    rows = inputs // len(lengths)
+    estimate = estimate_step(cfg, target, program, lengths, topology)
+    return step_report(cfg, name, target, topology, lengths, measure(program, topology, estimate))
+
+
+def step_lengths(args: TrainDryRun) -> tuple[int, ...]:
+    """The padded length of each group of a batch."""
+    return args.sequence_lengths or (args.run.data.max_tokens + PROMPT_TOKENS,)
+
+
+def _count_step(cfg: TrainConfig, target: Target, lengths: tuple[int, ...]) -> tuple[float, float]:
+    """(useful, done) FLOPs of a training step, over all chips."""
+    rows = COLUMNS * cfg.batch_size // len(lengths)
     useful = done = 0.0
     for length in lengths:
-        forward = count_forward(*model, rows=rows, length=length, lora=cfg.lora)
+        forward = count_forward(
+            target.family, target.config, rows=rows, length=length, lora=cfg.lora
+        )
         count = partial(train_flops, forward, frozen_base=cfg.lora is not None)
         useful += count(remat="none", chunked=False)
         done += count(remat=cfg.remat, chunked=cfg.chunk_size is not None and cfg.chunk_size < rows)
-    estimate = estimate_train(cfg, target, program, lengths, done / topology.chips)
+    return useful, done
+
+
+def estimate_step(
+    cfg: TrainConfig,
+    target: Target,
+    program: Program,
+    lengths: tuple[int, ...],
+    topology: Topology,
+) -> Cost:
+    """What a training step costs by formula; of ``program`` only the sizes of its state count."""
+    done = _count_step(cfg, target, lengths)[1]
+    return estimate_train(cfg, target, program, lengths, done / topology.chips)
+
+
+def step_report(
+    cfg: TrainConfig,
+    name: str,
+    target: Target,
+    topology: Topology,
+    lengths: tuple[int, ...],
+    cost: Cost,
+) -> Report:
+    """The report of a training step of the architecture called ``name`` that costs ``cost``."""
+    inputs = COLUMNS * cfg.batch_size
     kind = "full" if cfg.lora is None else f"LoRA r {cfg.lora.rank}"
     base = f", {cfg.quantize} base" if cfg.quantize else ""
     chunk = f" in chunks of {cfg.chunk_size}" if cfg.chunk_size else ""
@@ -131,11 +168,11 @@ def report_train(args: TrainDryRun) -> Report:
         program=f"training step ({kind}{base}, {cfg.batch_size} triplets{chunk})",
         architecture=name,
         topology=topology,
-        cost=measure(program, topology, estimate),
-        useful_flops=useful / topology.chips,
+        cost=cost,
+        useful_flops=_count_step(cfg, target, lengths)[0] / topology.chips,
         items=cfg.batch_size,
         item="triplets",
-        tokens=sum(rows * length for length in lengths),
+        tokens=sum(inputs // len(lengths) * length for length in lengths),
         remedies=_train_remedies(cfg, inputs, target.runtime.batch_devices),
     )
 

@@ -84,12 +84,13 @@ def parse_topology(name: str) -> Topology:
     )
 
 
-def open_runtime(topology: Topology, sizes: MeshConfig) -> Runtime:
+def open_runtime(topology: Topology, sizes: MeshConfig, *, compiles: bool = True) -> Runtime:
     """The runtime to compile for; for GPUs, which nothing here compiles for, one without devices.
 
-    Raises ImportError, ValueError: as :func:`compile_devices`; the mesh does not fit.
+    So it is where nothing is compiled. Raises ImportError, ValueError: as :func:`compile_devices`;
+    the mesh does not fit.
     """
-    if topology.platform == "gpu":
+    if topology.platform == "gpu" or not compiles:
         shape = mesh_shape(sizes.data, sizes.fsdp, sizes.tensor, topology.chips)
         # as good as a Mesh to NamedSharding
         mesh: Any = AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * 3)

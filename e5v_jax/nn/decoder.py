@@ -10,13 +10,21 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from e5v_jax.nn.attention import attention
-from e5v_jax.nn.layers import KEPT, Build, Linear, RMSNorm
+from e5v_jax.nn.layers import LOW_RANK, Build, Linear, RMSNorm
 from e5v_jax.nn.parameters import Parameter, Section, linear
 from e5v_jax.nn.rope import apply_rope, mrope_axes, rope_angles, rope_frequencies
 from e5v_jax.nn.text_config import TextConfig
 
-Remat = Literal["none", "dots", "full"]
-"""What a backward pass keeps of each layer: everything, what its linear maps give, or its input."""
+Remat = Literal["none", "dots", "dots_except_o", "dots_except_mlp", "full"]
+"""What a backward pass keeps of each layer: everything, what its linear maps give (all of them, or
+without the attention's last, or without the MLP's), or its input."""
+_QKV, _O, _MLP = "qkv_proj", "o_proj", "mlp"
+KEPT: dict[Remat, tuple[str, ...]] = {
+    "dots": (LOW_RANK, _QKV, _O, _MLP),
+    "dots_except_o": (LOW_RANK, _QKV, _MLP),
+    "dots_except_mlp": (LOW_RANK, _QKV, _O),
+}
+"""Names of what is kept of a layer, where it is neither everything nor its input alone."""
 
 
 def take(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -48,10 +56,10 @@ class Attention(nnx.Module):
     def __init__(self, cfg: TextConfig, build: Build, *, rngs: nnx.Rngs) -> None:
         d, h = cfg.hidden_size, cfg.head_dim
         n, k = cfg.num_attention_heads, cfg.num_key_value_heads
-        self.q_proj = Linear(d, n * h, build, rngs=rngs, use_bias=cfg.qkv_bias)
-        self.k_proj = Linear(d, k * h, build, rngs=rngs, use_bias=cfg.qkv_bias)
-        self.v_proj = Linear(d, k * h, build, rngs=rngs, use_bias=cfg.qkv_bias)
-        self.o_proj = Linear(n * h, d, build, rngs=rngs)
+        self.q_proj = Linear(d, n * h, build, rngs=rngs, use_bias=cfg.qkv_bias, result=_QKV)
+        self.k_proj = Linear(d, k * h, build, rngs=rngs, use_bias=cfg.qkv_bias, result=_QKV)
+        self.v_proj = Linear(d, k * h, build, rngs=rngs, use_bias=cfg.qkv_bias, result=_QKV)
+        self.o_proj = Linear(n * h, d, build, rngs=rngs, result=_O)
         if cfg.qk_norm:
             self.q_norm = RMSNorm(h, eps=cfg.rms_norm_eps, precision=build.precision)
             self.k_norm = RMSNorm(h, eps=cfg.rms_norm_eps, precision=build.precision)
@@ -107,9 +115,9 @@ class SwiGLU(nnx.Module):
 
     def __init__(self, cfg: TextConfig, build: Build, *, rngs: nnx.Rngs) -> None:
         d, f = cfg.hidden_size, cfg.intermediate_size
-        self.gate_proj = Linear(d, f, build, rngs=rngs)
-        self.up_proj = Linear(d, f, build, rngs=rngs)
-        self.down_proj = Linear(f, d, build, rngs=rngs)
+        self.gate_proj = Linear(d, f, build, rngs=rngs, result=_MLP)
+        self.up_proj = Linear(d, f, build, rngs=rngs, result=_MLP)
+        self.down_proj = Linear(f, d, build, rngs=rngs, result=_MLP)
 
     def __call__(
         self, x: jax.Array, keys: list[jax.Array | None], *, exact: bool = False
@@ -208,8 +216,8 @@ class Decoder(nnx.Module):
 
         if remat == "full":
             body = jax.checkpoint(body, prevent_cse=False)
-        elif remat == "dots":
-            keep = jax.checkpoint_policies.save_only_these_names(*KEPT)
+        elif remat in KEPT:
+            keep = jax.checkpoint_policies.save_only_these_names(*KEPT[remat])
             body = jax.checkpoint(body, prevent_cse=False, policy=keep)
         numbers = None if deepstack is None else jnp.arange(self.cfg.num_hidden_layers)
         x, _ = jax.lax.scan(body, x, (self.layers, keys, numbers))

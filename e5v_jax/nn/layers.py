@@ -17,9 +17,8 @@ from qwix import QArray
 from e5v_jax.nn.quantized import Quantization, quantize_kernel, quantized_matmul
 from e5v_jax.runtime import Runtime
 
-_RESULT, _LOW_RANK = "linear", "low_rank"
-KEPT = (_RESULT, _LOW_RANK)
-"""Names of what ``dots`` keeps of a linear map: its result, LoRA added, and LoRA's inner vector."""
+LOW_RANK = "low_rank"
+"""Name of LoRA's inner vectors, for what a backward pass keeps."""
 
 
 class LoRAParam(nnx.Param):
@@ -111,7 +110,9 @@ class Linear(nnx.Module):
         *,
         rngs: nnx.Rngs,
         use_bias: bool = False,
+        result: str = "linear",
     ) -> None:
+        """``result`` names what it gives, LoRA added, for what a backward pass keeps."""
         precision, lora = build.precision, build.lora
         init = jax.nn.initializers.normal(0.02)
         kernel = init(rngs.params(), (in_features, out_features), jnp.dtype(precision.param))
@@ -128,7 +129,7 @@ class Linear(nnx.Module):
             )
             self.lora_a = LoRAParam(a)
             self.lora_b = LoRAParam(jnp.zeros((lora.rank, out_features), jnp.float32))
-        self.use_bias = use_bias
+        self.use_bias, self.result = use_bias, result
         self.lora = lora
         self.precision = precision
 
@@ -155,10 +156,10 @@ class Linear(nnx.Module):
             if dropout_key is not None and self.lora.dropout > 0:
                 x = dropout(x, self.lora.dropout, dropout_key)
             low = jnp.matmul(x, self.lora_a[...].astype(dtype), precision=precision)  # [N, r]
-            low = checkpoint_name(low, _LOW_RANK)
+            low = checkpoint_name(low, LOW_RANK)
             delta = jnp.matmul(low, self.lora_b[...].astype(dtype), precision=precision)
             y = y + jnp.asarray(self.lora.scale, dtype) * delta
-        return checkpoint_name(y, _RESULT).reshape(*leading, y.shape[-1])  # [..., out]
+        return checkpoint_name(y, self.result).reshape(*leading, y.shape[-1])  # [..., out]
 
 
 class RMSNorm(nnx.Module):

@@ -13,13 +13,17 @@ def main(argv: Sequence[str] | None = None) -> None:
             sys.exit(
                 "error: --dry-run is a command of its own: python -m e5v_jax.dryrun train --help"
             )
-        from e5v_jax import cli  # here and below: they take seconds, and Ctrl-C may come meanwhile
+        import tyro  # here and below: they take seconds, and Ctrl-C may come meanwhile
+
+        from e5v_jax import cli
+        from e5v_jax.train.command import TrainCommand, start
         from e5v_jax.train.config import TrainConfig
-        from e5v_jax.train.loop import train
 
         cli.show_log()
-        default, words = cli.split_config(words, TrainConfig)
-        cli.run(train, TrainConfig, default=default, argv=words)
+        run, words = cli.split_config(words, TrainConfig)
+        if run is None:
+            run = TrainConfig(model=tyro.MISSING, output=tyro.MISSING)
+        cli.run(start, TrainCommand, default=TrainCommand(run), argv=words)
 
 
 if __name__ == "__main__":

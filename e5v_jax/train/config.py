@@ -111,7 +111,8 @@ class RunConfig:
     """Compute dtype of the decoder; losses, norms and optimizer are fp32 always."""
     quantize: Quantization | None = None  # Of a frozen base (QLoRA); needs LoRA.
     remat: Remat = "full"
-    """What the backward pass keeps per layer: none (all), dots (matmul outputs), full (inputs)."""
+    """What the backward pass keeps per layer: none (all), dots (matmul outputs; dots_except_o and
+    dots_except_mlp keep fewer of them), full (inputs)."""
     checkpoint_every: int = 100  # Steps between checkpoints; the last step is always saved.
     keep_checkpoints: int = 3  # Newest checkpoints kept.
     log_every: int = 10  # Steps between lines in metrics.jsonl and TensorBoard.
