@@ -22,7 +22,7 @@ def write_report(out: Path) -> None:
         parts += ["Minus the aligned model's, paired:", _differences(scores, others)]
     if trained := [name for name in others if (out / name / "metrics.jsonl").exists()]:
         parts += ["What training took:", _costs(out, trained)]
-    (out / "tables.md").write_text("\n".join(parts))
+    (out / "tables.md").write_text("\n\n".join(part.strip() for part in parts) + "\n")
     _draw(scores, out / "photographs.png")
 
 
