@@ -70,6 +70,7 @@ class ConvertedInfo:
     content_hash: str
     parameters: dict[str, list[int]]  # name -> shape
     preset: str | None = None  # how its authors call it; folders of before had none
+    smoothed: bool = False  # whether checkpoints/smooth.py scaled its channels
 
 
 def write_params(
@@ -102,7 +103,10 @@ def write_params(
 
 def write_info(folder: Path, info: ConvertedInfo) -> None:
     """Write ``config.json``."""
-    (folder / "config.json").write_text(json.dumps(asdict(info), indent=1) + "\n")
+    data = asdict(info)
+    if not info.smoothed:  # earlier versions read only what they know
+        del data["smoothed"]
+    (folder / "config.json").write_text(json.dumps(data, indent=1) + "\n")
 
 
 def is_converted(folder: Path) -> bool:

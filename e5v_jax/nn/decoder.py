@@ -76,6 +76,16 @@ class Attention(nnx.Module):
         segment: jax.Array | None = None,
     ) -> jax.Array:
         """[B, T, D] -> [B, T, D]; ``keys`` are dropout keys for q, k, v, o."""
+        return self.o_proj(self.heads(x, angles, keys[:3], segment), dropout_key=keys[3])
+
+    def heads(
+        self,
+        x: jax.Array,
+        angles: jax.Array,
+        keys: list[jax.Array | None],
+        segment: jax.Array | None = None,
+    ) -> jax.Array:
+        """What the last linear map gets, [B, T, D] -> [B, T, N * H]; ``keys`` are for q, k, v."""
         b, t, _ = x.shape
         q = self.q_proj(x, dropout_key=keys[0]).reshape(b, t, -1, self.head_dim)  # [B, T, N, H]
         k = self.k_proj(x, dropout_key=keys[1]).reshape(b, t, -1, self.head_dim)  # [B, T, K, H]
@@ -87,7 +97,7 @@ class Attention(nnx.Module):
         out = attention(
             q, k, v, is_causal=True, segment=segment, precision=precision, runtime=runtime
         )  # [B, T, N, H]
-        return self.o_proj(out.reshape(b, t, -1), dropout_key=keys[3])
+        return out.reshape(b, t, -1)
 
     def at(self, x: jax.Array, angles: jax.Array, index: jax.Array) -> jax.Array:
         """What ``self(x)`` has at position ``index`` [B] of each row: [B, T, D] -> [B, D].
@@ -123,9 +133,16 @@ class SwiGLU(nnx.Module):
         self, x: jax.Array, keys: list[jax.Array | None], *, exact: bool = False
     ) -> jax.Array:
         """[B, T, D] -> [B, T, D]; ``keys`` are dropout keys for gate, up, down."""
+        inside = self.inside(x, keys[:2], exact=exact)
+        return self.down_proj(inside, dropout_key=keys[2], exact=exact)
+
+    def inside(
+        self, x: jax.Array, keys: list[jax.Array | None], *, exact: bool = False
+    ) -> jax.Array:
+        """What the last linear map gets, [B, T, D] -> [B, T, F]; ``keys`` are for gate, up."""
         gate = self.gate_proj(x, dropout_key=keys[0], exact=exact)  # [B, T, F]
         up = self.up_proj(x, dropout_key=keys[1], exact=exact)  # [B, T, F]
-        return self.down_proj(jax.nn.silu(gate) * up, dropout_key=keys[2], exact=exact)
+        return jax.nn.silu(gate) * up
 
 
 class DecoderLayer(nnx.Module):
@@ -201,7 +218,7 @@ class Decoder(nnx.Module):
             segment = jnp.asarray(packing.segment)
             places = jnp.arange(x.shape[1])[:, None] if positions is None else positions
             positions = jnp.broadcast_to(places - packing.shift[..., None], (*x.shape[:2], 3))
-        angles = self._angles(x.shape[1], positions)
+        angles = self.angles(x.shape[1], positions)
         add = self._deepstack_addition(deepstack)
         keys = None
         if dropout_key is not None:
@@ -236,7 +253,7 @@ class Decoder(nnx.Module):
         The last layer is computed for that position only. For inference: nothing is kept for a
         backward pass.
         """
-        angles = self._angles(x.shape[1], positions)
+        angles = self.angles(x.shape[1], positions)
         add = self._deepstack_addition(deepstack)
         last = self.cfg.num_hidden_layers - 1
 
@@ -259,8 +276,8 @@ class Decoder(nnx.Module):
         add = self._deepstack_addition(deepstack._replace(image_index=own))
         return add(pooled[:, None], last)[:, 0]
 
-    def _angles(self, length: int, positions: jax.Array | None) -> jax.Array:
-        """fp32, [T, H/2] without ``positions`` [B, T, 3], [B, T, H/2] with them."""
+    def angles(self, length: int, positions: jax.Array | None) -> jax.Array:
+        """Rotary angles, fp32, [T, H/2] without ``positions`` [B, T, 3], [B, T, H/2] with them."""
         cfg = self.cfg
         frequency = rope_frequencies(
             head_dim=cfg.head_dim, theta=cfg.rope_theta, scaling=cfg.rope_scaling
