@@ -158,14 +158,15 @@ def _scores(
 
 
 def run(stage: Stage, log: Path) -> None:
-    """Run a stage that has left nothing yet. Raises CalledProcessError: it failed."""
+    """Run a stage that has left nothing yet. Raises SystemExit: it failed."""
     if stage.result.exists():
         return
     started = stage.resumes and (stage.result.parent / "run.json").exists()
     words = [*stage.words, *(["--resume"] if started else [])]
     print(f"$ python -m {shlex.join(words)}", flush=True)
     start = time.perf_counter()
-    subprocess.run([sys.executable, "-m", *words], check=True)
+    if code := subprocess.run([sys.executable, "-m", *words]).returncode:
+        raise SystemExit(f"that command ended with {code}; what is done so far is in {log.parent}")
     with log.open("a") as file:
         seconds = round(time.perf_counter() - start)
         file.write(json.dumps({"seconds": seconds, "command": shlex.join(words)}) + "\n")
