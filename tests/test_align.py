@@ -352,7 +352,7 @@ def test_the_dry_run_is_a_command(folder: Path, capsys: pytest.CaptureFixture[st
     )
     with pytest.raises(SystemExit) as error:
         dryrun([*words, "gpu:h100:1"])
-    assert error.value.code == 2
+    assert error.value.code == 1
     assert "compiled, not estimated" in capsys.readouterr().err
 
 

@@ -17,7 +17,8 @@ from e5v_jax.dryrun.__main__ import main
 from e5v_jax.dryrun.plan import Plan, PlanDryRun, search_plans
 from e5v_jax.dryrun.topology import parse_topology
 from e5v_jax.nn.layers import LoRAConfig
-from e5v_jax.train.command import TrainCommand, start
+from e5v_jax.train.__main__ import start
+from e5v_jax.train.command import TrainCommand
 from e5v_jax.train.config import TrainConfig
 
 LORA = LoRAConfig(rank=64, alpha=16.0, dropout=0.05)

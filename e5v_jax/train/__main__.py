@@ -2,8 +2,12 @@
 
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from e5v_jax.exits import guarded
+
+if TYPE_CHECKING:
+    from e5v_jax.train.command import TrainCommand
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -16,7 +20,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         import tyro  # here and below: they take seconds, and Ctrl-C may come meanwhile
 
         from e5v_jax import cli
-        from e5v_jax.train.command import TrainCommand, start
+        from e5v_jax.train.command import TrainCommand
         from e5v_jax.train.config import TrainConfig
 
         cli.show_log()
@@ -24,6 +28,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         if run is None:
             run = TrainConfig(model=tyro.MISSING, output=tyro.MISSING)
         cli.run(start, TrainCommand, default=TrainCommand(run), argv=words)
+
+
+def start(command: "TrainCommand") -> None:
+    """Train as the command says; raises as ``train``, and as ``plan_here`` where that is asked."""
+    from e5v_jax.train.loop import train
+
+    run = command.run
+    if command.plan == "auto":
+        from e5v_jax.dryrun.here import plan_here  # which knows training, as a command may, too
+
+        run = plan_here(run)
+    train(run)
 
 
 if __name__ == "__main__":
