@@ -118,6 +118,8 @@ NOT_HERE = {
     r"python -m e5v_jax.search": "test_search_query.py and test_search_api.py run it",
     r"python benchmarks/search.py --page": "a browser",
     r"python -m e5v_jax.train --config configs/nano_e5v.py": "test_align.py goes on with a model",
+    r"python -m e5v_jax.evaluate --model aligned/model": "photographs that are not shipped",
+    r"python benchmarks/(tower_layers|align_throughput).py": "photographs, and the real tower",
     r"make photographs": "hours, and photographs that are not shipped",
     r"python -m e5v_jax.encode --model runs/demo/base": "test_the_example_as_printed",
     r"e5v-convert --preset": "no command but a flag: test_presets.py",
