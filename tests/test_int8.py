@@ -96,7 +96,7 @@ def test_other_chips_get_an_int8_matmul(operands: tuple[np.ndarray, QArray], pla
 def test_vectors_of_real_weights_stay_near(smollm2_converted: Path, sts_data: Path) -> None:
     """The worst and the mean of 64 sentences; the rounded activations show, and have outliers.
 
-    SmoothQuant's scales (arXiv 2211.10438), which are not built, would give 0.9991 and 0.998.
+    What smoothing the model first makes of it is in test_smoothing.py.
     """
     with (sts_data / "STS" / "STSBenchmark" / "sts-test.csv").open() as file:
         rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
