@@ -12,7 +12,7 @@ from training_runs import config, write_csv
 
 from e5v_jax import E5V
 from e5v_jax.checkpoints import from_hf
-from e5v_jax.checkpoints.converted import ConvertedFolder, write_info, write_params
+from e5v_jax.checkpoints.converted import ConvertedFolder, write_again
 from e5v_jax.checkpoints.smooth import Args, find_exponents, scaled, smooth
 from e5v_jax.train.loop import train
 
@@ -30,11 +30,7 @@ def with_outliers(src: Path, dst: Path) -> Path:
             array = array * np.where(rng.random(array.shape) < 0.1, 20.0, 1.0)
         arrays[name] = np.asarray(array, base.info.dtype)
     dst.mkdir()
-    digest, shapes = write_params(dst, [arrays])
-    for file in src.iterdir():
-        if file.is_file() and file.name not in ("config.json", "checksums.json"):
-            (dst / file.name).write_bytes(file.read_bytes())
-    write_info(dst, dataclasses.replace(base.info, content_hash=digest, parameters=shapes))
+    write_again(dst, base, [arrays])
     return dst
 
 

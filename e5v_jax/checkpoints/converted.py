@@ -28,13 +28,13 @@ from e5v_jax.checkpoints.finite import check_finite
 from e5v_jax.checkpoints.json_file import read_json
 from e5v_jax.checkpoints.preprocessor import check_preprocessor
 from e5v_jax.checkpoints.safetensors_file import DTYPES
-from e5v_jax.checksums import CHECKSUMS, DamagedFileError, verify_checksums
+from e5v_jax.checksums import CHECKSUMS, DamagedFileError, verify_checksums, write_checksums
 from e5v_jax.families import FAMILIES
 from e5v_jax.families.base import Family, ModelConfig
 from e5v_jax.nn.config import from_fields
 from e5v_jax.nn.parameters import ParameterTable
 from e5v_jax.presets import check_preset
-from e5v_jax.storage import as_path, in_bucket, without_wildcards
+from e5v_jax.storage import as_path, copy_file, in_bucket, without_wildcards
 
 FORMAT_VERSION = 2
 _AGAIN = "convert the model again"
@@ -224,6 +224,27 @@ class ConvertedFolder:
         arrays = flatten_dict(tree, sep=".")
         for name in names:
             yield check_finite(np.asarray(arrays[name]), f"{self.folder}/params: {name}")
+
+
+def write_again(
+    folder: Path,
+    base: ConvertedFolder,
+    groups: Iterable[dict[str, np.ndarray]],
+    *,
+    smoothed: bool = False,
+) -> str:
+    """Write ``base`` to an empty ``folder`` with other values, as :func:`write_params` takes them.
+
+    Its other files are copied; its folders, as of an adapter, are not. Returns the content hash.
+    """
+    digest, shapes = write_params(folder, groups)
+    for file in base.folder.iterdir():
+        if file.is_file() and file.name not in ("config.json", CHECKSUMS):
+            copy_file(file, folder / file.name)
+    info = dataclasses.replace(base.info, content_hash=digest, parameters=shapes, smoothed=smoothed)
+    write_info(folder, info)
+    write_checksums(folder)
+    return digest
 
 
 def _verify(folder: Path) -> None:

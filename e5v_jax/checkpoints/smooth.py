@@ -9,7 +9,6 @@ before, bit for bit.
 """
 
 import csv
-import dataclasses
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,17 +23,16 @@ import tyro
 
 from e5v_jax import cli
 from e5v_jax.atomic import new_folder
-from e5v_jax.checkpoints.converted import ConvertedFolder, write_info, write_params
+from e5v_jax.checkpoints.converted import ConvertedFolder, write_again
 from e5v_jax.checkpoints.loading import load_model
 from e5v_jax.checkpoints.tokenizer import load_tokenizer
-from e5v_jax.checksums import CHECKSUMS, write_checksums
 from e5v_jax.families.base import BatchShape, Processor
 from e5v_jax.nn.decoder import Decoder, DecoderLayer
 from e5v_jax.nn.layers import Build, Precision
 from e5v_jax.presets import find_preset
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh
-from e5v_jax.storage import as_path, copy_file
+from e5v_jax.storage import as_path
 
 ALPHA = 0.5
 """How much of the outliers goes to the kernels, as in the paper."""
@@ -75,24 +73,15 @@ def smooth(args: Args) -> None:
             "--merge, then smooth"
         )
     exponents = find_exponents(base, _read_texts(args.texts))
-    groups = base.table.groups(base.shapes())
+    arrays = (
+        {
+            name: scaled(name, array, exponents)
+            for name, array in zip(group, base.read(list(group)), strict=True)
+        }
+        for group in base.table.groups(base.shapes())
+    )
     with new_folder(as_path(args.dst)) as folder:
-        digest, shapes = write_params(
-            folder,
-            (
-                {
-                    name: scaled(name, array, exponents)
-                    for name, array in zip(group, base.read(list(group)), strict=True)
-                }
-                for group in groups
-            ),
-        )
-        for file in base.folder.iterdir():
-            if file.is_file() and file.name not in ("config.json", CHECKSUMS):
-                copy_file(file, folder / file.name)
-        info = dataclasses.replace(base.info, content_hash=digest, parameters=shapes)
-        write_info(folder, dataclasses.replace(info, smoothed=True))
-        write_checksums(folder)
+        digest = write_again(folder, base, arrays, smoothed=True)
     most = max(int(np.abs(x).max()) for x in exponents.values())
     print(f"{args.dst}: written; channels changed by up to 2**{most}, hash {digest[:12]}")
 
@@ -142,14 +131,16 @@ def find_exponents(base: ConvertedFolder, texts: Sequence[str]) -> Exponents:
         # [layers, in], over all that a row of the kernels is multiplied with
         rows = [np.asarray(jnp.abs(each.kernel[...]).max(axis=2), np.float32) for each in maps]
         both = seen[name], np.max(rows, axis=0)
-        if name == "o":  # the query heads of one value head have its channels
-            text, count = base.config.text, len(both[0])
-            shape = (count, text.num_key_value_heads, -1, text.head_dim)  # [layers, K, G, H]
-            both = tuple(x.reshape(shape).max(axis=2).reshape(count, -1) for x in both)
-            values = _exponents(*both).reshape(count, shape[1], 1, text.head_dim)
-            groups = text.num_attention_heads // text.num_key_value_heads
-            found["heads"] = np.repeat(values, groups, axis=2).reshape(count, -1)
-        found[name] = _exponents(*both)
+        if name != "o":
+            found[name] = _exponents(*both)
+            continue
+        # the query heads of one value head have its channels
+        text, count = base.config.text, len(both[0])
+        shape = (count, text.num_key_value_heads, -1, text.head_dim)  # [layers, K, G, H]
+        values = _exponents(*(x.reshape(shape).max(axis=2, keepdims=True) for x in both))
+        groups = text.num_attention_heads // text.num_key_value_heads
+        found["o"] = values.reshape(count, -1)
+        found["heads"] = np.repeat(values, groups, axis=2).reshape(count, -1)
     return found
 
 
@@ -158,7 +149,9 @@ def _exponents(activations: np.ndarray, weights: np.ndarray) -> np.ndarray:
     known = (activations > 0) & (weights > 0)
     x, w = np.where(known, activations, 1.0), np.where(known, weights, 1.0)
     exact = ALPHA * np.log2(x) - (1 - ALPHA) * np.log2(w)
-    exact -= np.median(exact, axis=1, keepdims=True)  # a token's own scale takes the rest
+    exact -= np.median(
+        exact, axis=tuple(range(1, exact.ndim)), keepdims=True
+    )  # a token's own scale takes the rest
     return np.where(known, np.clip(np.rint(exact), -_MOST, _MOST), 0).astype(np.int32)
 
 

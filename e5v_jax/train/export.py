@@ -1,6 +1,5 @@
 """What a finished run leaves for others: a PEFT adapter, or a whole model as converted folder."""
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -10,14 +9,13 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from e5v_jax.atomic import new_folder
-from e5v_jax.checkpoints.converted import ConvertedFolder, write_info, write_params
+from e5v_jax.checkpoints.converted import ConvertedFolder, write_again
 from e5v_jax.checkpoints.loading import dotted
 from e5v_jax.checkpoints.peft import Adapter, read_merged, write_adapter
 from e5v_jax.checkpoints.trained_with import TrainedWith, resolve_names
-from e5v_jax.checksums import CHECKSUMS, write_checksums
 from e5v_jax.distributed import is_first
 from e5v_jax.nn.layers import LoRAConfig
-from e5v_jax.storage import copy_file, remove_folder
+from e5v_jax.storage import remove_folder
 from e5v_jax.train.step import all_finite
 
 
@@ -93,9 +91,4 @@ def _write_model(
         return np.asarray(weight.astype(dtype))
 
     arrays = ({name: array(name) for name in layer} for layer in base.table.groups(base.shapes()))
-    digest, shapes = write_params(folder, arrays)
-    for file in base.folder.iterdir():
-        if file.is_file() and file.name not in ("config.json", CHECKSUMS):
-            copy_file(file, folder / file.name)
-    write_info(folder, dataclasses.replace(base.info, content_hash=digest, parameters=shapes))
-    write_checksums(folder)
+    write_again(folder, base, arrays)
