@@ -18,6 +18,7 @@ from typing import NoReturn
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 GRACE = 10.0  # seconds that tidying up may take after Ctrl-C
+END = b"\0"  # what the watcher of signals reads at the end of a block
 
 
 class UsageError(ValueError):
@@ -102,23 +103,26 @@ def _obeying_interrupts() -> Iterator[None]:
     os.set_blocking(writing, False)
 
     def watch() -> None:
-        # any signal writes its number; the end of the file is the end of the block
-        while (number := os.read(reading, 1)) and number[0] != signal.SIGINT:
+        # any signal writes its number, and the end of the block writes END, which no signal has
+        while (number := os.read(reading, 1)) not in (END, bytes([signal.SIGINT])):
             pass
-        if number:
+        if number != END:
             ready, _, _ = select.select([reading], [], [], GRACE)
-            if not ready or os.read(reading, 1):
+            if not ready or os.read(reading, 1) != END:
                 _interrupted_now()
-        os.close(reading)
 
     before = signal.signal(signal.SIGINT, handle)
     before_fd = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    threading.Thread(target=watch, daemon=True).start()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
     try:
         yield
     finally:
         signal.set_wakeup_fd(before_fd)
         signal.signal(signal.SIGINT, before)
+        os.write(writing, END)
+        watcher.join()  # if it has run out of patience just now, it speaks and ends the process
+        os.close(reading)
         os.close(writing)
         told = getattr(sys.exc_info()[1], "code", None) == INTERRUPTED
         if noted.is_set() and not told:  # it was swallowed, or another error came of it

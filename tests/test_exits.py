@@ -44,6 +44,14 @@ IN_C = "import hashlib\n    hashlib.pbkdf2_hmac('sha256', b'', b'', 2**27)"
 TIDYING = (
     SLEEP + "try: time.sleep(9)\n    finally:\n        time.sleep(0.1)\n        print('tidied')"
 )
+# tidying up ends just when the watching thread has run out of patience and is about to end it all
+AT_ONCE = """import builtins, time
+    def slowly(*words, **options):
+        builtins.print(*words, **options)
+        time.sleep(1)
+    exits.print = slowly
+    try: time.sleep(9)
+    finally: time.sleep(0.6)"""
 
 
 @pytest.mark.parametrize(
@@ -57,8 +65,21 @@ TIDYING = (
         (IN_C, [0.1]),
         (IN_C, [0.1, 0.05]),
         (TIDYING, [0.1]),
+        (AT_ONCE, [0.1]),
+        (AT_ONCE, [0.1, 0.1]),  # the second is heard by both threads
     ],
-    ids=["sleep", "swallowed", "exit", "error", "goes-on", "in-c", "twice", "tidying"],
+    ids=[
+        "sleep",
+        "swallowed",
+        "exit",
+        "error",
+        "goes-on",
+        "in-c",
+        "twice",
+        "tidying",
+        "at-once",
+        "both",
+    ],
 )
 def test_an_interrupt_is_obeyed(body: str, signals: list[float]) -> None:
     code, lines, seconds = run(body, *signals)

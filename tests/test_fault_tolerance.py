@@ -1,5 +1,6 @@
 """What pods do to runs: preempted, killed at any moment, checkpoints damaged, another mesh."""
 
+import os
 import random
 import resource
 import signal
@@ -21,7 +22,8 @@ from training_runs import (
     write_csv,
 )
 
-EIGHT_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+FLAGS = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+EIGHT_DEVICES = {"XLA_FLAGS": FLAGS}
 
 
 @pytest.fixture(scope="module")
