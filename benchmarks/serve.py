@@ -130,6 +130,22 @@ def bodies(texts: Sequence[str]) -> list[bytes]:
     return [json.dumps({"input": one, "encoding_format": "base64"}).encode() for one in texts]
 
 
+def convert(folder: Path) -> Path:
+    """Write SmolLM2 to ``folder``, converted."""
+    command = [sys.executable, "-m", "convert.from_hf", str(find_gguf()), str(folder)]
+    subprocess.run(command, check=True)
+    return folder
+
+
+def with_prompt(model: Path, texts: Sequence[str]) -> list[str]:
+    """Texts as ``model`` reads them, for a server that has no prompt."""
+    from e5v_jax import E5V
+
+    processor = E5V.load_processor(model)
+    prompts = processor.preset.choose()
+    return [processor.fill(prompts, text, has_image=False) for text in texts]
+
+
 def spread(seconds: Sequence[float]) -> str:
     """p50, p99 and most, in ms."""
     p50, p99, most = np.percentile(seconds, (50, 99, 100)) * 1e3
@@ -295,22 +311,14 @@ def main(args: Args) -> None:
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if set(args.parts) - {"mixed"}:
-            model = args.model or folder / "model"
-            if args.model is None:
-                convert = [sys.executable, "-m", "convert.from_hf", str(find_gguf()), str(model)]
-                subprocess.run(convert, check=True)
+            model = args.model or convert(folder / "model")
             flags = ("--dtype", "float32", "--cache-size", "0", "--max-waiting-items", "256")
             flags += ("--max-request-items", "256", "--warm-up-text", "96")
             server = stack.enter_context(serving(model, args.log, *flags))
             before = server.metrics()["e5v_compilations"]
             sides: dict[str, Any] = {"server": (server.port, bodies(texts))}
             if args.peer is not None:
-                from e5v_jax import E5V
-
-                processor = E5V.load_processor(model)
-                prompts = processor.preset.choose()
-                filled = [processor.fill(prompts, text, has_image=False) for text in texts]
-                sides["peer"] = (args.peer, bodies(filled[: args.peer_limit]))
+                sides["peer"] = (args.peer, bodies(with_prompt(model, texts[: args.peer_limit])))
             rate = 0.0
             if {"throughput", "latency"} & set(args.parts):
                 bare = Bare(model, args)

@@ -4,6 +4,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from PIL import Image
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -42,3 +45,16 @@ def test_flops_are_those_of_the_design() -> None:
     )
     images, texts = map(float, done.stdout.split())
     assert abs(images - 36.4) < 1.5 and abs(texts - 0.56) < 0.01
+
+
+@pytest.mark.slow
+def test_profile_of_images_at_tiny_size(tmp_path: Path) -> None:
+    """It takes every part out; times of so small a model mean nothing."""
+    Image.new("RGB", (60, 40), "teal").save(tmp_path / "one.jpg")
+    out = run("image_profile.py", "--images", tmp_path, "--tiny", "--repetitions", "1")
+    rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")][1:]
+    assert [row[0] for row in rows] == [
+        "| attention of the decoder",
+        "| attention of the tower",
+        "| linear maps and all else",
+    ]
