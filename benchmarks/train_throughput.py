@@ -57,6 +57,8 @@ class Args:
     """Ours; by default that of configs/demo.py."""
     chunk_size: int | None = None
     """Ours."""
+    texts_per_row: int = 1
+    """Ours."""
     gradient_checkpointing: tyro.conf.FlagCreatePairsOff[bool] = False
     """PyTorch's: keep the input of each layer only."""
     threads: int = 2
@@ -79,6 +81,7 @@ def train_config(args: Args) -> "TrainConfig":
         data=dataclasses.replace(cfg.data, path=args.data, length_groups=args.length_groups),
         batch_size=args.batch_size,
         chunk_size=args.chunk_size,
+        texts_per_row=args.texts_per_row,
         remat=cfg.remat if args.remat is None else args.remat,
     )
 

@@ -5,6 +5,7 @@ one JSON line per mesh.
 """
 
 import json
+import re
 import sys
 from dataclasses import replace
 from functools import partial
@@ -20,6 +21,7 @@ from test_train_step import LORA, TEMPERATURE, flat, largest_relative, make_pair
 
 from e5v_jax.checkpoints.hf_source import open_source
 from e5v_jax.checkpoints.loading import dotted, load_model
+from e5v_jax.families.base import Together
 from e5v_jax.nn.layers import Build, LoRAConfig, LoRAParam, Precision
 from e5v_jax.nn.parameters import ParameterTable
 from e5v_jax.runtime import Runtime
@@ -68,6 +70,7 @@ def step_on(folder: Path, mesh: Mesh, **options: Any) -> dict[str, Any]:
             loss=LossConfig(temperature=TEMPERATURE),
             chunk_size=options.get("chunk_size"),
             remat=options.get("remat", "none"),
+            together=Together(2, 0) if "texts_per_row" in options else None,
         ),
         dropout="dropout" in options,
         state=(trainable, state),
@@ -79,7 +82,16 @@ def step_on(folder: Path, mesh: Mesh, **options: Any) -> dict[str, Any]:
     step(after, state, frozen, batch, jax.random.key(0))
     if step._cache_size() != 1:
         misplaced.append("the step compiled again for the state that it returned")
-    return {"loss": float(metrics.loss), "gradients": gradients, "misplaced": misplaced}
+    found = {"loss": float(metrics.loss), "gradients": gradients, "misplaced": misplaced}
+    if "quantization" in options:
+        arguments = (trainable, state, frozen, batch, jax.random.key(0))
+        found["gathered"] = gathered_kernels(step.lower(*arguments).compile().as_text())
+    return found
+
+
+def gathered_kernels(hlo: str) -> list[str]:
+    """The types of the kernels, split in two by ``tensor``, that are gathered over ``fsdp``."""
+    return sorted(set(re.findall(r"(\w+)\[(?:1,)?(?:128,64|64,128|128,32)\]\S* all-gather\(", hlo)))
 
 
 def misplaced_in(state: nnx.State, mesh: Mesh, table: ParameterTable) -> list[str]:
@@ -102,6 +114,7 @@ def main(folder: Path, meshes: str) -> None:
     one = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     plain = {"shapes": SHAPES if meshes == "all" else SOME_SHAPES, "options": {}}
     everything = {"quantization": "nf4", "chunk_size": 8, "remat": "full", "dropout": 0.1}
+    everything |= {"texts_per_row": 2}
     for case in (plain, {"shapes": [(2, 2, 2)], "options": everything}):
         expected = step_on(folder, one, **case["options"])
         for shape in case["shapes"]:
@@ -112,6 +125,7 @@ def main(folder: Path, meshes: str) -> None:
                 "loss": found["loss"] / expected["loss"] - 1,
                 "gradients": largest_relative(found["gradients"], expected["gradients"]),
                 "misplaced": found["misplaced"],
+                "gathered": found.get("gathered"),
             }
             print(json.dumps(result), flush=True)
 

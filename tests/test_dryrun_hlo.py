@@ -89,6 +89,21 @@ NESTED = NESTED.replace(
 
 %body (state""",
 )
+# And the stack in another layout before the slice, in place, as libtpu has it of 4-bit weights.
+RELAID = HLO.replace("dynamic-slice(%p.3", "dynamic-slice(%relaid")
+RELAID = RELAID.replace(
+    "  %zero = s32[]",
+    """  %relaid = STACK fusion(%p.3), kind=kLoop, calls=%relay
+  %zero = s32[]""",
+).replace(
+    "%take (p.3",
+    """%relay (p.13: f32[8,128]) -> f32[8,128] {
+  %p.13 = STACK parameter(0)
+  ROOT %copied = STACK copy(%p.13)
+}
+
+%take (p.3""",
+)
 _NAMES = {
     "STACK": "f32[8,128]{1,0:T(8,128)}",
     "WEIGHT": "bf16[4,64]{1,0:T(8,128)(2,1)}",
@@ -98,7 +113,7 @@ _NAMES = {
 }
 
 
-@pytest.mark.parametrize("hlo", [HLO, NESTED], ids=["fused", "fused twice"])
+@pytest.mark.parametrize("hlo", [HLO, NESTED, RELAID], ids=["fused", "fused twice", "relaid"])
 def test_loops_slices_and_collectives(hlo: str) -> None:
     for name, text in _NAMES.items():
         hlo = hlo.replace(name, text)

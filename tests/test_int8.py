@@ -8,18 +8,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hf_models import Recipe, build_llava
 from PIL import Image
 from qwix import QArray
 
 from e5v_jax import E5V
+from e5v_jax.nn.layers import Build, Linear, Precision
 from e5v_jax.nn.quantized import (
     _dot,
     _dot_on_cpu,
     dense_kernel,
     quantize_kernel,
     quantized_matmul,
+    rotate,
 )
+from e5v_jax.runtime import Runtime
+from e5v_jax.sharding import make_mesh
 
 EXACT = jax.lax.Precision.HIGHEST
 
@@ -71,6 +76,44 @@ def test_a_cpu_multiplies_the_same_numbers() -> None:
     np.testing.assert_array_equal(_dot_on_cpu(*short), _dot(*short))
 
 
+@pytest.mark.parametrize("width", [1, 6, 96, 128, 640])
+def test_rotation_spreads_an_outlier_and_changes_nothing_else(width: int) -> None:
+    """Products are those of before; one large channel becomes many; twice is once back."""
+    rng = np.random.default_rng(3)
+    x, kernel = (rng.normal(size=size).astype(np.float32) for size in ((9, width), (width, 5)))
+    x[:, 0] = 1000
+    turned = rotate(jnp.asarray(x), EXACT)
+    size = min(128, width & -width)
+    assert np.abs(turned[:, :size]).max() < 1000 / size**0.5 + 5
+    products = turned @ np.asarray(rotate(jnp.asarray(kernel.T), EXACT)).T
+    np.testing.assert_allclose(products, x @ kernel, rtol=1e-5, atol=2e-3)
+    np.testing.assert_allclose(rotate(turned, EXACT), x, rtol=1e-5, atol=2e-4)
+    # in 16 bits it loses what they do, and no common factor
+    half = rotate(jnp.asarray(x, jnp.bfloat16), jax.lax.Precision.DEFAULT)
+    assert half.dtype == jnp.bfloat16
+    ratio = (np.asarray(half, np.float64) * turned).sum() / np.square(turned, dtype=float).sum()
+    assert abs(ratio - 1) < 1e-3
+
+
+def test_linear_maps_rotate_what_they_get_and_their_kernel() -> None:
+    """With an outlier int8 is then four times nearer; what is left is mostly the kernel's."""
+    rng = np.random.default_rng(4)
+    x = rng.normal(size=(30, 256)).astype(np.float32)
+    x[:, 7] = 100
+    kernel = jnp.asarray(rng.normal(size=(256, 64)), jnp.float32)
+    build = Build(Precision(jnp.float32, jnp.float32, "int8"), Runtime.on(make_mesh()))
+    linear = Linear(256, 64, build, rngs=nnx.Rngs(0))
+    linear.kernel.set_value(quantize_kernel(kernel, "int8"))
+    exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
+
+    def error(found: Any) -> float:
+        return float(np.linalg.norm(np.asarray(found) - exact) / np.linalg.norm(exact))
+
+    plain = quantized_matmul(x, quantize_kernel(kernel, "int8_weight_only"), True, EXACT)
+    assert error(linear(x)) < error(plain) / 4
+    assert error(linear(x)) / 2 < error(linear(x, exact=True)) < error(linear(x))
+
+
 def test_the_gradient_is_that_of_no_rounding(operands: tuple[np.ndarray, QArray]) -> None:
     x, kernel = operands
     weights = jnp.asarray(np.random.default_rng(2).normal(size=(40, 48)), jnp.float32)
@@ -94,7 +137,7 @@ def test_other_chips_get_an_int8_matmul(operands: tuple[np.ndarray, QArray], pla
 
 @pytest.mark.slow
 def test_vectors_of_real_weights_stay_near(smollm2_converted: Path, sts_data: Path) -> None:
-    """The worst and the mean of 64 sentences; the rounded activations show, and have outliers.
+    """The worst and the mean of 64 sentences; rounded activations show, though they are rotated.
 
     What smoothing the model first makes of it is in test_smoothing.py.
     """
@@ -108,7 +151,9 @@ def test_vectors_of_real_weights_stay_near(smollm2_converted: Path, sts_data: Pa
     both, weights = (
         (vectors[kind] * vectors[None]).sum(axis=1) for kind in ("int8", "int8_weight_only")
     )
-    assert both.mean() >= 0.996 and both.min() >= 0.99
+    for cosine in (both, weights):
+        print(f"cosine: mean {cosine.mean():.5f}, least {cosine.min():.5f}")
+    assert both.mean() >= 0.999 and both.min() >= 0.998
     assert both.mean() < weights.mean() < 1 and weights.min() >= 0.999
 
 

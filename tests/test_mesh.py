@@ -57,6 +57,8 @@ def test_every_mesh_of_eight_devices_gives_the_step_of_one(
         assert abs(result["loss"]) <= 1e-5, result
         assert result["gradients"] <= 1e-5, result
         assert result["misplaced"] == [], result
+        if "quantization" in result["options"]:
+            assert result["gathered"] == ["u8"], result  # codes of nf4, a byte each on CPUs
 
 
 def test_mesh_fills_in_one_size() -> None:

@@ -12,14 +12,20 @@ import pytest
 import tyro
 from training_runs import config, make_folder, read_metrics
 
+from e5v_jax.checkpoints.converted import ConvertedFolder
 from e5v_jax.dryrun import here, plan
 from e5v_jax.dryrun.__main__ import main
 from e5v_jax.dryrun.plan import Plan, PlanDryRun, search_plans
 from e5v_jax.dryrun.topology import parse_topology
 from e5v_jax.nn.layers import LoRAConfig
 from e5v_jax.train.__main__ import start
+from e5v_jax.train.batches import tokenize_pairs
 from e5v_jax.train.command import TrainCommand
 from e5v_jax.train.config import TrainConfig
+from e5v_jax.train.feed import load_data
+from e5v_jax.train.setup import open_base
+
+pytestmark = pytest.mark.optimized
 
 LORA = LoRAConfig(rank=64, alpha=16.0, dropout=0.05)
 
@@ -67,7 +73,7 @@ def test_what_compiling_says_counts(
         asked.append(found)
         peak = found.report.cost.peak * (2 if len(asked) <= 2 else 1) * 5 // 8
         cost = dataclasses.replace(found.report.cost, peak=peak, method="compiled")
-        return Plan(found.run, dataclasses.replace(found.report, cost=cost))
+        return dataclasses.replace(found, report=dataclasses.replace(found.report, cost=cost))
 
     monkeypatch.setattr(plan, "_compile", compiled)
     plans = search_plans(args_of("v5e:4x8"))
@@ -87,6 +93,40 @@ def test_kinds_of_a_base_are_tried_if_named() -> None:
     assert {x.run.quantize for x in plain.tried + plain.slower} == {None}
     both = search_plans(dataclasses.replace(asked, quantizations=(None, "nf4")))
     assert {x.run.quantize for x in both.tried + both.slower} == {None, "nf4"}
+
+
+def test_the_data_decides_on_groups(tmp_path: Path) -> None:
+    """Each number of groups with the lengths of the run's own batches, and what that saves."""
+    cfg = dataclasses.replace(config(make_folder(tmp_path), tmp_path / "run"), batch_size=8)
+    asked = PlanDryRun(run=cfg, topology="gpu:h100:1")
+    plans = search_plans(asked)
+    every = [*plans.tried, *plans.slower, *plans.too_large]
+    by_groups = {x.run.data.length_groups: x.lengths for x in every}
+    assert set(by_groups) == {1, 2, 4, 8} and all(n == len(x) for n, x in by_groups.items())
+    base = ConvertedFolder(cfg.model)
+    tokens = tokenize_pairs(load_data(cfg.data), open_base(cfg, base), cfg.data)
+    assert by_groups[1] == (tokens.lengths.max(),)
+    plain = [x for x in every if x.run.chunk_size is None and x.run.remat == "full"]
+    flops = {len(x.lengths): x.report.cost.flops for x in plain}
+    assert flops[1] > flops[2] > flops[4] > flops[8]
+    # 24 sentences of a model of 8 billion parameters: its weights are read for each group
+    large = search_plans(dataclasses.replace(asked, architecture="llava-next-llama3-8b"))
+    assert large.best is not None and len(large.best.lengths) == 1
+    best = plans.best
+    assert best is not None and f"--data.length-groups {len(best.lengths)}" in best.flags
+    # lengths that are given are those of one plan
+    given = search_plans(dataclasses.replace(asked, sequence_lengths=(96,)))
+    assert {x.lengths for x in given.tried + given.slower} == {(96,)}
+    assert given.best is not None and "length-groups" not in given.best.flags
+
+
+def test_data_that_is_no_triplets_is_refused(tmp_path: Path) -> None:
+    cfg = config(make_folder(tmp_path), tmp_path / "run")
+    (tmp_path / "pairs.csv").write_text("sent0,sent1\na dog,an animal\na cat,a pet\n")
+    data = dataclasses.replace(cfg.data, path=(tmp_path / "pairs.csv",))
+    asked = PlanDryRun(run=dataclasses.replace(cfg, data=data), topology="gpu:h100:1")
+    with pytest.raises(ValueError, match=r"a plan is for triplets of texts.*leave --plan out"):
+        search_plans(asked)
 
 
 def test_refusals() -> None:
@@ -124,10 +164,12 @@ def test_a_run_follows_its_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     start(TrainCommand(dataclasses.replace(cfg, remat="full", max_steps=2), plan="auto"))
     saved = json.loads((cfg.output / "run.json").read_text())["config"]
     assert saved["remat"] == "none" and saved["chunk_size"] is None  # it is tiny
+    assert saved["data"]["length_groups"] != cfg.data.length_groups
     mesh = saved["mesh"]
     assert mesh["data"] * mesh["fsdp"] * mesh["tensor"] == len(jax.devices())
     again = dataclasses.replace(cfg, remat="full", max_steps=2, resume=True)
     assert here.plan_here(again).remat == "none"
+    assert here.plan_here(again).data.length_groups == saved["data"]["length_groups"]
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"leave it out"):
         start(TrainCommand(dataclasses.replace(cfg, output=tmp_path / "other"), plan="auto"))

@@ -13,6 +13,7 @@ import pytest
 from flax import nnx
 from hf_models import Recipe, build_text
 from qwix import QArray
+from scipy.linalg import hadamard
 from test_train_step import LORA, flat, make_pair_batch, make_tokens, with_random_factors
 from transformers import Qwen2Config, Qwen3Config
 
@@ -20,7 +21,8 @@ from e5v_jax.checkpoints.hf_source import open_source
 from e5v_jax.checkpoints.loading import dotted, load_model
 from e5v_jax.families.base import Model
 from e5v_jax.nn.layers import Build, Precision
-from e5v_jax.nn.quantized import NF4_TILE, Quantization, dense_kernel, quantize_kernel
+from e5v_jax.nn.nf4_tiles import NF4_TILE, dequantise_in_tiles
+from e5v_jax.nn.quantized import Quantization, dense_kernel, quantize_kernel
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh
 from e5v_jax.train.batches import group_lengths
@@ -99,9 +101,23 @@ def test_nf4_is_the_published_one(scale: float) -> None:
     )
 
 
-def test_int8_is_within_half_a_step_of_each_output() -> None:
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("shape", [(64, 128), (576, 200), (1088, 513)])
+def test_tiles_have_the_bits_of_the_whole(shape: tuple[int, int], dtype: Any) -> None:
+    """What Pallas makes on a TPU, here interpreted; the last tiles are not full."""
+    kernel = np.random.default_rng(1).standard_t(3, size=shape).astype(np.float32)
+    stored = quantize_kernel(jnp.asarray(kernel), "nf4")
+    tiles = dequantise_in_tiles(stored.qvalue, stored.scale, dtype, interpret=True)
+    assert tiles.dtype == dtype
+    np.testing.assert_array_equal(tiles, dense_kernel(stored, dtype))
+
+
+@pytest.mark.parametrize("quantization", ["int8_weight_only", "int8"])
+def test_int8_is_within_half_a_step_of_each_output(quantization: Quantization) -> None:
     kernel = np.random.default_rng(0).normal(size=(96, 24)).astype(np.float32)
-    stored = quantize_kernel(jnp.asarray(kernel), "int8")
+    stored = quantize_kernel(jnp.asarray(kernel), quantization)
+    if quantization == "int8":
+        kernel = rotated(kernel)
     assert stored.qvalue.dtype == jnp.int8 and stored.scale.shape == (1, 24)
     step = np.abs(kernel).max(axis=0) / 127.5
     error = np.abs(dense_kernel(stored, np.float32) - kernel)
@@ -147,11 +163,22 @@ def test_biases_and_norms_are_not_quantised(kind: Any, tmp_path: Path) -> None:
 def both(quantized: Model, dense: Model) -> Iterator[tuple[str, tuple[np.ndarray, ...]]]:
     """Each kernel of the decoder, dequantised and as it was."""
     original = dict(nnx.to_flat_state(nnx.state(dense)))
+    is_rotated = quantized.language_model.precision.quantization == "int8"
     for path, leaf in nnx.to_flat_state(nnx.state(quantized)):
         kernel = leaf.get_value()
         if isinstance(kernel, QArray):
-            whole = jax.vmap(lambda k: dense_kernel(k, np.float32))(kernel)
-            yield dotted(path), (np.asarray(whole), np.asarray(original[path][...]))
+            whole = np.asarray(jax.vmap(lambda k: dense_kernel(k, np.float32))(kernel))
+            if is_rotated:  # back: the rotation is its own inverse
+                whole = np.stack([rotated(one) for one in whole])
+            yield dotted(path), (whole, np.asarray(original[path][...]))
+
+
+def rotated(kernel: np.ndarray) -> np.ndarray:
+    """Blocks of inputs of a kernel [in, out] times scipy's Hadamard matrix, in fp64."""
+    size = min(128, len(kernel) & -len(kernel))
+    blocks = kernel.reshape(-1, size, kernel.shape[1]).astype(np.float64)
+    turned = np.einsum("ij,bjo->bio", hadamard(size) / size**0.5, blocks)
+    return turned.reshape(kernel.shape).astype(np.float32)
 
 
 def loss_and_gradients(

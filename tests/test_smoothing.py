@@ -14,6 +14,7 @@ from e5v_jax import E5V
 from e5v_jax.checkpoints import from_hf
 from e5v_jax.checkpoints.converted import ConvertedFolder, write_again
 from e5v_jax.checkpoints.smooth import Args, find_exponents, scaled, smooth
+from e5v_jax.nn import layers, quantized
 from e5v_jax.train.loop import train
 
 TEXTS = ["A dog runs.", "Two cats sleep on a roof.", "snow", "The mountain is high and cold today."]
@@ -62,7 +63,10 @@ def test_without_int8_nothing_changes(folders: tuple[Path, Path], dtype: Any) ->
     assert any("v_proj" in name for name in changed) and any("down" in name for name in changed)
 
 
-def test_int8_is_nearer(folders: tuple[Path, Path]) -> None:
+def test_int8_is_nearer(folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """By itself: rotation, which has the same end, is left out. Both together: the slow test."""
+    for module in (layers, quantized):
+        monkeypatch.setattr(module, "rotate", lambda x, precision: x)
     exact = E5V.from_pretrained(folders[0], dtype="float32").encode(TEXTS)
     errors = [
         1 - (E5V.from_pretrained(x, dtype="float32", quantize="int8").encode(TEXTS) * exact).sum(1)
@@ -98,13 +102,17 @@ def test_texts_decide(folders: tuple[Path, Path], tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_real_weights(smollm2_converted: Path, sts_data: Path, tmp_path: Path) -> None:
-    """64 sentences of SmolLM2, by the default sentences; 0.9966 and 0.992 without."""
+    """64 sentences of SmolLM2, by the default sentences; and how far off int8 is without."""
     smooth(Args(smollm2_converted, tmp_path / "smooth"))
     with (sts_data / "STS" / "STSBenchmark" / "sts-test.csv").open() as file:
         rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     texts = sorted({row[5] for row in rows})[:64]
     exact = E5V.from_pretrained(smollm2_converted, dtype="float32").encode(texts)
-    model = E5V.from_pretrained(tmp_path / "smooth", dtype="float32", quantize="int8")
-    cosine = (model.encode(texts) * exact).sum(axis=1)
-    print(f"cosine: mean {cosine.mean():.4f}, least {cosine.min():.4f}")
-    assert cosine.mean() >= 0.998 and cosine.min() >= 0.99
+    before, after = (
+        (E5V.from_pretrained(x, dtype="float32", quantize="int8").encode(texts) * exact).sum(axis=1)
+        for x in (smollm2_converted, tmp_path / "smooth")
+    )
+    for cosine in (before, after):
+        print(f"cosine: mean {cosine.mean():.5f}, least {cosine.min():.5f}")
+    assert after.mean() >= 0.9995 and after.min() >= 0.998
+    assert 1 - after.mean() < 0.7 * (1 - before.mean())

@@ -13,15 +13,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
+from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from e5v_jax.dryrun.topology import compile_devices, parse_topology
 from e5v_jax.nn.attention import attention
-from e5v_jax.nn.layers import Precision
+from e5v_jax.nn.layers import Build, Linear, Precision
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import batch_sharding, make_mesh
 
 pytestmark = [
     pytest.mark.tpu_aot,
+    pytest.mark.optimized,
     pytest.mark.skipif(
         importlib.util.find_spec("libtpu") is None,
         reason="libtpu is not installed: pip install -e '.[tpu]'",
@@ -56,6 +59,29 @@ def assert_estimate_agrees(report: dict[str, Any], *flags: str) -> None:
 
 
 # A compilation takes minutes: one encoder is in `make test`, the rest is slow.
+@pytest.mark.parametrize("topology", ["v5e:1x1", "v6e:1x1", "v5p:1x1x1"])
+def test_nf4_is_dequantised_on_the_chip(topology: str) -> None:
+    """A matmul and its gradient move the dense kernel, its codes and nothing of fp32 beside."""
+    runtime = Runtime(make_mesh(1, 1, 1, devices=compile_devices(parse_topology(topology))), "tpu")
+    build = Build(Precision(jnp.dtype("bfloat16"), jnp.dtype("bfloat16"), "nf4"), runtime)
+    rows, shape = 256, (1088, 1536)
+    module = nnx.eval_shape(lambda: Linear(*shape, build, rngs=nnx.Rngs(0)))
+    graphdef, state = nnx.split(module)
+
+    def loss(x: jax.Array, state: nnx.State) -> jax.Array:
+        return jnp.sum(jnp.square(nnx.merge(graphdef, state)(x).astype(jnp.float32)))
+
+    whole = NamedSharding(runtime.mesh, PartitionSpec())
+    x = jax.ShapeDtypeStruct((rows, shape[0]), jnp.bfloat16)
+    x, state = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=whole), (x, state)
+    )
+    compiled = jax.jit(jax.value_and_grad(loss)).lower(x, state).compile()
+    text = compiled.as_text()
+    assert text.count("tpu_custom_call") >= 2  # forward and backward
+    assert f"f32[{shape[0]},{shape[1]}]" not in text and f",64,{shape[1]}]" not in text
+
+
 @pytest.mark.slow
 @DROPOUT
 @pytest.mark.parametrize(("topology", "chips"), [("v5p:2x2x4", 16), ("v5e:4x8", 32)])

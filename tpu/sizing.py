@@ -23,6 +23,8 @@ _SMALLEST_FIRST = {
     "v5p": ("2x2x1", "2x2x2"),
 }
 _PODS = ("2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
+# (data, fsdp, tensor) of the best by ``python -m e5v_jax.dryrun plan``, all with --remat dots
+_PLANS = {"4x8": (1, 32, 1), "8x8": (4, 8, 2), "8x16": (64, 1, 2), "16x16": (128, 1, 2)}
 _MARK = "<!-- {end}tables of python tpu/sizing.py -->"
 
 
@@ -116,6 +118,10 @@ def _workloads() -> Iterator[tuple[str, str, Callable[[str, str], Any]]]:
         chunk_size = _chunk(_chips(sides))
         return _train(f"{chip}:{sides}", chunk_size=chunk_size, quantize="nf4")
 
+    def qlora_rows(chip: str, sides: str) -> Any:
+        how: dict[str, Any] = {"quantize": "nf4", "remat": "dots", "texts_per_row": 4}
+        return _train(f"{chip}:{sides}", chunk_size=32 * _chips(sides), **how)
+
     def bf16(chip: str, sides: str) -> Any:
         whole = chip != "v5e"  # 15 GB of weights do not fit one of its chips
         return _encode(f"{chip}:{sides}", None, fsdp=not whole)
@@ -125,6 +131,7 @@ def _workloads() -> Iterator[tuple[str, str, Callable[[str, str], Any]]]:
 
     yield "LoRA, bf16 base", "64 sentences a chip at a time", lora
     yield "QLoRA, NF4 base", "64 sentences a chip at a time", qlora
+    yield "QLoRA, NF4 base, remat dots, 4 texts a row", "32 sentences a chip at a time", qlora_rows
     yield "encode, bf16", "5 square images a chip", bf16
     yield "encode, int8", "5 square images a chip", int8
 
@@ -157,27 +164,42 @@ def sizing_table(done: _Results) -> str:
 def scaling_table(done: _Results) -> str:
     """The paper's step of 768 triplets on more and more v5e chips, as Markdown."""
     lines = [
-        "| chips | slice | peak, GiB | compute, ms | memory, ms | interconnect, ms "
-        "| overlapped, ms (efficiency) | one after another, ms (efficiency) | run of 718 steps |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| chips | slice | data, fsdp, tensor, remat | peak, GiB | compute, ms | memory, ms "
+        "| interconnect, ms | overlapped, ms (efficiency) | one after another, ms (efficiency) "
+        "| run of 718 steps |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for sides in _PODS:
+    for sides, record, how in _scaled(done):
         chips = _chips(sides)
-        chunk = {"chunk_size": _chunk(chips)} if chips <= 8 else {}  # else it fits without
-        record = done.get(f"scaling v5e:{sides}", partial(_train, f"v5e:{sides}", **chunk))
-        if record is None:
-            continue
         parts = [1e3 * record["seconds"][k] for k in ("compute", "memory", "interconnect")]
         best, worst = max(parts), sum(parts)
         useful = 1e3 * record["useful_flops"] / TPUS["v5e"].flops
         shares = [100 * useful / time for time in (best, worst)]
         lines.append(
-            f"| {chips} | {sides} | {record['memory']['peak'] / 2**30:.1f} | "
+            f"| {chips} | {sides} | {how} | {record['memory']['peak'] / 2**30:.1f}"
+            f"{'' if record['fits'] else ': does not fit'} | "
             + " | ".join(f"{x:.0f}" for x in parts)
             + f" | {best:.0f} ({shares[0]:.0f} %) | {worst:.0f} ({shares[1]:.0f} %) "
             f"| {718 * best / 6e4:.1f} to {718 * worst / 6e4:.1f} min |"
         )
     return "\n".join(lines)
+
+
+def _scaled(done: _Results) -> Iterator[tuple[str, Record, str]]:
+    """(slice, dry run, mesh and remat): of the recipe as it is, then of the planner's best."""
+    from e5v_jax.train.config import MeshConfig
+
+    for sides in _PODS:
+        chips = _chips(sides)
+        chunk = {"chunk_size": _chunk(chips)} if chips <= 8 else {}  # else it fits without
+        record = done.get(f"scaling v5e:{sides}", partial(_train, f"v5e:{sides}", **chunk))
+        if record is not None:
+            yield sides, record, f"1, {chips}, 1, full"
+    for sides, mesh in _PLANS.items():
+        run = partial(_train, f"v5e:{sides}", mesh=MeshConfig(*mesh), remat="dots")
+        record = done.get(f"planned v5e:{sides}", run)
+        if record is not None:
+            yield sides, record, f"{', '.join(map(str, mesh))}, dots"
 
 
 _RECIPES = {

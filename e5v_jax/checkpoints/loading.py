@@ -3,8 +3,9 @@
 import ctypes
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import jax
@@ -102,30 +103,44 @@ class _Stack:
         )
 
 
+def _read(
+    source: WeightSource, paths: Sequence[str]
+) -> Iterator[tuple[int | None, str, np.ndarray]]:
+    """Layer (None of what is not stacked), name and array of all that is at ``paths``, in order.
+
+    Small parameters are read together.
+    """
+    table = source.table
+    for names in table.joined(table.names(path) for path in paths):
+        for name, array in zip(names, source.read(names), strict=True):
+            yield table.stored[name].layer, name, array
+
+
 def _put(layer: int | None, name: str, stack: _Stack, array: Any) -> None:
     stack.put(layer, np.asarray(array), name)
 
 
-def _read(
-    source: WeightSource, path: str, leaf: jax.ShapeDtypeStruct | QArray, precision: Precision
+def _fill(
+    parts: Iterable[tuple[int | None, str, np.ndarray]],
+    leaf: jax.ShapeDtypeStruct | QArray,
+    precision: Precision,
 ) -> tuple[Any, np.ndarray]:
-    """Read one (stacked) parameter; each device receives only its slice.
+    """Fill one (stacked) parameter; each device receives only its slice.
 
-    A :class:`QArray` is quantised layer by layer: no more is in full precision. Also the sums of
-    squares of the error of that and of the kernel, fp64 [2].
+    ``parts`` are its layers, by number, or the whole, by None, with their names. A :class:`QArray`
+    is quantised layer by layer: no more is in full precision. Also the sums of squares of the error
+    of that and of the kernel, fp64 [2].
 
     Raises ValueError: a value is not finite or too large for the dtype, naming the parameter.
     """
     stacks, squares = jax.tree.map(_Stack, leaf), np.zeros(2)
-    stacked = source.table.row(path).layers is not None
-    names = source.table.names(path)
-    for i, part in enumerate(source.read(names)):
+    part: Any
+    for layer, name, part in parts:
         if isinstance(leaf, QArray):
             assert precision.quantization is not None
             part, *sums = quantize_with_error(jnp.asarray(part), precision.quantization)
             squares += np.array(sums, np.float64)
-        put = partial(_put, i if stacked else None, names[i])
-        jax.tree.map(put, stacks, part)
+        jax.tree.map(partial(_put, layer, name), stacks, part)
     return jax.tree.map(_Stack.place, stacks), squares
 
 
@@ -156,8 +171,11 @@ def load_model(
     expected = {name: slot.row.shape for name, slot in table.stored.items()}
     _check_shapes(source.shapes(), expected, "checkpoint")
     placed, squares = [], np.zeros(2)
-    for path, leaf in nnx.to_flat_state(base_shapes[0]):
-        value, sums = _read(source, dotted(path), leaf.get_value(), build.precision)
+    parameters = nnx.to_flat_state(base_shapes[0])
+    read = _read(source, [dotted(path) for path, _ in parameters])
+    for path, leaf in parameters:
+        parts = islice(read, len(source.table.names(dotted(path))))
+        value, sums = _fill(parts, leaf.get_value(), build.precision)
         placed.append((path, leaf.replace(value)))
         squares += sums
     base = nnx.from_flat_state(placed)

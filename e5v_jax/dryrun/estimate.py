@@ -65,7 +65,9 @@ def estimate_train(
     traffic = float(chunks * passes * stored)
     if cfg.quantize:
         traffic += chunks * passes * weights * 2 * size
-    traffic += passes * layers * 2 * _layer_activations(text, inputs * longest, longest, size)
+    group = inputs // len(lengths)
+    activations = sum(_layer_activations(text, group * n, n, size) for n in lengths)
+    traffic += passes * layers * 2 * activations
     traffic += 3 * (trained + optimizer)
     collectives: dict[str, float] = {}
     if split > 1:

@@ -11,6 +11,7 @@ from jax.extend.core import ClosedJaxpr, Var
 from e5v_jax.families.base import Family, ModelConfig
 from e5v_jax.nn.decoder import Remat
 from e5v_jax.nn.layers import LoRAConfig
+from e5v_jax.nn.nf4_tiles import KERNEL
 from e5v_jax.nn.parameters import ParameterTable
 
 
@@ -93,9 +94,12 @@ def _convolution_flops(eqn: Any) -> float:
 def _kernel_flops(eqn: Any) -> float:
     """Count a kernel of splash attention, which skips what a causal mask hides: half.
 
-    A tower's is not causal but told from segments, padding's and the image's.
+    A tower's is not causal but told from segments, padding's and the image's. One that dequantises
+    has no matmul.
     """
     name = eqn.params["name"]
+    if name == KERNEL:
+        return 0.0
     matmuls = next((n for kind, n in _SPLASH_MATMULS.items() if f"_{kind}" in name), None)
     if "splash" not in name or matmuls is None:
         raise ValueError(f"unknown Pallas kernel {name}: give its FLOPs here")

@@ -10,16 +10,13 @@ import jax
 
 from e5v_jax.checkpoints.adapters import read_run_info
 from e5v_jax.checkpoints.converted import ConvertedFolder
-from e5v_jax.data.pipeline import make_batches
 from e5v_jax.dryrun.chips import GPUS
+from e5v_jax.dryrun.lengths import data_lengths
 from e5v_jax.dryrun.plan import Place, Plan, find_plans
 from e5v_jax.dryrun.topology import Topology, parse_topology
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh
-from e5v_jax.train.batches import group_lengths, tokenize_pairs
 from e5v_jax.train.config import MeshConfig, TrainConfig
-from e5v_jax.train.feed import load_data
-from e5v_jax.train.setup import open_base
 
 _logger = logging.getLogger(__name__)
 _COMPILES = 3
@@ -37,7 +34,7 @@ _KINDS = {  # what JAX calls TPUs, the longest names first
 
 
 def plan_here(cfg: TrainConfig) -> TrainConfig:
-    """Set mesh, chunk size and remat of a run to the fastest that fits the devices of this machine.
+    """Set mesh, chunks, length groups and remat of a run to the fastest that fits these devices.
 
     A run that goes on keeps the ones that it has. Raises ValueError: nothing is known of these
     devices, nothing fits, or one line naming file and row; FileNotFoundError: no such data.
@@ -45,16 +42,18 @@ def plan_here(cfg: TrainConfig) -> TrainConfig:
     if cfg.resume and (cfg.output / "run.json").is_file():
         saved = read_run_info(cfg.output)["config"]
         kept = {name: saved[name] for name in ("chunk_size", "remat")}
-        mesh = MeshConfig(**saved["mesh"])
-        _logger.info("plan: the run's own, %s", json.dumps({**kept, "mesh": saved["mesh"]}))
-        return dataclasses.replace(cfg, mesh=mesh, **kept)
+        groups = {"length_groups": saved["data"]["length_groups"]}
+        words = {**kept, **groups, "mesh": saved["mesh"]}
+        _logger.info("plan: the run's own, %s", json.dumps(words))
+        mesh, data = MeshConfig(**saved["mesh"]), dataclasses.replace(cfg.data, **groups)
+        return dataclasses.replace(cfg, mesh=mesh, data=data, **kept)
     topology, base = topology_of(jax.devices()), ConvertedFolder(cfg.model)
     place = Place(
         topology,
         str(cfg.model),
         base.family,
         base.config,
-        _lengths(cfg, base),
+        data_lengths(cfg, base, topology.chips),
         lambda mesh: Runtime.on(make_mesh(mesh.data, mesh.fsdp, mesh.tensor)),
     )
 
@@ -90,17 +89,3 @@ def topology_of(devices: Sequence[Any]) -> Topology:
         f"--plan auto: there are no figures to plan by for a device of kind {kind!r} ({platform}); "
         "leave it out"
     )
-
-
-def _lengths(cfg: TrainConfig, base: ConvertedFolder) -> tuple[int, ...]:
-    """The padded length of each group of this run's batches. Raises ValueError: it has images."""
-    pairs = load_data(cfg.data)
-    tokens = tokenize_pairs(pairs, open_base(cfg, base), cfg.data)
-    if tokens.image_shapes or tokens.columns != 3:
-        raise ValueError("--plan auto: is for triplets of texts; leave it out")
-    order = list(
-        make_batches(pairs, batch_size=cfg.batch_size, seed=cfg.seed, num_epochs=cfg.num_epochs)
-    )
-    multiple = len(jax.devices())
-    groups = cfg.data.length_groups
-    return group_lengths(tokens.lengths, order[: cfg.max_steps], groups=groups, multiple=multiple)

@@ -158,7 +158,7 @@ def _read_bytes(value: Instruction) -> float:
     for user in value.users:
         if user.opcode in _SLICES and user.operands[0] is value:
             total += user.bytes
-        elif user.opcode == "bitcast":
+        elif user.opcode == "bitcast" or (user.users and _is_relayout(user)):
             total += _read_bytes(user)
         elif user.opcode == "fusion":  # one inside another: a sliced weight of a matmul, on v6e
             parameters = user.called["calls"][0].parameters
@@ -172,6 +172,17 @@ def _read_bytes(value: Instruction) -> float:
         else:
             return math.inf  # the whole of it: the caller takes the smaller
     return total
+
+
+def _is_relayout(value: Instruction) -> bool:
+    """Whether a value inside a fusion is its operand in another layout: no bytes of their own.
+
+    So stacked 4-bit weights are before the slice of a layer is taken, as a fusion in place.
+    """
+    if value.opcode == "fusion":
+        root = value.called["calls"][0].root
+        return root is not None and root.opcode == "copy" and root.operands[0].opcode == "parameter"
+    return value.opcode == "copy"
 
 
 def _written_bytes(value: Instruction | None) -> float:

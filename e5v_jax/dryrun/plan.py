@@ -3,12 +3,15 @@
 Every plan is ranked by formula (dryrun/estimate.py); for TPUs the best few are compiled.
 """
 
+import itertools
 import shlex
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import get_args
 
+from e5v_jax.checkpoints.converted import ConvertedFolder
+from e5v_jax.dryrun.lengths import data_lengths
 from e5v_jax.dryrun.measure import measure
 from e5v_jax.dryrun.program import COLUMNS, Target, train_program
 from e5v_jax.dryrun.report import Cost, Report, gib
@@ -24,6 +27,7 @@ from e5v_jax.families.base import Family, ModelConfig
 from e5v_jax.nn.decoder import Remat
 from e5v_jax.nn.quantized import Quantization
 from e5v_jax.runtime import Runtime
+from e5v_jax.storage import as_path
 from e5v_jax.train.config import MeshConfig, TrainConfig
 
 _OPTIMISM = 0.85  # of the memory by formula, which errs to both sides, a plan may still need less
@@ -35,6 +39,8 @@ class PlanDryRun(TrainDryRun):
     """Search for the fastest plan of the training step that fits: mesh, chunk size, remat.
 
     They are ranked by formula; for TPUs the best few are compiled. All else is as in training.
+    Where --model is a folder and --data.path is there, the lengths are those of the data, and how
+    many groups of them a batch runs in is part of the plan.
     """
 
     compiles: int = 3
@@ -49,6 +55,8 @@ class Plan:
 
     run: TrainConfig
     report: Report
+    lengths: tuple[int, ...]  # padded, of each group of a batch
+    chooses_groups: bool  # how many of them there are is part of it
 
     @property
     def flags(self) -> str:
@@ -56,6 +64,7 @@ class Plan:
         run, mesh = self.run, self.run.mesh
         words = ["--mesh.data", mesh.data, "--mesh.fsdp", mesh.fsdp, "--mesh.tensor", mesh.tensor]
         words += ["--chunk-size", run.chunk_size, "--remat", run.remat]
+        words += ["--data.length-groups", len(self.lengths)] if self.chooses_groups else []
         words += [] if run.quantize is None else ["--quantize", run.quantize]
         return shlex.join(map(str, words))
 
@@ -66,7 +75,7 @@ class Plan:
 
     def to_json(self) -> dict[str, object]:
         """The flags, and the report of :meth:`Report.to_json`."""
-        return {"flags": self.flags, **self.report.to_json()}
+        return {"flags": self.flags, "lengths": self.lengths, **self.report.to_json()}
 
 
 @dataclass(frozen=True)
@@ -119,11 +128,16 @@ def search_plans(args: PlanDryRun) -> Plans:
     Raises ImportError: no libtpu to compile for a TPU with; ValueError: one line naming the flag.
     """
     topology = parse_topology(args.topology)
-    name, model = find_architecture(args.run.model, args.architecture)
+    run = args.run
+    name, model = find_architecture(run.model, args.architecture)
+    lengths = [step_lengths(args)]
+    is_there = run.data.path and all(as_path(path).exists() for path in run.data.path)
+    if not args.sequence_lengths and is_there and (run.model / "config.json").is_file():
+        lengths = data_lengths(run, ConvertedFolder(run.model), topology.chips)
     return find_plans(
-        args.run,
-        Place(topology, name, *model, step_lengths(args), partial(open_runtime, topology)),
-        quantizations=args.quantizations or (args.run.quantize,),
+        run,
+        Place(topology, name, *model, lengths, partial(open_runtime, topology)),
+        quantizations=args.quantizations or (run.quantize,),
         compiles=args.compiles,
     )
 
@@ -136,12 +150,18 @@ class Place:
     architecture: str
     family: Family
     config: ModelConfig
-    lengths: tuple[int, ...]  # padded, of each group of a batch
+    lengths: Sequence[tuple[int, ...]]  # padded, of each group of a batch, for each number of them
     open_runtime: Callable[[MeshConfig], Runtime]  # to compile for
 
-    def report(self, run: TrainConfig, target: Target, cost: Cost) -> Report:
-        """Of a step that costs so much."""
-        return step_report(run, self.architecture, target, self.topology, self.lengths, cost)
+    @property
+    def chooses_groups(self) -> bool:
+        """Whether plans may differ in how many groups of similar length a batch runs in."""
+        return len(self.lengths) > 1
+
+    def plan(self, run: TrainConfig, target: Target, lengths: tuple[int, ...], cost: Cost) -> Plan:
+        """The plan of a step on groups of ``lengths`` that costs so much."""
+        report = step_report(run, self.architecture, target, self.topology, lengths, cost)
+        return Plan(run, report, lengths, self.chooses_groups)
 
 
 def find_plans(
@@ -183,24 +203,30 @@ def _rank(
     run: TrainConfig, place: Place, quantizations: Sequence[Quantization | None]
 ) -> Iterator[Plan]:
     """Yield every plan that divides, with its cost by formula."""
-    topology, lengths = place.topology, place.lengths
-    rows = COLUMNS * run.batch_size // len(lengths)
-    for mesh in _meshes(topology.chips, place.config.text.num_key_value_heads):
-        for quantize in quantizations:
-            whole = replace(run, mesh=mesh, quantize=quantize, chunk_size=None)
-            runtime = open_runtime(topology, mesh, compiles=False)
-            target = Target(place.family, place.config, runtime)
-            try:
-                program = train_program(whole, target, lengths)  # for the sizes of its state
-            except ValueError:
-                continue  # the batch does not divide over this mesh
-            devices = runtime.batch_devices
-            chunks = [n * devices for n in _CHUNKS if rows % (n * devices) == 0]
-            for chunk in (None, *(n for n in chunks if n < rows)):
-                for remat in get_args(Remat):
-                    cfg = replace(whole, chunk_size=chunk, remat=remat)
-                    cost = estimate_step(cfg, target, program, lengths, topology)
-                    yield Plan(cfg, place.report(cfg, target, cost))
+    topology = place.topology
+    for mesh, quantize, lengths in itertools.product(
+        _meshes(topology.chips, place.config.text.num_key_value_heads),
+        quantizations,
+        place.lengths,
+    ):
+        rows, data = COLUMNS * run.batch_size // len(lengths), run.data
+        if place.chooses_groups:
+            data = replace(data, length_groups=len(lengths))
+        whole = replace(run, mesh=mesh, quantize=quantize, chunk_size=None, data=data)
+        runtime = open_runtime(topology, mesh, compiles=False)
+        target = Target(place.family, place.config, runtime)
+        try:
+            program = train_program(whole, target, lengths)  # for the sizes of its state
+        except ValueError:
+            continue  # the batch does not divide over this mesh
+        devices = runtime.batch_devices
+        per_chip = [n for n in _CHUNKS if n % run.texts_per_row == 0]
+        chunks = [n * devices for n in per_chip if rows % (n * devices) == 0]
+        for chunk in (None, *(n for n in chunks if n < rows)):
+            for remat in get_args(Remat):
+                cfg = replace(whole, chunk_size=chunk, remat=remat)
+                cost = estimate_step(cfg, target, program, lengths, topology)
+                yield place.plan(cfg, target, lengths, cost)
 
 
 def _meshes(chips: int, heads: int) -> Iterator[MeshConfig]:
@@ -218,6 +244,6 @@ def _compile(plan: Plan, place: Place) -> Plan:
     if place.topology.platform == "gpu":
         return plan
     target = Target(place.family, place.config, place.open_runtime(plan.run.mesh))
-    program = train_program(plan.run, target, place.lengths)
+    program = train_program(plan.run, target, plan.lengths)
     cost = measure(program, place.topology, plan.report.cost)
-    return Plan(plan.run, place.report(plan.run, target, cost))
+    return place.plan(plan.run, target, plan.lengths, cost)

@@ -16,7 +16,7 @@ from e5v_jax.align.task import align_build, masters
 from e5v_jax.align.task import make_step as make_align_step
 from e5v_jax.checkpoints.loading import abstract_model
 from e5v_jax.encode.encoder import make_encode_step
-from e5v_jax.families.base import BatchShape, Family, Model, ModelConfig
+from e5v_jax.families.base import BatchShape, Family, Model, ModelConfig, Together
 from e5v_jax.nn.decoder import Packing
 from e5v_jax.nn.layers import Build, Precision
 from e5v_jax.nn.parameters import ParameterTable
@@ -28,6 +28,7 @@ from e5v_jax.train.setup import make_step, train_build
 from e5v_jax.train.step import PairBatch
 
 COLUMNS = 3  # triplets
+BEGINNING = 5  # tokens before the sentence in Llama-3's prompts; in chatml's there are 3
 TOTAL_STEPS = 718  # of the paper's run; only the schedule's constants depend on it
 
 
@@ -85,6 +86,11 @@ def _place(tree: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
 
 
+def assumed_rows(cfg: TrainConfig) -> Together | None:
+    """How texts share rows, if they do, with the beginning of Llama-3's prompts."""
+    return Together(cfg.texts_per_row, BEGINNING) if cfg.texts_per_row > 1 else None
+
+
 def train_program(cfg: TrainConfig, target: Target, sequence_lengths: tuple[int, ...]) -> Program:
     """The step of a training run on triplets of texts, as train/setup.py makes it.
 
@@ -92,7 +98,7 @@ def train_program(cfg: TrainConfig, target: Target, sequence_lengths: tuple[int,
     Raises ValueError: an axis, the batch or the chunks do not divide over the mesh.
     """
     inputs, groups = COLUMNS * cfg.batch_size, len(sequence_lengths)
-    multiple = group_multiple(cfg, target.runtime)
+    multiple = group_multiple(cfg, target.runtime, texts_per_row=cfg.texts_per_row)
     if inputs % (multiple * groups):
         raise ValueError(
             f"{inputs} sentences a step cannot be split into {groups} groups of parts of "
@@ -100,7 +106,9 @@ def train_program(cfg: TrainConfig, target: Target, sequence_lengths: tuple[int,
             f"{inputs // groups}"
         )
     model = target.model(train_build(cfg, target.runtime), load_vision=False)
-    parts = make_step(cfg, model, columns=COLUMNS, total_steps=TOTAL_STEPS)
+    parts = make_step(
+        cfg, model, columns=COLUMNS, total_steps=TOTAL_STEPS, together=assumed_rows(cfg)
+    )
     whole = NamedSharding(target.runtime.mesh, PartitionSpec())
     numbers = jax.ShapeDtypeStruct((inputs,), jnp.int32)
     key = jax.eval_shape(lambda: jax.random.key(0))

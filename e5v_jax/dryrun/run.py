@@ -18,6 +18,7 @@ from e5v_jax.dryrun.program import (
     Program,
     Target,
     align_program,
+    assumed_rows,
     encode_program,
     per_device_bytes,
     train_program,
@@ -130,8 +131,14 @@ def _count_step(cfg: TrainConfig, target: Target, lengths: tuple[int, ...]) -> t
     rows = COLUMNS * cfg.batch_size // len(lengths)
     useful = done = 0.0
     for length in lengths:
+        if (together := assumed_rows(cfg)) is not None:
+            length = together.row_length(length)
         forward = count_forward(
-            target.family, target.config, rows=rows, length=length, lora=cfg.lora
+            target.family,
+            target.config,
+            rows=rows // cfg.texts_per_row,
+            length=length,
+            lora=cfg.lora,
         )
         count = partial(train_flops, forward, frozen_base=cfg.lora is not None)
         useful += count(remat="none", chunked=False)
@@ -260,7 +267,8 @@ def _train_remedies(cfg: TrainConfig, inputs: int, devices: int) -> tuple[str, .
     """What to try, the cheapest in time first; a chunk has some 4096 positions of 64 a device."""
     remedies = [] if cfg.remat == "full" else ["--remat full"]
     most = (cfg.chunk_size or inputs) // 2
-    chunks = [n for n in range(devices, most + 1, devices) if inputs % n == 0]
+    least = devices * cfg.texts_per_row
+    chunks = [n for n in range(least, most + 1, least) if inputs % n == 0]
     if chunks and chunks[-1] >= 16 * devices:
         remedies.append(f"--chunk-size {max(n for n in chunks if n <= 64 * devices)}")
     if cfg.lora is None:

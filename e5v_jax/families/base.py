@@ -61,6 +61,16 @@ class Model(Protocol):
     ) -> jax.Array:
         """Embed a batch -> fp32 [B, D], not normalised; for training."""
 
+    def embed_together(
+        self,
+        batch: Any,
+        together: "Together",
+        *,
+        remat: Remat = "none",
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """The same of a batch of texts, several of which stand in a row of the decoder's."""
+
     def encode(self, batch: Any) -> jax.Array:
         """The same vectors [B, D] without what only training needs."""
 
@@ -77,6 +87,18 @@ class Measured:
     image_size: Size | None = None  # pixels (height, width)
     features: np.ndarray | None = None  # what a frozen tower made of the image, if that is known
     truncated: bool = False  # its text was cut
+
+
+@dataclass(frozen=True)
+class Together:
+    """How texts share rows: what all begin with is computed once a row, not once a text."""
+
+    texts: int  # in a row
+    beginning: int  # tokens that all begin with; none of them is pooled
+
+    def row_length(self, length: int) -> int:
+        """Positions of a row of texts that are padded to ``length``, their beginning counted."""
+        return self.beginning + self.texts * (length - self.beginning)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """transformers' Llama, Qwen2 and Qwen3 decoders as one ``lax.scan`` over layers, and their rows."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -19,6 +20,8 @@ Remat = Literal["none", "dots", "dots_except_o", "dots_except_mlp", "full"]
 """What a backward pass keeps of each layer: everything, what its linear maps give (all of them, or
 without the attention's last, or without the MLP's), or its input."""
 _QKV, _O, _MLP = "qkv_proj", "o_proj", "mlp"
+_COLUMNS, _ROWS = P("fsdp", "tensor"), P("tensor", "fsdp")
+"""Which mesh axes split a kernel [in, out]."""
 KEPT: dict[Remat, tuple[str, ...]] = {
     "dots": (LOW_RANK, _QKV, _O, _MLP),
     "dots_except_o": (LOW_RANK, _QKV, _MLP),
@@ -56,10 +59,11 @@ class Attention(nnx.Module):
     def __init__(self, cfg: TextConfig, build: Build, *, rngs: nnx.Rngs) -> None:
         d, h = cfg.hidden_size, cfg.head_dim
         n, k = cfg.num_attention_heads, cfg.num_key_value_heads
-        self.q_proj = Linear(d, n * h, build, rngs=rngs, use_bias=cfg.qkv_bias, result=_QKV)
-        self.k_proj = Linear(d, k * h, build, rngs=rngs, use_bias=cfg.qkv_bias, result=_QKV)
-        self.v_proj = Linear(d, k * h, build, rngs=rngs, use_bias=cfg.qkv_bias, result=_QKV)
-        self.o_proj = Linear(n * h, d, build, rngs=rngs, result=_O)
+        qkv = partial(
+            Linear, build=build, rngs=rngs, use_bias=cfg.qkv_bias, result=_QKV, spec=_COLUMNS
+        )
+        self.q_proj, self.k_proj, self.v_proj = qkv(d, n * h), qkv(d, k * h), qkv(d, k * h)
+        self.o_proj = Linear(n * h, d, build, rngs=rngs, result=_O, spec=_ROWS)
         if cfg.qk_norm:
             self.q_norm = RMSNorm(h, eps=cfg.rms_norm_eps, precision=build.precision)
             self.k_norm = RMSNorm(h, eps=cfg.rms_norm_eps, precision=build.precision)
@@ -125,9 +129,9 @@ class SwiGLU(nnx.Module):
 
     def __init__(self, cfg: TextConfig, build: Build, *, rngs: nnx.Rngs) -> None:
         d, f = cfg.hidden_size, cfg.intermediate_size
-        self.gate_proj = Linear(d, f, build, rngs=rngs, result=_MLP)
-        self.up_proj = Linear(d, f, build, rngs=rngs, result=_MLP)
-        self.down_proj = Linear(f, d, build, rngs=rngs, result=_MLP)
+        self.gate_proj = Linear(d, f, build, rngs=rngs, result=_MLP, spec=_COLUMNS)
+        self.up_proj = Linear(d, f, build, rngs=rngs, result=_MLP, spec=_COLUMNS)
+        self.down_proj = Linear(f, d, build, rngs=rngs, result=_MLP, spec=_ROWS)
 
     def __call__(
         self, x: jax.Array, keys: list[jax.Array | None], *, exact: bool = False
@@ -327,19 +331,18 @@ def decoder_parameters(cfg: TextConfig) -> list[Parameter]:
     d, f, layers = cfg.hidden_size, cfg.intermediate_size, cfg.num_hidden_layers
     q, kv = (n * cfg.head_dim for n in (cfg.num_attention_heads, cfg.num_key_value_heads))
     table = (cfg.vocab_size, d)
-    columns, rows = P("fsdp", "tensor"), P("tensor", "fsdp")
     maps = {
-        "self_attn.q_proj": ((d, q), columns),
-        "self_attn.k_proj": ((d, kv), columns),
-        "self_attn.v_proj": ((d, kv), columns),
-        "self_attn.o_proj": ((q, d), rows),
-        "mlp.gate_proj": ((d, f), columns),
-        "mlp.up_proj": ((d, f), columns),
-        "mlp.down_proj": ((f, d), rows),
+        "self_attn.q_proj": ((d, q), _COLUMNS),
+        "self_attn.k_proj": ((d, kv), _COLUMNS),
+        "self_attn.v_proj": ((d, kv), _COLUMNS),
+        "self_attn.o_proj": ((q, d), _ROWS),
+        "mlp.gate_proj": ((d, f), _COLUMNS),
+        "mlp.up_proj": ((d, f), _COLUMNS),
+        "mlp.down_proj": ((f, d), _ROWS),
     }
     hf, ours = "layers.{i}.", "language_model.layers.{i}."
     found = [
-        Parameter("text", "embed_tokens.weight", "language_model.embed_tokens", table, rows),
+        Parameter("text", "embed_tokens.weight", "language_model.embed_tokens", table, _ROWS),
         Parameter("text", "norm.weight", "language_model.norm.scale", (d,), P(None)),
         Parameter("head", "lm_head.weight", "", table, P()),
     ]

@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 from jax.typing import DTypeLike
 from qwix import QArray
 
-from e5v_jax.nn.quantized import Quantization, quantize_kernel, quantized_matmul
+from e5v_jax.nn.quantized import Quantization, quantize_kernel, quantized_matmul, rotate
 from e5v_jax.runtime import Runtime
 
 LOW_RANK = "low_rank"
@@ -111,8 +113,13 @@ class Linear(nnx.Module):
         rngs: nnx.Rngs,
         use_bias: bool = False,
         result: str = "linear",
+        spec: P | None = None,
     ) -> None:
-        """``result`` names what it gives, LoRA added, for what a backward pass keeps."""
+        """``result`` names what it gives, LoRA added, for what a backward pass keeps.
+
+        ``spec`` is how the mesh splits the kernel, by its row: quantised, it is gathered over
+        ``fsdp`` where it is used. None leaves that to XLA.
+        """
         precision, lora = build.precision, build.lora
         init = jax.nn.initializers.normal(0.02)
         kernel = init(rngs.params(), (in_features, out_features), jnp.dtype(precision.param))
@@ -132,6 +139,13 @@ class Linear(nnx.Module):
         self.use_bias, self.result = use_bias, result
         self.lora = lora
         self.precision = precision
+        # XLA cannot split what Pallas does over several chips
+        mesh = build.runtime.mesh
+        self.in_tiles = build.runtime.platform == "tpu" and mesh.size == 1
+        self.gathered = None
+        if spec is not None and mesh.size > 1:
+            whole = P(*(None if axis == "fsdp" else axis for axis in spec))
+            self.gathered = NamedSharding(mesh, whole)
 
     def __call__(
         self, x: jax.Array, *, dropout_key: jax.Array | None = None, exact: bool = False
@@ -146,8 +160,11 @@ class Linear(nnx.Module):
         x = x.reshape(-1, x.shape[-1]).astype(dtype)  # [N, in]
         kernel = self.kernel.get_value()  # [in, out]
         if isinstance(kernel, QArray):
-            round_rows = self.precision.quantization == "int8" and not exact
-            y = quantized_matmul(x, kernel, round_rows, precision)  # [N, out]
+            is_int8 = self.precision.quantization == "int8"
+            rows, round_rows = rotate(x, precision) if is_int8 else x, is_int8 and not exact
+            y = quantized_matmul(
+                rows, kernel, round_rows, precision, self.in_tiles, self.gathered
+            )  # [N, out]
         else:
             y = jnp.matmul(x, kernel.astype(dtype), precision=precision)  # [N, out]
         if self.use_bias:

@@ -22,6 +22,9 @@ torch keeps [out, in], a conv [D, 3, p, p] -> [3*p*p, D], one over two frames [D
 [3*2*p*p, D]; "batch" drops axes of size 1, [1, 1, D].
 """
 
+GROUP = 2**24
+"""Parameters that are worth a read or a write of their own: 64 MB in fp32."""
+
 
 @dataclass(frozen=True)
 class Parameter:
@@ -151,11 +154,24 @@ class ParameterTable:
         return [row for row in self.rows if row.lora]
 
     def groups(self, names: Iterable[str]) -> list[list[str]]:
-        """Stored names, those of one layer together, in the order in which they first come."""
+        """Stored names to have in memory at a time: those of one layer together, in the order in
+        which they first come; small layers :meth:`joined`."""
         found: dict[str, list[str]] = {}
         for name in names:
             found.setdefault(self.stored[name].group, []).append(name)
-        return list(found.values())
+        return self.joined(found.values())
+
+    def joined(self, parts: Iterable[list[str]]) -> list[list[str]]:
+        """Lists of stored names, in order; one of less than ``GROUP`` parameters with the next."""
+        groups: list[list[str]] = []
+        size = GROUP
+        for part in parts:
+            if size >= GROUP:
+                groups.append([])
+                size = 0
+            groups[-1] += part
+            size += sum(math.prod(self.stored[name].row.shape) for name in part)
+        return groups
 
     def row(self, path: str) -> Parameter:
         """The row of the array at ``path`` of the module. Raises ValueError: there is none."""

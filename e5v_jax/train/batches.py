@@ -70,6 +70,19 @@ def tokenize_pairs(pairs: TrainingPairs, processor: Processor, cfg: DataConfig) 
     )
 
 
+def common_beginning(items: Iterable[Iterable[Measured]]) -> int:
+    """Count the tokens that all texts begin with; the last one of a text, which is pooled, is none.
+
+    ``items`` are columns of rows.
+    """
+    sequences = [item.ids for column in items for item in column]
+    first, last = min(sequences), max(sequences)  # between them, in order, are all others
+    same = next(
+        (i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), len(first)
+    )
+    return min(same, min(map(len, sequences)) - 1)
+
+
 def _prompts(name: str, preset: Preset) -> PromptChoice:
     """What ``data.prompt`` says for texts."""
     if name == "released":

@@ -148,6 +148,9 @@ class TrainConfig(RunConfig):
     chunk_size: int | None = None
     """Sentences in the model at a time (gradient caching): the same gradient as without, in less
     memory, for one more forward pass. Must divide the sentences of a step."""
+    texts_per_row: int = 1
+    """Sentences that share a row of the decoder's: what all prompts begin with is computed once for
+    them. Without dropout the gradient is the same; with it they share its masks there."""
 
 
 _COUNTS = [
@@ -155,6 +158,7 @@ _COUNTS = [
     "num_epochs",
     "max_steps",
     "chunk_size",
+    "texts_per_row",
     "checkpoint_every",
     "keep_checkpoints",
     "log_every",

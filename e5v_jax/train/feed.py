@@ -10,10 +10,10 @@ from jax.sharding import Mesh
 from e5v_jax.data.nli import load_tfds
 from e5v_jax.data.pairs import TrainingPairs, load_pairs
 from e5v_jax.data.pipeline import BatchIterator, make_batches
-from e5v_jax.families.base import Processor
+from e5v_jax.families.base import Processor, Together
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import local_rows, place_replicated, place_split
-from e5v_jax.train.batches import BatchMaker, group_lengths, tokenize_pairs
+from e5v_jax.train.batches import BatchMaker, common_beginning, group_lengths, tokenize_pairs
 from e5v_jax.train.config import DataConfig, RunConfig, TrainConfig
 from e5v_jax.train.step import PairBatch
 
@@ -34,6 +34,7 @@ class Feed(NamedTuple):
     columns: int  # 3 for triplets, 2 for pairs, 1 for captioned images
     lengths: tuple[int, ...]  # padded length of each group
     has_images: bool
+    together: Together | None = None  # how texts share rows
 
 
 def load_data(cfg: DataConfig) -> TrainingPairs:
@@ -43,14 +44,19 @@ def load_data(cfg: DataConfig) -> TrainingPairs:
     return load_tfds(cfg.tfds, data_dir=cfg.tfds_dir) if cfg.tfds else load_pairs(cfg.path)
 
 
-def group_multiple(cfg: RunConfig, runtime: Runtime) -> int:
-    """Find what group sizes are multiples of. Raises ValueError: chunks do not fit the devices."""
+def group_multiple(cfg: RunConfig, runtime: Runtime, *, texts_per_row: int = 1) -> int:
+    """Find what group sizes are multiples of.
+
+    Raises ValueError: chunks do not fit the devices, or the rows of several texts.
+    """
     devices = runtime.batch_devices
-    multiple = cfg.chunk_size or devices
-    if multiple % devices:
+    least = devices * texts_per_row
+    multiple = cfg.chunk_size or least
+    if multiple % least:
+        rows = f", each with rows of {texts_per_row} texts" if texts_per_row > 1 else ""
         raise ValueError(
             f"chunk_size {cfg.chunk_size} cannot be split over the {devices} devices that share a "
-            f"batch: make it a multiple of {devices}"
+            f"batch{rows}: make it a multiple of {least}"
         )
     return multiple
 
@@ -64,8 +70,16 @@ def open_feed(
 
     Raises ValueError: one line naming file, row and column, or the field of ``cfg``.
     """
-    multiple = group_multiple(cfg, runtime)
+    multiple = group_multiple(cfg, runtime, texts_per_row=cfg.texts_per_row)
     tokens = tokenize_pairs(pairs, processor, cfg.data)
+    together = None
+    if cfg.texts_per_row > 1:
+        if tokens.image_shapes or processor.preset.pooling == "mean":
+            raise ValueError(
+                "texts_per_row: rows of several texts are for training on texts alone, of a model "
+                "that pools one token: leave it at 1"
+            )
+        together = Together(cfg.texts_per_row, common_beginning(tokens.items))
     if tokens.image_shapes and cfg.batch_size % min(multiple, cfg.batch_size):
         raise ValueError(
             f"batch_size: {cfg.batch_size} images of a step cannot be split into parts of "
@@ -91,6 +105,7 @@ def open_feed(
         tokens.columns,
         lengths + tuple(shape.length for shape in tokens.image_shapes.values()),
         has_images=bool(tokens.image_shapes),
+        together=together,
     )
 
 

@@ -15,7 +15,7 @@ from e5v_jax.checkpoints.converted import ConvertedFolder
 from e5v_jax.checkpoints.loading import load_model
 from e5v_jax.checkpoints.tokenizer import load_tokenizer
 from e5v_jax.data.pairs import TrainingPairs
-from e5v_jax.families.base import Model, Processor
+from e5v_jax.families.base import Model, Processor, Together
 from e5v_jax.nn.layers import Build, Precision
 from e5v_jax.presets import find_preset
 from e5v_jax.runtime import Runtime
@@ -101,13 +101,26 @@ def make_parts(
     return StepParts(graphdef, frozen, trainable, opt_state, step_fn)
 
 
-def make_step(cfg: TrainConfig, model: Model, *, columns: int, total_steps: int) -> StepParts:
+def make_step(
+    cfg: TrainConfig,
+    model: Model,
+    *,
+    columns: int,
+    total_steps: int,
+    together: Together | None = None,
+) -> StepParts:
     """The step on pairs of a model, loaded or abstract (checkpoints/loading.py).
 
-    ``columns`` is 3 for triplets, 2 for pairs; the schedule ends at ``total_steps``.
+    ``columns`` is 3 for triplets, 2 for pairs; the schedule ends at ``total_steps``; ``together``
+    is how texts share rows.
     """
     loss_of = partial(
-        pair_loss, columns=columns, loss=cfg.loss, chunk_size=cfg.chunk_size, remat=cfg.remat
+        pair_loss,
+        columns=columns,
+        loss=cfg.loss,
+        chunk_size=cfg.chunk_size,
+        remat=cfg.remat,
+        together=together,
     )
     return make_parts(cfg, model, loss_of, total_steps=total_steps)
 
@@ -143,5 +156,7 @@ def set_up(cfg: TrainConfig, base: ConvertedFolder, triplets: TrainingPairs) -> 
     feed = open_feed(cfg, triplets, processor, runtime)
     vision = feed.has_images  # for texts, the tower is neither read nor placed
     model = load_model(base, build, load_vision=vision, seed=cfg.seed)
-    parts = make_step(cfg, model, columns=feed.columns, total_steps=feed.total_steps)
+    parts = make_step(
+        cfg, model, columns=feed.columns, total_steps=feed.total_steps, together=feed.together
+    )
     return Training(**vars(parts), processor=processor, runtime=runtime, feed=feed, place=place)

@@ -1,6 +1,7 @@
 """One optimizer step as a pure function of arrays."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from e5v_jax.families.base import Array, Batch, Model
+from e5v_jax.families.base import Array, Batch, Model, Together
 from e5v_jax.nn.decoder import Remat
 from e5v_jax.nn.layers import LoRAParam
 from e5v_jax.train.config import LossConfig
@@ -83,7 +84,13 @@ def in_chunks(
 
 
 def _embed_group(
-    model: Model, group: Batch, key: Key, *, chunk_size: int | None, remat: Remat
+    model: Model,
+    group: Batch,
+    key: Key,
+    *,
+    chunk_size: int | None,
+    remat: Remat,
+    together: Together | None,
 ) -> jax.Array:
     """Pool the N inputs of one group: fp32 [N, D], not normalised.
 
@@ -93,6 +100,8 @@ def _embed_group(
     size = group.last_index.shape[0]
 
     def embed(group: Batch, key: Key) -> jax.Array:
+        if together is not None:
+            return model.embed_together(group, together, remat=remat, dropout_key=key)
         return model(group, remat=remat, dropout_key=key)
 
     if chunk_size is None or size <= chunk_size:
@@ -103,13 +112,20 @@ def _embed_group(
 
 
 def embed_pairs(
-    model: Model, batch: PairBatch, *, chunk_size: int | None, remat: Remat, dropout_key: Key
+    model: Model,
+    batch: PairBatch,
+    *,
+    chunk_size: int | None,
+    remat: Remat,
+    dropout_key: Key,
+    together: Together | None = None,
 ) -> jax.Array:
     """Pool all inputs, in their original order: fp32 [3B or 2B, D], not normalised."""
+    embed = partial(_embed_group, chunk_size=chunk_size, remat=remat, together=together)
     pooled = []
     for i, group in enumerate(batch.groups):
         key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
-        pooled.append(_embed_group(model, group, key, chunk_size=chunk_size, remat=remat))
+        pooled.append(embed(model, group, key))
     return jnp.concatenate(pooled)[batch.order]
 
 
@@ -122,9 +138,17 @@ def pair_loss(
     loss: LossConfig,
     chunk_size: int | None,
     remat: Remat,
+    together: Together | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Loss and accuracy of one batch; ``columns`` is 3 for triplets, 2 for plain pairs."""
-    vectors = embed_pairs(model, batch, chunk_size=chunk_size, remat=remat, dropout_key=dropout_key)
+    vectors = embed_pairs(
+        model,
+        batch,
+        chunk_size=chunk_size,
+        remat=remat,
+        dropout_key=dropout_key,
+        together=together,
+    )
     return contrastive_loss(
         vectors,
         columns=columns,

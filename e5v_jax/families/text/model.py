@@ -4,9 +4,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from e5v_jax.families.base import Array, BatchShape, ModelConfig
+from e5v_jax.families.base import Array, BatchShape, ModelConfig, Together
 from e5v_jax.nn.decoder import Decoder, Packing, Remat, take
 from e5v_jax.nn.layers import Build
 
@@ -40,6 +41,34 @@ class TextModel(nnx.Module):
     ) -> jax.Array:
         """Embed a batch -> fp32 [B, D]: final-norm output of what is pooled, not yet normalised."""
         return self._pool(self._run(batch, remat=remat, dropout_key=dropout_key), batch)
+
+    def embed_together(
+        self,
+        batch: Any,
+        together: Together,
+        *,
+        remat: Remat = "none",
+        dropout_key: jax.Array | None = None,
+    ) -> jax.Array:
+        """The same as a call, of texts [B, L] in rows [B / texts, beginning + texts * (L - it)].
+
+        A text sees the beginning of its row and itself, at the positions that it has alone. Raises
+        ValueError: the mean of several tokens is pooled.
+        """
+        if _first_index(batch) is not None:
+            raise ValueError("texts in one row: only for models that pool one token")
+        size, length = batch.input_ids.shape
+        first, rows, own = together.beginning, size // together.texts, length - together.beginning
+        x = self.decoder_inputs(batch).reshape(rows, together.texts, length, -1)
+        rest = x[:, :, first:].reshape(rows, together.texts * own, -1)
+        x = jnp.concatenate([x[:, 0, :first], rest], axis=1)  # [B / texts, T, D]
+        text = np.repeat(np.arange(together.texts, dtype=np.int32), own)
+        segment = np.concatenate([np.zeros(first, np.int32), text + 1])  # [T]
+        shift = np.concatenate([np.zeros(first, np.int32), text * own])  # [T]
+        packing = Packing(*(np.broadcast_to(row, (rows, len(row))) for row in (segment, shift)))
+        x = self.language_model(x, packing=packing, remat=remat, dropout_key=dropout_key)
+        x = x[:, first:].reshape(size, own, -1)  # [B, L - beginning, D]
+        return self._pool(x, batch._replace(last_index=batch.last_index - first))
 
     def hidden_states(
         self,
