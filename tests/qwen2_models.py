@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from hf_models import randomise
+from hf_models import picture, randomise
 from PIL import Image
 from qwen_models import SPECIAL, QwenCase, build_qwen_tokenizer, reference_resize
 from transformers import (
@@ -175,3 +175,18 @@ def build_old(recipe: OldRecipe, folder: Path) -> OldCase:
     model.save_pretrained(folder)
     build_qwen_tokenizer().save_pretrained(folder)
     return OldCase(folder, model)
+
+
+TEXTS = ["A dog sits.", "Fußball 🎉!"]
+IMAGES: list[Any] = [
+    picture(70, 45),  # portrait, 9 x 6 tokens of 8 pixels: windows of 4 x 4 are cut off
+    picture(40, 56),
+    picture(32, 64),  # two whole windows
+    picture(6, 200),  # thin, and less than the least
+    picture(400, 2),  # 200 to 1
+    picture(1, 1),
+    picture(3, 100),
+    picture(100, 90),  # larger than the cap of 50 tokens
+    picture(33, 31, 2),
+]
+MAX_TOKENS = 50  # all images in the smallest bucket: one program

@@ -4,6 +4,7 @@ Images go to PyTorch as the authors' script sends them: on white, resized by qwe
 with Pillow, cut by transformers' own processor without its resizing.
 """
 
+import json
 import math
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.numpy
 import torch
 from hf_models import CHAT_TOKENS, prompt_of, randomise
 from PIL import Image
@@ -247,3 +249,30 @@ def build_qwen3_vl(recipe: QwenRecipe, folder: Path, *, ends: bool = False) -> Q
     model.save_pretrained(folder)
     build_qwen_tokenizer(ends=ends).save_pretrained(folder)
     return QwenCase(folder, model)
+
+
+def with_config(case: QwenCase, folder: Path, changes: dict[str, Any]) -> Path:
+    """The case's weights in ``folder``; fields of its config, by dotted names, are as told."""
+    raw = json.loads((case.folder / "config.json").read_text())
+    for path, value in changes.items():
+        section, _, name = path.rpartition(".")
+        (raw[section] if section else raw)[name] = value
+    (folder / "config.json").write_text(json.dumps(raw))
+    (folder / "model.safetensors").symlink_to(case.folder / "model.safetensors")
+    return folder
+
+
+def assert_same_files(
+    theirs: Path, exported: Path, *, without: tuple[str, ...] = ()
+) -> dict[str, np.ndarray]:
+    """Equal bits and configurations, but for tensors that begin ``without``; gives the tensors."""
+    before, after = (
+        safetensors.numpy.load_file(x / "model.safetensors") for x in (theirs, exported)
+    )
+    before = {key: x for key, x in before.items() if not key.startswith(without)}
+    assert before.keys() == after.keys()
+    for key, array in before.items():
+        np.testing.assert_array_equal(after[key], array, err_msg=key, strict=True)
+    configs = [json.loads((x / "config.json").read_text()) for x in (theirs, exported)]
+    assert configs[0] == configs[1]
+    return before

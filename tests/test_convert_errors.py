@@ -754,7 +754,9 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from e5v_jax.checkpoints import {module}
+from e5v_jax.nn import parameters
 
+parameters.GROUP = 1  # each layer by itself, as large ones are
 real = {module}.{producer}
 
 def dying(*args):

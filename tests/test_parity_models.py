@@ -21,6 +21,7 @@ from hf_models import (
     build_llava,
     build_text,
     build_tokenizer,
+    difference,
     picture,
 )
 from transformers import MistralConfig
@@ -57,12 +58,6 @@ BOTH: list[Any] = [
     {"text": "at night", "image": picture(20, 90)},
 ]
 ITEMS = [TEXTS[0], *IMAGES[:3], BOTH[0], TEXTS[1], *IMAGES[3:], BOTH[1]]
-
-
-def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
-    assert ours.shape == theirs.shape
-    assert ours.dtype == np.float32
-    return float(np.abs(ours - theirs).max())
 
 
 def one_by_one(case: Case, items: list[Any]) -> np.ndarray:

@@ -24,6 +24,8 @@ from e5v_jax.nn.layers import Build, Precision
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh
 
+pytestmark = pytest.mark.optimized
+
 SENTENCES = [
     "A dog sits.",
     "Two men play football in the rain while a third one, in a red jacket, watches them.",

@@ -1,16 +1,13 @@
 """What Qwen3-VL refuses: configurations, image processors, inputs, tokenizers."""
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hf_models import picture
-from qwen_models import (
-    QwenCase,
-)
+from qwen_models import QwenCase, with_config
 
 from e5v_jax import E5V
 from e5v_jax.checkpoints.hf_source import open_source
@@ -48,15 +45,9 @@ CONFIGS: list[tuple[dict[str, Any], str]] = [
 def test_configurations_that_are_refused(
     changes: dict[str, Any], message: str, qwen: Callable[[str], QwenCase], tmp_path: Path
 ) -> None:
-    case = qwen("tied")
-    raw = json.loads((case.folder / "config.json").read_text())
-    for path, value in changes.items():
-        section, _, name = path.rpartition(".")
-        (raw[section] if section else raw)[name] = value
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    (tmp_path / "model.safetensors").symlink_to(case.folder / "model.safetensors")
+    folder = with_config(qwen("tied"), tmp_path, changes)
     with pytest.raises(ValueError, match=message) as error:
-        open_source(tmp_path)
+        open_source(folder)
     assert "\n" not in str(error.value)
 
 

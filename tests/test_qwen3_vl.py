@@ -1,7 +1,6 @@
 """Qwen3-VL against PyTorch's on random models: whole and block by block."""
 
 import dataclasses
-import json
 import math
 import shutil
 from collections.abc import Callable
@@ -15,12 +14,13 @@ import pytest
 import safetensors.numpy
 import torch
 from flax import nnx
-from hf_models import picture
+from hf_models import difference, picture
 from PIL import Image
 from qwen_models import (
     QWEN3_RECIPES,
     QwenCase,
     QwenRecipe,
+    assert_same_files,
     build_qwen3_vl,
     build_qwen_tokenizer,
     reference_resize,
@@ -91,11 +91,6 @@ def expected(case: QwenCase, items: list[Any]) -> np.ndarray:
         content = ("<image>" if "image" in item else "") + item.get("text", "")
         vectors.append(case.torch_vector(f"{head}{content}{tail}", item.get("image")))
     return np.stack(vectors)
-
-
-def difference(ours: np.ndarray, theirs: np.ndarray) -> float:
-    assert ours.shape == theirs.shape and ours.dtype == np.float32
-    return float(np.abs(ours - theirs).max())
 
 
 def load(case: QwenCase, items: list[Any]) -> list[Any]:
@@ -381,15 +376,8 @@ def test_there_and_back_again(qwen: Callable[[str], QwenCase], tmp_path: Path) -
     assert (model.preset.name, model.config) == (PRESET.name, case.e5v.config)
     assert difference(model.encode(ITEMS[:4]), case.e5v.encode(ITEMS[:4])) <= 1e-6
     export(ExportArgs(tmp_path / "ours", tmp_path / "theirs"))
-    before = safetensors.numpy.load_file(case.folder / "model.safetensors")
-    after = safetensors.numpy.load_file(tmp_path / "theirs" / "model.safetensors")
-    assert before.keys() == after.keys()
-    for key, array in before.items():
-        np.testing.assert_array_equal(after[key], array, err_msg=key, strict=True)
-    files = [json.loads((folder / "config.json").read_text()) for folder in
-             (case.folder, tmp_path / "theirs")]  # fmt: skip
-    assert files[0] == files[1]
-    frames = before["model.visual.patch_embed.proj.weight"]
+    tensors = assert_same_files(case.folder, tmp_path / "theirs")
+    frames = tensors["model.visual.patch_embed.proj.weight"]
     assert np.abs(frames[:, :, 0] - frames[:, :, 1]).max() > 0.1
 
 
