@@ -137,10 +137,7 @@ def test_other_chips_get_an_int8_matmul(operands: tuple[np.ndarray, QArray], pla
 
 @pytest.mark.slow
 def test_vectors_of_real_weights_stay_near(smollm2_converted: Path, sts_data: Path) -> None:
-    """The worst and the mean of 64 sentences; rounded activations show, though they are rotated.
-
-    What smoothing the model first makes of it is in test_smoothing.py.
-    """
+    """The worst and the mean of 64 sentences; rounded activations show, though they are rotated."""
     with (sts_data / "STS" / "STSBenchmark" / "sts-test.csv").open() as file:
         rows = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     texts = sorted({row[5] for row in rows})[:64]

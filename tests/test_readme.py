@@ -67,8 +67,6 @@ HERE = [
         says="DST/config.json",
     ),
     Here("python -m convert.compose LLM TOWER base", "--image-size 28", says="base/config.json"),
-    Here("python -m convert.smooth e5-v", says="e5-v-int8: written"),
-    Here("python -m convert.smooth MODEL DST", says="DST: written"),
     Here("python -m convert.to_hf", says="e5-v-hf/model.safetensors", quick=True),
     Here("python -m convert.to_hf models/", says="e5v-hf/model.safetensors"),
     Here(
@@ -262,7 +260,7 @@ def run(command: str, one: Here = Here("")) -> None:
         if name.startswith("convert."):
             module = importlib.import_module(name.replace("convert", "e5v_jax.checkpoints", 1))
             last = name.removeprefix("convert.")
-            main = getattr(module, last if last in ("compose", "smooth") else "convert")
+            main = getattr(module, "compose" if last == "compose" else "convert")
             cli.run(main, module.Args, argv=argv)
         else:
             importlib.import_module(f"{name}.__main__").main(argv)

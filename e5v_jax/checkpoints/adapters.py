@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from flax import nnx
 
-from e5v_jax.checkpoints.converted import ConvertedFolder, WeightSource, is_converted
+from e5v_jax.checkpoints.converted import WeightSource, is_converted
 from e5v_jax.checkpoints.loading import dotted
 from e5v_jax.checkpoints.peft import ADAPTER_FILES, Adapter, read_adapter, zero_factors
 from e5v_jax.checksums import verify_checksums
@@ -94,13 +94,8 @@ def load_adapter(folder: Path, base: WeightSource, wanted: str | None = None) ->
 
     Raises:
         FileNotFoundError: neither.
-        ValueError: the adapter does not fit the model, which may be smoothed.
+        ValueError: the adapter does not fit the model.
     """
-    if isinstance(base, ConvertedFolder) and base.info.smoothed:
-        raise ValueError(
-            f"{base.folder}: is smoothed, which no adapter of the model before fits; merge "
-            f"{folder} into that (e5v-convert --adapter --merge), then smooth"
-        )
     run, step = find_run(folder)
     if (run / "run.json").is_file():
         if (command := read_run_info(run).get("command", "train")) != "train":

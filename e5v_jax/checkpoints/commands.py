@@ -21,15 +21,6 @@ def export() -> None:
         cli.run(to_hf.convert, to_hf.Args, argv=words)
 
 
-def smooth() -> None:
-    """Run ``e5v-smooth MODEL DST``: the same model, more exact in int8."""
-    with guarded(None) as words:
-        from e5v_jax import cli
-        from e5v_jax.checkpoints import smooth
-
-        cli.run(smooth.smooth, smooth.Args, argv=words)
-
-
 def compose() -> None:
     """Run ``e5v-compose LLM TOWER DST``: a decoder and a vision tower -> a converted folder."""
     with guarded(None) as words:

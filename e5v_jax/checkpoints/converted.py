@@ -70,7 +70,6 @@ class ConvertedInfo:
     content_hash: str
     parameters: dict[str, list[int]]  # name -> shape
     preset: str | None = None  # how its authors call it; folders of before had none
-    smoothed: bool = False  # whether checkpoints/smooth.py scaled its channels
 
 
 def write_params(
@@ -103,10 +102,7 @@ def write_params(
 
 def write_info(folder: Path, info: ConvertedInfo) -> None:
     """Write ``config.json``."""
-    data = asdict(info)
-    if not info.smoothed:  # earlier versions read only what they know
-        del data["smoothed"]
-    (folder / "config.json").write_text(json.dumps(data, indent=1) + "\n")
+    (folder / "config.json").write_text(json.dumps(asdict(info), indent=1) + "\n")
 
 
 def is_converted(folder: Path) -> bool:
@@ -230,8 +226,6 @@ def write_again(
     folder: Path,
     base: ConvertedFolder,
     groups: Iterable[dict[str, np.ndarray]],
-    *,
-    smoothed: bool = False,
 ) -> str:
     """Write ``base`` to an empty ``folder`` with other values, as :func:`write_params` takes them.
 
@@ -241,8 +235,7 @@ def write_again(
     for file in base.folder.iterdir():
         if file.is_file() and file.name not in ("config.json", CHECKSUMS):
             copy_file(file, folder / file.name)
-    info = dataclasses.replace(base.info, content_hash=digest, parameters=shapes, smoothed=smoothed)
-    write_info(folder, info)
+    write_info(folder, dataclasses.replace(base.info, content_hash=digest, parameters=shapes))
     write_checksums(folder)
     return digest
 

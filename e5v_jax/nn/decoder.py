@@ -80,16 +80,6 @@ class Attention(nnx.Module):
         segment: jax.Array | None = None,
     ) -> jax.Array:
         """[B, T, D] -> [B, T, D]; ``keys`` are dropout keys for q, k, v, o."""
-        return self.o_proj(self.heads(x, angles, keys[:3], segment), dropout_key=keys[3])
-
-    def heads(
-        self,
-        x: jax.Array,
-        angles: jax.Array,
-        keys: list[jax.Array | None],
-        segment: jax.Array | None = None,
-    ) -> jax.Array:
-        """What the last linear map gets, [B, T, D] -> [B, T, N * H]; ``keys`` are for q, k, v."""
         b, t, _ = x.shape
         q = self.q_proj(x, dropout_key=keys[0]).reshape(b, t, -1, self.head_dim)  # [B, T, N, H]
         k = self.k_proj(x, dropout_key=keys[1]).reshape(b, t, -1, self.head_dim)  # [B, T, K, H]
@@ -101,7 +91,7 @@ class Attention(nnx.Module):
         out = attention(
             q, k, v, is_causal=True, segment=segment, precision=precision, runtime=runtime
         )  # [B, T, N, H]
-        return out.reshape(b, t, -1)
+        return self.o_proj(out.reshape(b, t, -1), dropout_key=keys[3])
 
     def at(self, x: jax.Array, angles: jax.Array, index: jax.Array) -> jax.Array:
         """What ``self(x)`` has at position ``index`` [B] of each row: [B, T, D] -> [B, D].
@@ -137,16 +127,9 @@ class SwiGLU(nnx.Module):
         self, x: jax.Array, keys: list[jax.Array | None], *, exact: bool = False
     ) -> jax.Array:
         """[B, T, D] -> [B, T, D]; ``keys`` are dropout keys for gate, up, down."""
-        inside = self.inside(x, keys[:2], exact=exact)
-        return self.down_proj(inside, dropout_key=keys[2], exact=exact)
-
-    def inside(
-        self, x: jax.Array, keys: list[jax.Array | None], *, exact: bool = False
-    ) -> jax.Array:
-        """What the last linear map gets, [B, T, D] -> [B, T, F]; ``keys`` are for gate, up."""
         gate = self.gate_proj(x, dropout_key=keys[0], exact=exact)  # [B, T, F]
         up = self.up_proj(x, dropout_key=keys[1], exact=exact)  # [B, T, F]
-        return jax.nn.silu(gate) * up
+        return self.down_proj(jax.nn.silu(gate) * up, dropout_key=keys[2], exact=exact)
 
 
 class DecoderLayer(nnx.Module):

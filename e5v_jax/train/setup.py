@@ -128,15 +128,13 @@ def make_step(
 def open_base(cfg: RunConfig, base: ConvertedFolder) -> Processor:
     """Check that ``base`` is what training begins with; make its processor.
 
-    Raises ValueError: it has an adapter, or is smoothed; a preset or template that it has not.
+    Raises ValueError: it has an adapter; a preset or template that it has not.
     """
     if (cfg.model / "adapter").is_dir():
         raise ValueError(
             f"{cfg.model}/adapter: training would begin without this adapter; "
             "convert the model again with --adapter and --merge"
         )
-    if base.info.smoothed:  # its adapters would fit nothing else
-        raise ValueError(f"{cfg.model}: is smoothed; train on the model that it was made from")
     preset = find_preset(cfg.data.preset, *base.known_as, str(cfg.model))
     preset = preset.with_pixels(cfg.data.min_pixels, cfg.data.max_pixels)
     processor: Processor = base.family.processor(
