@@ -115,7 +115,8 @@ def main(folder: Path, meshes: str) -> None:
     plain = {"shapes": SHAPES if meshes == "all" else SOME_SHAPES, "options": {}}
     everything = {"quantization": "nf4", "chunk_size": 8, "remat": "full", "dropout": 0.1}
     everything |= {"texts_per_row": 2}
-    for case in (plain, {"shapes": [(2, 2, 2)], "options": everything}):
+    offloaded = {"shapes": [(2, 2, 2)], "options": {"remat": "offload_dots_except_mlp"}}
+    for case in (plain, offloaded, {"shapes": [(2, 2, 2)], "options": everything}):
         expected = step_on(folder, one, **case["options"])
         for shape in case["shapes"]:
             found = step_on(folder, make_mesh(*shape), **case["options"])

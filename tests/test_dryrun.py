@@ -96,6 +96,9 @@ def test_hand_count_is_the_cost_model() -> None:
         {"remat": "dots"},
         {"remat": "dots_except_o"},
         {"remat": "dots_except_mlp"},
+        {"remat": "offload_dots"},
+        {"remat": "offload_dots_except_mlp"},
+        {"remat": "offload_full"},
         {"quantize": "nf4", "chunk_size": 128},
         {"lora": None},
         {"texts_per_row": 4, "chunk_size": 128},
@@ -273,6 +276,41 @@ def test_does_not_fit_and_what_to_try() -> None:
     lora = report_train(dry("gpu:h100:1", quantize="nf4", chunk_size=64))
     assert lora.fits and lora.to_json()["remedy"] is None
     assert lora.cost.peak < 16e9
+
+
+def test_what_is_offloaded(capsys: pytest.CaptureFixture[str]) -> None:
+    """By formula; that compiling finds the same is in test_tpu_aot.py."""
+    tokens, d, f, kv, rank = 3 * 768 * 64 // 8, 4096, 14336, 1024, 64
+    dots = 3 * d + 2 * kv + 2 * f  # the layer's input, q and o; k and v; gate and up
+    expected = {
+        "full": 0,
+        "offload_full": d,
+        "offload_dots": dots + 7 * rank,
+        "offload_dots_except_mlp": dots - 2 * f + 7 * rank,
+    }
+    lora = LoRAConfig(rank=rank, alpha=16.0)
+    found = {name: report_train(dry("gpu:h100:8", remat=name, lora=lora)) for name in expected}
+    assert {x: r.cost.host_memory for x, r in found.items()} == {
+        name: 32 * tokens * values * 2 for name, values in expected.items()
+    }
+    for name, report in found.items():
+        assert report.cost.host_bytes == 2 * report.cost.host_memory
+        seconds = report.cost.host_bytes / 64e9
+        assert report.seconds.get("host", 0.0) == pytest.approx(seconds)
+        assert report.fits and (name == "full") == ("host" not in report.seconds)
+        report.print()
+        assert ("on the host" in capsys.readouterr().out) == (name != "full")
+    assert found["offload_dots"].bound == "host" and found["offload_full"].bound == "compute"
+    kept = report_train(dry("gpu:h100:8", remat="dots_except_mlp", lora=lora))
+    assert kept.cost.flops == found["offload_dots_except_mlp"].cost.flops
+    assert kept.cost.peak > 1.5 * found["offload_dots_except_mlp"].cost.peak
+
+
+def test_a_host_without_the_memory_for_it() -> None:
+    report = report_train(dry("gpu:h100:1", remat="offload_dots", quantize="nf4"))
+    assert report.cost.peak <= (report.capacity or 0) and not report.fits
+    assert report.host_verdict().startswith("does not fit: a host has 232.83 GiB for each chip")
+    assert report.host_verdict().endswith("try --remat full --chunk-size 64")
 
 
 def test_libtpus_refusals_are_read() -> None:

@@ -125,6 +125,37 @@ def test_loops_slices_and_collectives(hlo: str) -> None:
     assert traffic.collective_bytes == {"all-gather": 3 * 3 * weight}
 
 
+def test_transfers_to_the_host() -> None:
+    """Three rounds send a row and fetch one; the loop has three left of four, and counts from 1."""
+    hlo = (
+        HLO.replace(
+            "  %row = f32[1,128]{1,0:T(8,128)} fusion(%stack, %i), kind=kLoop, calls=%take",
+            """  %fetch = ((STACK, s32[]), f32[1,128]{1,0:T(8,128)}, u32[]{:S(2)}) \
+dynamic-slice-start(%stack, %i)
+  %row = f32[1,128]{1,0:T(8,128)} dynamic-slice-done(%fetch)""",
+        )
+        .replace(
+            "  %new = STACK fusion(%stack, %kept, %i), kind=kLoop, calls=%put",
+            """  %send = ((STACK, f32[1,128]{1,0:T(8,128)S(1)}, s32[]), STACK, u32[]{:S(2)}) \
+dynamic-update-slice-start(%stack, %kept, %i)
+  %new = STACK dynamic-update-slice-done(%send)""",
+        )
+        .replace("%bound = s32[]{:T(128)} constant(3)", "%bound = s32[]{:T(128)} constant(4)")
+        .replace(
+            "%in = (INDEX", "%one = INDEX constant(1)\n  %from = INDEX copy(%one)\n  %in = (INDEX"
+        )
+        .replace("tuple(%a, %b, %c)", "tuple(%from, %b, %c)")
+    )
+    names = {**_NAMES, "STACK": "f32[8,128]{1,0:T(8,128)S(5)}"}
+    for name, text in names.items():
+        hlo = hlo.replace(name, text)
+    traffic = count_traffic(hlo, devices=8)
+    weight, row = 4 * 64 * 2, 128 * 4
+    assert traffic.host_bytes == 3 * 2 * row
+    # the weight read twice, a row written here and read by negate; what is sent was on chip
+    assert traffic.hbm_bytes == 3 * (2 * weight + 2 * row)
+
+
 @pytest.mark.parametrize(
     ("text", "expected"),
     [

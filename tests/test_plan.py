@@ -17,6 +17,7 @@ from e5v_jax.dryrun import here, plan
 from e5v_jax.dryrun.__main__ import main
 from e5v_jax.dryrun.plan import Plan, PlanDryRun, search_plans
 from e5v_jax.dryrun.topology import parse_topology
+from e5v_jax.nn.decoder import OFFLOADED
 from e5v_jax.nn.layers import LoRAConfig
 from e5v_jax.train.__main__ import start
 from e5v_jax.train.batches import tokenize_pairs
@@ -85,6 +86,22 @@ def test_what_compiling_says_counts(
     assert said.startswith(plans.best.flags)
     assert said.count("does not fit") == 2
     assert "more are slower by formula" in said and "do not fit by formula" in said
+
+
+def test_a_host_is_part_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is near, nothing is computed twice; where its rate is unknown, it is left alone."""
+    near = search_plans(args_of("gpu:gh200:4"))
+    assert near.best is not None and near.best.run.remat == "offload_dots"
+    assert near.best.report.cost.flops == near.best.report.useful_flops
+    every = [*near.tried, *near.slower, *near.too_large]
+    assert not any(x.run.chunk_size for x in every if x.run.remat in OFFLOADED)
+    assert {x.run.remat for x in every} >= set(OFFLOADED)
+    crowded = search_plans(args_of("gpu:h100:1")).too_large
+    assert any(x.report.cost.host_memory > 250e9 for x in crowded)
+    monkeypatch.setattr(plan, "_compile", lambda found, _: found)
+    unknown = search_plans(args_of("tpu7x:2x2x1"))
+    every = [*unknown.tried, *unknown.slower, *unknown.too_large]
+    assert every and not any(x.run.remat in OFFLOADED for x in every)
 
 
 def test_kinds_of_a_base_are_tried_if_named() -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -16,11 +17,16 @@ import pytest
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from e5v_jax.dryrun.run import TrainDryRun, report_train
 from e5v_jax.dryrun.topology import compile_devices, parse_topology
+from e5v_jax.families.text import TEXT
+from e5v_jax.families.text.config import TextModelConfig
 from e5v_jax.nn.attention import attention
-from e5v_jax.nn.layers import Build, Linear, Precision
+from e5v_jax.nn.layers import Build, Linear, LoRAConfig, Precision
+from e5v_jax.nn.text_config import TextConfig
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import batch_sharding, make_mesh
+from e5v_jax.train.config import TrainConfig
 
 pytestmark = [
     pytest.mark.tpu_aot,
@@ -80,6 +86,38 @@ def test_nf4_is_dequantised_on_the_chip(topology: str) -> None:
     text = compiled.as_text()
     assert text.count("tpu_custom_call") >= 2  # forward and backward
     assert f"f32[{shape[0]},{shape[1]}]" not in text and f",64,{shape[1]}]" not in text
+
+
+def test_what_is_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the host's memory goes, and comes back, what the formula says, to the byte."""
+    model = TextConfig(
+        vocab_size=1024,
+        hidden_size=256,
+        intermediate_size=768,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+        max_position_embeddings=2048,
+        model_type="llama",
+    )
+    monkeypatch.setitem(TEXT.architectures, "tiny", TextModelConfig(model))
+    run = TrainConfig(
+        model=Path("none"),
+        output=Path("unused"),
+        batch_size=128,
+        remat="offload_dots_except_mlp",
+        lora=LoRAConfig(rank=8, alpha=4.0),
+    )
+    found, formula = (
+        report_train(TrainDryRun(run=run, topology=name, architecture="tiny")).cost
+        for name in ("v5e:1x1", "gpu:h100:1")
+    )
+    assert (found.method, formula.method) == ("compiled", "estimated")
+    assert found.host_memory == formula.host_memory > 0
+    assert found.host_bytes == formula.host_bytes == 2 * found.host_memory
 
 
 @pytest.mark.slow

@@ -88,6 +88,14 @@ def test_counts_of_nothing(
     assert line == f"error: {flag.replace('-', '_')}: 0, expected at least 1"
 
 
+def test_offloading_keeps_a_whole_batch(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--remat", "offload_dots", "--chunk-size", "6"]
+    line = refuse(folder, tmp_path / "run", capsys, *flags)
+    assert line == "error: remat: offload_dots keeps a whole batch: leave chunk_size (6) out"
+
+
 def test_model_that_is_not_there(
     folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -23,14 +23,28 @@ def _layer_activations(text: TextConfig, tokens: int, length: int, size: int) ->
     return tokens * (features * size + scores)
 
 
+def _offloaded(cfg: TrainConfig, text: TextConfig, size: int) -> int:
+    """Bytes that go to the host for each token and layer."""
+    d, rank = text.hidden_size, cfg.lora.rank if cfg.lora else 0
+    heads, kv = text.num_attention_heads, 2 * text.num_key_value_heads
+    attention = (heads + kv) * text.head_dim + d  # what q, k, v and o give
+    values = {  # what the layer's last linear map gives, no gradient needs
+        "offload_full": d,
+        "offload_dots_except_mlp": d + attention + 7 * rank,
+        "offload_dots": d + attention + 2 * text.intermediate_size + 7 * rank,
+    }
+    return values.get(cfg.remat, 0) * size
+
+
 def estimate_train(
     cfg: TrainConfig, target: Target, program: Program, lengths: tuple[int, ...], flops: float
 ) -> Cost:
     """A training step on groups of padded ``lengths``, which does ``flops`` on each chip.
 
     Kept through the step: parameters, optimizer, gradients (fp32), the embeddings of all inputs,
-    and per layer what ``remat`` keeps of the inputs that are in the model at a time. On top comes
-    one layer at work, with its weights gathered or dequantised and the next ones on their way.
+    and per layer what ``remat`` keeps of the inputs that are in the model at a time, here or in the
+    host's memory. On top comes one layer at work, with its weights gathered or dequantised and the
+    next ones on their way.
     """
     devices, split = target.runtime.batch_devices, target.runtime.mesh.shape["fsdp"]
     text, size = target.config.text, jnp.dtype(cfg.dtype).itemsize
@@ -54,12 +68,15 @@ def estimate_train(
         "dots_except_mlp": dots - kept_tokens * 2 * text.intermediate_size * size,
         "none": layer * kept_tokens // (rows * longest),
     }
+    sent = _offloaded(cfg, text, size)
+    on_its_way = 2 * sent * rows * longest  # of one layer to the host, of another from there
     moved_weights = 2 * (weights // layers) * size if split > 1 or cfg.quantize else 0
     vectors = COLUMNS * cfg.batch_size * text.hidden_size * 4
     peak = parameters + optimizer + trained + 2 * vectors
-    peak += layers * kept[cfg.remat] + layer + moved_weights
+    peak += layers * kept.get(cfg.remat, 0) + on_its_way + layer + moved_weights
 
-    passes = 2 + (cfg.remat == "full") + (cfg.chunk_size is not None)  # of a chunk over the weights
+    # of a chunk over the weights
+    passes = 2 + cfg.remat.endswith("full") + (cfg.chunk_size is not None)
     chunks = inputs // rows
     stored = per_device_bytes(program.frozen) * min(split, devices)
     traffic = float(chunks * passes * stored)
@@ -75,7 +92,19 @@ def estimate_train(
     if devices > 1:
         changed = lora_parameters(target.table, cfg.lora) if cfg.lora else weights
         collectives["all-reduce"] = 2 * 4 * changed * (devices - 1) / devices
-    return Cost(parameters, optimizer, peak, peak, flops, traffic, collectives)
+    host = layers * kept_tokens * sent
+    traffic += 2.0 * host
+    return Cost(
+        parameters,
+        optimizer,
+        peak,
+        peak,
+        flops,
+        traffic,
+        collectives,
+        host_memory=host,
+        host_bytes=2.0 * host,
+    )
 
 
 def estimate_encode(

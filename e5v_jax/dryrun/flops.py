@@ -189,10 +189,10 @@ def train_flops(forward: HandCount, *, frozen_base: bool, remat: Remat, chunked:
     """
     trained = forward.decoder * (2 if frozen_base else 3) + 3 * (forward.lora + forward.attention)
     again = forward.forward if chunked else 0.0
-    if remat == "full":
+    if remat in ("full", "offload_full"):
         again += forward.forward - forward.down
     elif remat == "dots_except_o":
         again += forward.o
-    elif remat == "dots_except_mlp":
+    elif remat in ("dots_except_mlp", "offload_dots_except_mlp"):
         again += forward.gate_up
     return trained + again

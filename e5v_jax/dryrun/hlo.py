@@ -48,6 +48,15 @@ class Instruction:
         return type_bytes(self.type, main_memory=True)
 
     @property
+    def to_host(self) -> list["Instruction"]:
+        """What is moved, as the device has it, where a transfer to the host or from it begins."""
+        if not self.opcode.endswith("-start") or "S(5)" not in self.type:  # the host's memory
+            return []
+        if self.opcode == "dynamic-update-slice-start":
+            return [self.operands[1]]
+        return [user for user in self.users if user.opcode.endswith("-done")]
+
+    @property
     def number(self) -> int | None:
         """The number of a parameter, or the value of an integer constant."""
         return int(self.arguments) if self.arguments.isdecimal() else None
@@ -71,6 +80,7 @@ class Traffic:
     """What one device moves in one run of the program."""
 
     hbm_bytes: float  # read and written
+    host_bytes: float  # to the host's memory and from there
     collective_bytes: dict[str, float]  # in and out over the interconnect, by kind of collective
 
 
@@ -107,7 +117,7 @@ def parse(text: str) -> Computation:
 
 
 def trip_count(loop: Instruction) -> int:
-    """How often a while loop runs: as XLA says, or the bound that its condition compares with."""
+    """How often a while loop runs: as XLA says, or from its start to what it compares with."""
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"', loop.attributes):
         return int(known[1])
     conditions = list(loop.called["condition"])
@@ -117,7 +127,20 @@ def trip_count(loop: Instruction) -> int:
             if instruction.opcode == "constant" and instruction.number is not None:
                 bounds.append(instruction.number)
             conditions += instruction.called.get("calls", [])
-    return max(bounds, default=1)
+    return max(bounds, default=1) - _start(loop)
+
+
+def _start(loop: Instruction) -> int:
+    """The number that a loop counts from: above 0 if XLA has taken its first round out."""
+    (initial,), (condition,) = loop.operands, loop.called["condition"]
+    taken = [i for i in condition.instructions.values() if i.opcode == "get-tuple-element"]
+    if len(taken) != 1 or initial.opcode != "tuple":
+        return 0
+    (index,) = re.findall(r"\bindex=(\d+)", taken[0].attributes)
+    counter = initial.operands[int(index)]
+    while counter.opcode == "copy":
+        counter = counter.operands[0]
+    return counter.number or 0 if counter.opcode == "constant" else 0
 
 
 def _group_size(attributes: str, devices: int) -> int:
@@ -202,6 +225,8 @@ def _plain_bytes(instruction: Instruction) -> float:
     opcode, sources = instruction.opcode, instruction.operands
     if opcode in _FREE or opcode.endswith(("-done", "-update")):
         return 0.0
+    if instruction.to_host:
+        return sum(moved.hbm_bytes for moved in instruction.to_host)
     if opcode in ("copy-start", "slice-start"):
         # (destination, source, context), ((sources), destination, context): what arrives is read
         arrays = [array[0] for array in _ARRAY.finditer(instruction.type)]
@@ -217,11 +242,11 @@ def _plain_bytes(instruction: Instruction) -> float:
 
 def count_traffic(text: str, *, devices: int) -> Traffic:
     """Bytes moved by one device in one run of a compiled program, given its HLO text."""
-    hbm = 0.0
+    hbm = host = 0.0
     collectives: dict[tuple[str, str], float] = {}  # by kind and channel
 
     def walk(function: Computation, times: float, *, fused: bool) -> None:
-        nonlocal hbm
+        nonlocal hbm, host
         for instruction in function.instructions.values():
             opcode = instruction.opcode.removesuffix("-start")
             called = instruction.called
@@ -236,6 +261,7 @@ def count_traffic(text: str, *, devices: int) -> Traffic:
                 walk(called["body"][0], runs, fused=fused)
                 walk(called["condition"][0], runs, fused=True)
                 continue
+            host += times * sum(moved.bytes for moved in instruction.to_host)
             if not fused:
                 hbm += times * (_fusion_bytes if opcode == "fusion" else _plain_bytes)(instruction)
             inner = called.get("branch_computations", [])
@@ -248,4 +274,4 @@ def count_traffic(text: str, *, devices: int) -> Traffic:
     by_kind: dict[str, float] = defaultdict(float)
     for (kind, _), moved in collectives.items():
         by_kind[kind] += moved
-    return Traffic(hbm, dict(by_kind))
+    return Traffic(hbm, host, dict(by_kind))

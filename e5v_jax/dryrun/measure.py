@@ -45,6 +45,8 @@ def measure(program: Program, topology: Topology, estimate: Cost) -> Cost:
         cost,
         peak=reserved_memory(stats) * per_chip,
         live=stats.peak_memory_in_bytes * per_chip,
+        host_memory=stats.host_temp_size_in_bytes * per_chip,
+        host_bytes=traffic.host_bytes * per_chip,
         hbm_bytes=traffic.hbm_bytes * per_chip,
         collective_bytes={k: size * per_chip for k, size in traffic.collective_bytes.items()},
         compile_seconds=seconds,

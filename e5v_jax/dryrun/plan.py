@@ -24,7 +24,7 @@ from e5v_jax.dryrun.run import (
 )
 from e5v_jax.dryrun.topology import Topology, open_runtime, parse_topology
 from e5v_jax.families.base import Family, ModelConfig
-from e5v_jax.nn.decoder import Remat
+from e5v_jax.nn.decoder import OFFLOADED, Remat
 from e5v_jax.nn.quantized import Quantization
 from e5v_jax.runtime import Runtime
 from e5v_jax.storage import as_path
@@ -73,6 +73,14 @@ class Plan:
         """A step's, at best."""
         return self.report.step_seconds or 0.0
 
+    @property
+    def fullness(self) -> float:
+        """How much of a chip's memory, or the host's, it may need at least; above 1 is too much."""
+        chip, cost = self.report.topology.chip, self.report.cost
+        assert chip is not None  # there is nothing to plan by for this machine's CPU
+        hbm, host = _OPTIMISM * cost.peak / chip.usable_hbm, cost.host_memory / chip.host_memory
+        return max(hbm, host)
+
     def to_json(self) -> dict[str, object]:
         """The flags, and the report of :meth:`Report.to_json`."""
         return {"flags": self.flags, "lengths": self.lengths, **self.report.to_json()}
@@ -118,7 +126,7 @@ class Plans:
             nearest = self.too_large[0]
             print(
                 f"{len(self.too_large)} more do not fit by formula; the nearest: "
-                f"{gib(nearest.report.cost.peak)}, {nearest.flags}"
+                f"{100 * nearest.fullness:.0f} % of what there is, {nearest.flags}"
             )
 
 
@@ -184,11 +192,11 @@ def find_plans(
         raise ValueError(
             f"--batch-size: {run.batch_size} triplets split over no mesh of {place.topology.name}"
         )
-    fit = [plan for plan in ranked if _OPTIMISM * plan.report.cost.peak <= chip.usable_hbm]
+    fit = [plan for plan in ranked if plan.fullness <= 1]
     # of equal ones, that of which the other limits leave more room
     fit.sort(key=lambda plan: (plan.seconds, sum(plan.report.seconds.values())))
-    too_large = [plan for plan in ranked if _OPTIMISM * plan.report.cost.peak > chip.usable_hbm]
-    too_large.sort(key=lambda plan: plan.report.cost.peak)
+    too_large = [plan for plan in ranked if plan.fullness > 1]
+    too_large.sort(key=lambda plan: plan.fullness)
     tried: list[Plan] = []
     while fit and len(tried) < 2 * compiles:
         if sum(plan.report.fits for plan in tried) == compiles:
@@ -204,6 +212,7 @@ def _rank(
 ) -> Iterator[Plan]:
     """Yield every plan that divides, with its cost by formula."""
     topology = place.topology
+    reaches_host = topology.chip is not None and topology.chip.host_bandwidth is not None
     for mesh, quantize, lengths in itertools.product(
         _meshes(topology.chips, place.config.text.num_key_value_heads),
         quantizations,
@@ -224,6 +233,8 @@ def _rank(
         chunks = [n * devices for n in per_chip if rows % (n * devices) == 0]
         for chunk in (None, *(n for n in chunks if n < rows)):
             for remat in get_args(Remat):
+                if remat in OFFLOADED and (chunk or not reaches_host):
+                    continue
                 cfg = replace(whole, chunk_size=chunk, remat=remat)
                 cost = estimate_step(cfg, target, program, lengths, topology)
                 yield place.plan(cfg, target, lengths, cost)

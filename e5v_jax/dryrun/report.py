@@ -7,7 +7,7 @@ from typing import Literal
 from e5v_jax.dryrun.chips import GiB
 from e5v_jax.dryrun.topology import Topology
 
-Bound = Literal["compute", "memory", "interconnect", "unknown"]
+Bound = Literal["compute", "memory", "interconnect", "host", "unknown"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class Cost:
     method: Literal["compiled", "estimated"] = "estimated"
     compile_seconds: float = 0.0
     int8_flops: float = 0.0  # of flops, those of int8 by int8
+    host_memory: int = 0  # bytes of the host's memory
+    host_bytes: float = 0.0  # to and from there
 
     @property
     def activations(self) -> int:
@@ -52,8 +54,11 @@ class Report:
 
     @property
     def fits(self) -> bool:
-        """Whether the peak is within the capacity."""
-        return self.capacity is None or self.cost.peak <= self.capacity
+        """Whether the peak is within the capacity, and the host's memory is enough."""
+        chip, cost = self.topology.chip, self.cost
+        if chip is None:
+            return True
+        return cost.peak <= chip.usable_hbm and cost.host_memory <= chip.host_memory
 
     @property
     def seconds(self) -> dict[Bound, float]:
@@ -62,12 +67,16 @@ class Report:
         if chip is None:
             return {}
         moved = sum(self.cost.collective_bytes.values())
-        return {
+        found: dict[Bound, float] = {
             "compute": (self.cost.flops - self.cost.int8_flops) / chip.flops
             + self.cost.int8_flops / chip.int8_ops,
             "memory": self.cost.hbm_bytes / chip.hbm_bandwidth,
             "interconnect": moved / self.topology.collective_bandwidth,
         }
+        if self.cost.host_bytes and chip.host_bandwidth:
+            # the forward pass sends, the backward pass fetches: never both at once
+            found["host"] = self.cost.host_bytes / chip.host_bandwidth
+        return found
 
     @property
     def bound(self) -> Bound:
@@ -94,7 +103,7 @@ class Report:
     def to_json(self) -> dict[str, object]:
         """Everything, in bytes, FLOPs and seconds."""
         cost = dataclasses.asdict(self.cost) | {"activations": self.cost.activations}
-        memory = ("parameters", "optimizer", "peak", "live", "activations")
+        memory = ("parameters", "optimizer", "peak", "live", "activations", "host_memory")
         return {
             "program": self.program,
             "architecture": self.architecture,
@@ -125,6 +134,16 @@ class Report:
         remedy = self.remedies[0]
         return f"does not fit: {gib(-spare)} more than the {capacity} of a chip; try {remedy}"
 
+    def host_verdict(self) -> str:
+        """Whether the host's memory is enough."""
+        chip = self.topology.chip
+        if chip is None:
+            return ""
+        room = f"a host has {gib(chip.host_memory)} for each chip"
+        if self.cost.host_memory <= chip.host_memory:
+            return f"fits: {room}"
+        return f"does not fit: {room}; try {self.remedies[0]}"
+
     def print(self) -> None:
         """Show it as a table."""
         cost, moved = self.cost, self.cost.collective_bytes
@@ -134,9 +153,14 @@ class Report:
             ("optimizer", gib(cost.optimizer), ""),
             ("activations", gib(cost.activations), "with gradients and gathered weights"),
             ("peak", gib(cost.peak), self.verdict()),
+            *(
+                [("on the host", gib(cost.host_memory), self.host_verdict())]
+                * bool(cost.host_memory)
+            ),
             ("FLOPs", f"{cost.flops / 1e12:.1f} T", f"useful: {self.useful_flops / 1e12:.1f} T"),
             ("memory traffic", f"{cost.hbm_bytes / 1e9:.1f} GB", ""),
             ("collectives", f"{sum(moved.values()) / 1e9:.1f} GB", ", ".join(kinds)),
+            *([("host traffic", f"{cost.host_bytes / 1e9:.1f} GB", "")] * bool(cost.host_bytes)),
             *((f"{name} time", f"{1e3 * s:.1f} ms", "") for name, s in self.seconds.items()),
         ]
         if self.step_seconds:

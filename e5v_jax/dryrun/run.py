@@ -27,10 +27,11 @@ from e5v_jax.dryrun.report import Cost, Report
 from e5v_jax.dryrun.topology import Topology, open_runtime, parse_topology
 from e5v_jax.families import architecture_of, architectures
 from e5v_jax.families.base import BatchShape, Family, ModelConfig
+from e5v_jax.nn.decoder import OFFLOADED
 from e5v_jax.nn.layers import Precision
 from e5v_jax.nn.quantized import Quantization
 from e5v_jax.storage import as_path
-from e5v_jax.train.config import MeshConfig, TrainConfig
+from e5v_jax.train.config import MeshConfig, TrainConfig, check_values
 
 IMAGE_PROMPT_TOKENS = 20
 PROMPT_TOKENS = 32
@@ -113,6 +114,7 @@ def report_train(args: TrainDryRun) -> Report:
     Raises ImportError: no libtpu to compile for a TPU with; ValueError: one line naming the flag.
     """
     cfg, topology = args.run, parse_topology(args.topology)
+    check_values(cfg)
     name, model = find_architecture(cfg.model, args.architecture)
     target = Target(*model, open_runtime(topology, cfg.mesh))
     lengths = step_lengths(args)
@@ -190,6 +192,7 @@ def report_align(args: AlignDryRun) -> Report:
     Raises ImportError: no libtpu to compile for a TPU with; ValueError: one line naming the flag.
     """
     cfg, topology = args.run, parse_topology(args.topology)
+    check_values(cfg)
     if topology.platform == "gpu":
         raise ValueError("--topology: an alignment is compiled, not estimated: give TPUs or cpu")
     name, (family, config) = find_architecture(cfg.model, args.architecture)
@@ -265,12 +268,13 @@ def report_encode(args: EncodeDryRun) -> Report:
 
 def _train_remedies(cfg: TrainConfig, inputs: int, devices: int) -> tuple[str, ...]:
     """What to try, the cheapest in time first; a chunk has some 4096 positions of 64 a device."""
-    remedies = [] if cfg.remat == "full" else ["--remat full"]
+    remedies = [] if cfg.remat in ("full", *OFFLOADED) else ["--remat full"]
     most = (cfg.chunk_size or inputs) // 2
     least = devices * cfg.texts_per_row
     chunks = [n for n in range(least, most + 1, least) if inputs % n == 0]
     if chunks and chunks[-1] >= 16 * devices:
-        remedies.append(f"--chunk-size {max(n for n in chunks if n <= 64 * devices)}")
+        instead = "--remat full " if cfg.remat in OFFLOADED else ""
+        remedies.append(f"{instead}--chunk-size {max(n for n in chunks if n <= 64 * devices)}")
     if cfg.lora is None:
         remedies.append("LoRA instead of full training")
     elif cfg.quantize is None:

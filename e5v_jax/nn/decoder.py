@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from e5v_jax.nn.attention import attention
@@ -16,10 +17,20 @@ from e5v_jax.nn.parameters import Parameter, Section, linear
 from e5v_jax.nn.rope import apply_rope, mrope_axes, rope_angles, rope_frequencies
 from e5v_jax.nn.text_config import TextConfig
 
-Remat = Literal["none", "dots", "dots_except_o", "dots_except_mlp", "full"]
+Remat = Literal[
+    "none",
+    "dots",
+    "dots_except_o",
+    "dots_except_mlp",
+    "full",
+    "offload_dots",
+    "offload_dots_except_mlp",
+    "offload_full",
+]
 """What a backward pass keeps of each layer: everything, what its linear maps give (all of them, or
-without the attention's last, or without the MLP's), or its input."""
-_QKV, _O, _MLP = "qkv_proj", "o_proj", "mlp"
+without the attention's last, or without the MLP's), or its input; with ``offload`` in the memory of
+the host, together with the layer's input."""
+_INPUT, _QKV, _O, _MLP = "layer_input", "qkv_proj", "o_proj", "mlp"
 _COLUMNS, _ROWS = P("fsdp", "tensor"), P("tensor", "fsdp")
 """Which mesh axes split a kernel [in, out]."""
 KEPT: dict[Remat, tuple[str, ...]] = {
@@ -28,6 +39,12 @@ KEPT: dict[Remat, tuple[str, ...]] = {
     "dots_except_mlp": (LOW_RANK, _QKV, _O),
 }
 """Names of what is kept of a layer, where it is neither everything nor its input alone."""
+OFFLOADED: dict[Remat, tuple[str, ...]] = {
+    "offload_dots": (_INPUT, *KEPT["dots"]),
+    "offload_dots_except_mlp": (_INPUT, *KEPT["dots_except_mlp"]),
+    "offload_full": (_INPUT,),
+}
+"""Names of what goes to the host's memory, from where the backward pass fetches it."""
 
 
 def take(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -216,13 +233,22 @@ class Decoder(nnx.Module):
         ) -> tuple[jax.Array, None]:
             layer, key, number = xs
             split = self.runtime.split_batch
-            return split(add(layer(split(h), angles, key, segment), number)), None
+            h = checkpoint_name(split(h), _INPUT)
+            return split(add(layer(h, angles, key, segment), number)), None
 
         if remat == "full":
             body = jax.checkpoint(body, prevent_cse=False)
         elif remat in KEPT:
             keep = jax.checkpoint_policies.save_only_these_names(*KEPT[remat])
             body = jax.checkpoint(body, prevent_cse=False, policy=keep)
+        elif remat in OFFLOADED:
+            move = jax.checkpoint_policies.save_and_offload_only_these_names(
+                names_which_can_be_saved=[],
+                names_which_can_be_offloaded=list(OFFLOADED[remat]),
+                offload_src="device",
+                offload_dst="pinned_host",
+            )
+            body = jax.checkpoint(body, prevent_cse=False, policy=move)
         numbers = None if deepstack is None else jnp.arange(self.cfg.num_hidden_layers)
         x, _ = jax.lax.scan(body, x, (self.layers, keys, numbers))
         return x

@@ -9,7 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import tyro
 
 from e5v_jax.cli import BucketPath
-from e5v_jax.nn.decoder import Remat
+from e5v_jax.nn.decoder import OFFLOADED, Remat
 from e5v_jax.nn.layers import LoRAConfig
 from e5v_jax.nn.quantized import Quantization
 from e5v_jax.presets import HELP
@@ -112,7 +112,7 @@ class RunConfig:
     quantize: Quantization | None = None  # Of a frozen base (QLoRA); needs LoRA.
     remat: Remat = "full"
     """What the backward pass keeps per layer: none (all), dots (matmul outputs; dots_except_o and
-    dots_except_mlp keep fewer of them), full (inputs)."""
+    dots_except_mlp keep fewer of them), full (inputs); offload_ keeps it in the host's memory."""
     checkpoint_every: int = 100  # Steps between checkpoints; the last step is always saved.
     keep_checkpoints: int = 3  # Newest checkpoints kept.
     log_every: int = 10  # Steps between lines in metrics.jsonl and TensorBoard.
@@ -195,6 +195,11 @@ def check_values(cfg: RunConfig) -> None:
     if cfg.allow_change and not cfg.resume:
         raise ValueError(
             "allow_change: a new run has nothing to differ from; pass --resume with it"
+        )
+    if cfg.remat in OFFLOADED and cfg.chunk_size is not None:
+        # a loop in a loop that fills the host's memory: XLA does not compile it for TPUs
+        raise ValueError(
+            f"remat: {cfg.remat} keeps a whole batch: leave chunk_size ({cfg.chunk_size}) out"
         )
     for name in _COUNTS:
         value = _value(cfg, name)
