@@ -2,6 +2,7 @@
 
     python benchmarks/gpu_train.py --topology gpu:h100:1                        # LoRA, bf16 base
     python benchmarks/gpu_train.py --topology gpu:h100:1 --quantize nf4         # QLoRA
+    python benchmarks/gpu_train.py --chunk-size None --remat offload_dots_except_mlp
 
 The step is the one of the dry run, which is the one that trains; weights are random, so no model is
 needed. Prints one JSON object.
@@ -24,6 +25,7 @@ from e5v_jax.dryrun.run import TrainDryRun, report_train
 from e5v_jax.families import architectures
 from e5v_jax.families.base import ModelConfig
 from e5v_jax.families.llava_next.presets import ARCHITECTURES
+from e5v_jax.nn.decoder import Remat
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh
 from e5v_jax.train.config import TrainConfig
@@ -47,6 +49,8 @@ class Args:
     """Sentences in the model at a time."""
     length: int = 64
     """Positions of a sentence, all of them used."""
+    remat: Remat = "full"
+    """What the backward pass keeps of each layer; offload_dots and its kin with no chunk_size."""
     steps: int = 5
     """Timed steps, after two that are not."""
 
@@ -90,6 +94,7 @@ def measure(args: Args) -> dict[str, Any]:
         quantize=args.quantize,
         batch_size=args.batch_size,
         chunk_size=args.chunk_size,
+        remat=args.remat,
     )
     estimate = report_train(
         TrainDryRun(
@@ -135,6 +140,7 @@ def measure(args: Args) -> dict[str, Any]:
         "model_flop_utilization": estimate.useful_flops / step / peak_flops,
         "peak_bytes": stats.get("peak_bytes_in_use"),
         "estimated_peak_bytes": estimate.cost.peak,
+        "estimated_host_bytes": estimate.cost.host_memory,
         "roofline_seconds": estimate.step_seconds,
         "loss": loss,
     }

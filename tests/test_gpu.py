@@ -1,6 +1,7 @@
 """What only a GPU can show: its kernels, and whole models on it (make test-gpu)."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from hf_models import Case, picture
 from qwen_models import QWEN3_RECIPES, build_qwen3_vl
 
 from e5v_jax.nn.attention import attention
+from e5v_jax.nn.decoder import Remat
 from e5v_jax.nn.layers import Precision
 from e5v_jax.runtime import Implementation, Runtime
 from e5v_jax.sharding import make_mesh
@@ -62,6 +65,24 @@ def test_cudnn_attention_is_xlas(length: int, head_dim: int, kind: str) -> None:
         float(np.linalg.norm(a - b) / np.linalg.norm(b)) for a, b in zip(found, exact, strict=True)
     ]
     assert max(errors) < 1e-2, errors  # bf16 has 8 bits
+
+
+@pytest.mark.parametrize("remat", ["offload_dots", "offload_dots_except_mlp", "offload_full"])
+def test_offloading_has_the_gradient_of_keeping(remat: Remat, llava: Callable[[str], Case]) -> None:
+    graphdef, state = nnx.split(llava("llama-gqa").module.language_model)
+    width = nnx.merge(graphdef, state).cfg.hidden_size
+    x = jax.random.normal(jax.random.key(0), (2, 64, width))
+
+    @partial(jax.jit, static_argnums=1)
+    def gradient(state: nnx.State, remat: Remat) -> nnx.State:
+        def loss(state: nnx.State) -> jax.Array:
+            return jnp.sum(jnp.square(nnx.merge(graphdef, state)(x, remat=remat)))
+
+        return jax.grad(loss)(state)
+
+    kept, moved = gradient(state, "dots"), gradient(state, remat)
+    for a, b in zip(jax.tree.leaves(kept), jax.tree.leaves(moved), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-6 * float(jnp.abs(a).max()))
 
 
 @pytest.mark.parametrize("name", ["llama-gqa", "mistral"])

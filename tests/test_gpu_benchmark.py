@@ -15,6 +15,11 @@ BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "gpu_train.py"
     [
         pytest.param([], id="lora", marks=pytest.mark.slow),
         pytest.param(["--quantize", "nf4"], id="qlora", marks=pytest.mark.slow),
+        pytest.param(
+            ["--chunk-size", "None", "--remat", "offload_dots"],
+            id="offload",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_benchmark_at_toy_size(flags: list[str]) -> None:
