@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import os
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -102,6 +105,21 @@ def test_a_host_is_part_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     unknown = search_plans(args_of("tpu7x:2x2x1"))
     every = [*unknown.tried, *unknown.slower, *unknown.too_large]
     assert every and not any(x.run.remat in OFFLOADED for x in every)
+
+
+def test_no_accelerator_of_this_machine_is_started() -> None:
+    """Nor libtpu, which would compile without the flags that it is given for plans."""
+    program = """
+from e5v_jax.dryrun.__main__ import main
+try:
+    main(["plan", "--model", "e5-v", "--topology", "gpu:h100:1"])
+except SystemExit as end:
+    assert not end.code
+import jax
+assert jax.config.jax_platforms == "cpu"
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True)
 
 
 def test_kinds_of_a_base_are_tried_if_named() -> None:

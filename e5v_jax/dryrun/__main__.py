@@ -1,6 +1,7 @@
 """``python -m e5v_jax.dryrun train|plan|align|encode --topology v5e:4x8 ...``."""
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ The flags: python -m e5v_jax.dryrun train|plan|align|encode --help."""
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one of the commands; ``argv`` are its words, None takes the command line's."""
+    # no accelerator of this machine has a part in it; and JAX would start its libtpu, if there is
+    # one, before the flags that it has to compile with are known
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     with guarded(argv) as words:
         import tyro  # here and below: they take seconds, and Ctrl-C may come meanwhile
 
