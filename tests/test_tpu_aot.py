@@ -3,6 +3,7 @@
 Needs libtpu (pip install -e '.[tpu]'), no TPU. Each compiles for a minute or two on two cores.
 """
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -19,11 +20,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from e5v_jax.dryrun.run import TrainDryRun, report_train
 from e5v_jax.dryrun.topology import compile_devices, parse_topology
+from e5v_jax.families.llava_next import LLAVA_NEXT
 from e5v_jax.families.text import TEXT
 from e5v_jax.families.text.config import TextModelConfig
 from e5v_jax.nn.attention import attention
 from e5v_jax.nn.layers import Build, Linear, LoRAConfig, Precision
-from e5v_jax.nn.text_config import TextConfig
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import batch_sharding, make_mesh
 from e5v_jax.train.config import TrainConfig
@@ -90,20 +91,11 @@ def test_nf4_is_dequantised_on_the_chip(topology: str) -> None:
 
 def test_what_is_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     """To the host's memory goes, and comes back, what the formula says, to the byte."""
-    model = TextConfig(
-        vocab_size=1024,
-        hidden_size=256,
-        intermediate_size=768,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        rms_norm_eps=1e-5,
-        rope_theta=1e4,
-        max_position_embeddings=2048,
-        model_type="llama",
-    )
-    monkeypatch.setitem(TEXT.architectures, "tiny", TextModelConfig(model))
+    sizes = {"vocab_size": 1024, "hidden_size": 256, "intermediate_size": 768, "head_dim": 64}
+    heads = {"num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+    text = LLAVA_NEXT.architectures["llava-next-llama3-8b"].text
+    model = TextModelConfig(dataclasses.replace(text, **sizes, **heads))
+    monkeypatch.setitem(TEXT.architectures, "tiny", model)
     run = TrainConfig(
         model=Path("none"),
         output=Path("unused"),
