@@ -25,7 +25,7 @@ _SMALLEST_FIRST = {
 _PODS = ("2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 # (data, fsdp, tensor) and remat of the best by ``python -m e5v_jax.dryrun plan``
 _PLANS: dict[str, tuple[tuple[int, int, int], Any]] = {
-    "2x4": ((2, 4, 1), "offload_dots_except_mlp"),
+    "2x4": ((4, 2, 1), "offload_dots_except_mlp"),
     "4x8": ((1, 32, 1), "dots"),
     "8x8": ((4, 8, 2), "dots"),
     "8x16": ((64, 1, 2), "dots"),
