@@ -25,7 +25,7 @@ from e5v_jax.dryrun.run import TrainDryRun, report_train
 from e5v_jax.families import architectures
 from e5v_jax.families.base import ModelConfig
 from e5v_jax.families.llava_next.presets import ARCHITECTURES
-from e5v_jax.nn.decoder import Remat
+from e5v_jax.nn.remat import Remat
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh
 from e5v_jax.train.config import TrainConfig

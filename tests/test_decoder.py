@@ -33,9 +33,10 @@ from transformers.models.qwen3_vl.configuration_qwen3_vl import Qwen3VLTextConfi
 from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextModel
 
 from e5v_jax.nn.config import UnsupportedModelError
-from e5v_jax.nn.decoder import Decoder, Deepstack, Remat, decoder_parameters
+from e5v_jax.nn.decoder import Decoder, Deepstack, decoder_parameters
 from e5v_jax.nn.layers import Build, Precision
 from e5v_jax.nn.parameters import Parameter
+from e5v_jax.nn.remat import Remat
 from e5v_jax.nn.rope import mrope_axes, rope_frequencies
 from e5v_jax.nn.text_config import TextConfig
 from e5v_jax.runtime import Runtime

@@ -14,8 +14,8 @@ from hf_models import Case, picture
 from qwen_models import QWEN3_RECIPES, build_qwen3_vl
 
 from e5v_jax.nn.attention import attention
-from e5v_jax.nn.decoder import Remat
 from e5v_jax.nn.layers import Precision
+from e5v_jax.nn.remat import Remat
 from e5v_jax.runtime import Implementation, Runtime
 from e5v_jax.sharding import make_mesh
 

@@ -20,8 +20,8 @@ from test_train_step import (
 )
 
 from e5v_jax.families.base import Model
-from e5v_jax.nn.decoder import Remat
 from e5v_jax.nn.layers import LoRAParam
+from e5v_jax.nn.remat import Remat
 from e5v_jax.train.batches import group_lengths
 from e5v_jax.train.config import LossConfig, OptimizerConfig
 from e5v_jax.train.optimizer import make_optimizer

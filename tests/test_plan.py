@@ -20,8 +20,8 @@ from e5v_jax.dryrun import here, plan
 from e5v_jax.dryrun.__main__ import main
 from e5v_jax.dryrun.plan import Plan, PlanDryRun, search_plans
 from e5v_jax.dryrun.topology import parse_topology
-from e5v_jax.nn.decoder import OFFLOADED
 from e5v_jax.nn.layers import LoRAConfig
+from e5v_jax.nn.remat import OFFLOADED
 from e5v_jax.train.__main__ import start
 from e5v_jax.train.batches import tokenize_pairs
 from e5v_jax.train.command import TrainCommand

@@ -22,8 +22,8 @@ from e5v_jax.checkpoints.loading import dotted, load_model
 from e5v_jax.checkpoints.peft import Adapter, write_adapter
 from e5v_jax.families.base import Measured, Model, Together
 from e5v_jax.families.text.processor import TextProcessor
-from e5v_jax.nn.decoder import Remat
 from e5v_jax.nn.layers import Build, Linear, LoRAConfig, LoRAParam, Precision
+from e5v_jax.nn.remat import Remat
 from e5v_jax.runtime import Runtime
 from e5v_jax.sharding import make_mesh
 from e5v_jax.train.batches import BatchMaker, PairTokens, group_lengths

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 
 from e5v_jax.families.base import Array, Batch
-from e5v_jax.nn.decoder import Decoder, Packing, Remat
+from e5v_jax.nn.decoder import Decoder, Packing
+from e5v_jax.nn.remat import Remat
 from e5v_jax.train.step import Key, in_chunks
 
 

@@ -9,10 +9,10 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Var
 
 from e5v_jax.families.base import Family, ModelConfig
-from e5v_jax.nn.decoder import Remat
 from e5v_jax.nn.layers import LoRAConfig
 from e5v_jax.nn.nf4_tiles import KERNEL
 from e5v_jax.nn.parameters import ParameterTable
+from e5v_jax.nn.remat import Remat
 
 
 def traced_flops(

@@ -24,8 +24,8 @@ from e5v_jax.dryrun.run import (
 )
 from e5v_jax.dryrun.topology import Topology, open_runtime, parse_topology
 from e5v_jax.families.base import Family, ModelConfig
-from e5v_jax.nn.decoder import OFFLOADED, Remat
 from e5v_jax.nn.quantized import Quantization
+from e5v_jax.nn.remat import OFFLOADED, Remat
 from e5v_jax.runtime import Runtime
 from e5v_jax.storage import as_path
 from e5v_jax.train.config import MeshConfig, TrainConfig

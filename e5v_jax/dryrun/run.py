@@ -27,9 +27,9 @@ from e5v_jax.dryrun.report import Cost, Report
 from e5v_jax.dryrun.topology import Topology, open_runtime, parse_topology
 from e5v_jax.families import architecture_of, architectures
 from e5v_jax.families.base import BatchShape, Family, ModelConfig
-from e5v_jax.nn.decoder import OFFLOADED
 from e5v_jax.nn.layers import Precision
 from e5v_jax.nn.quantized import Quantization
+from e5v_jax.nn.remat import OFFLOADED
 from e5v_jax.storage import as_path
 from e5v_jax.train.config import MeshConfig, TrainConfig, check_values
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from e5v_jax.data.images import Size
 from e5v_jax.data.inputs import ImageSource, Input, InputError
-from e5v_jax.nn.decoder import Remat
 from e5v_jax.nn.parameters import ParameterTable
+from e5v_jax.nn.remat import Remat
 from e5v_jax.nn.text_config import TextConfig
 from e5v_jax.presets import Preset
 from e5v_jax.prompts import PromptChoice, SpecialTokens

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -12,39 +12,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
 from e5v_jax.nn.attention import attention
-from e5v_jax.nn.layers import LOW_RANK, Build, Linear, RMSNorm
+from e5v_jax.nn.layers import Build, Linear, RMSNorm
 from e5v_jax.nn.parameters import Parameter, Section, linear
+from e5v_jax.nn.remat import INPUT, MLP, O_PROJ, QKV_PROJ, Remat, rematerialise
 from e5v_jax.nn.rope import apply_rope, mrope_axes, rope_angles, rope_frequencies
 from e5v_jax.nn.text_config import TextConfig
 
-Remat = Literal[
-    "none",
-    "dots",
-    "dots_except_o",
-    "dots_except_mlp",
-    "full",
-    "offload_dots",
-    "offload_dots_except_mlp",
-    "offload_full",
-]
-"""What a backward pass keeps of each layer: everything, what its linear maps give (all of them, or
-without the attention's last, or without the MLP's), or its input; with ``offload`` in the memory of
-the host, together with the layer's input."""
-_INPUT, _QKV, _O, _MLP = "layer_input", "qkv_proj", "o_proj", "mlp"
 _COLUMNS, _ROWS = P("fsdp", "tensor"), P("tensor", "fsdp")
 """Which mesh axes split a kernel [in, out]."""
-KEPT: dict[Remat, tuple[str, ...]] = {
-    "dots": (LOW_RANK, _QKV, _O, _MLP),
-    "dots_except_o": (LOW_RANK, _QKV, _MLP),
-    "dots_except_mlp": (LOW_RANK, _QKV, _O),
-}
-"""Names of what is kept of a layer, where it is neither everything nor its input alone."""
-OFFLOADED: dict[Remat, tuple[str, ...]] = {
-    "offload_dots": (_INPUT, *KEPT["dots"]),
-    "offload_dots_except_mlp": (_INPUT, *KEPT["dots_except_mlp"]),
-    "offload_full": (_INPUT,),
-}
-"""Names of what goes to the host's memory, from where the backward pass fetches it."""
 
 
 def take(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -77,10 +52,10 @@ class Attention(nnx.Module):
         d, h = cfg.hidden_size, cfg.head_dim
         n, k = cfg.num_attention_heads, cfg.num_key_value_heads
         qkv = partial(
-            Linear, build=build, rngs=rngs, use_bias=cfg.qkv_bias, result=_QKV, spec=_COLUMNS
+            Linear, build=build, rngs=rngs, use_bias=cfg.qkv_bias, result=QKV_PROJ, spec=_COLUMNS
         )
         self.q_proj, self.k_proj, self.v_proj = qkv(d, n * h), qkv(d, k * h), qkv(d, k * h)
-        self.o_proj = Linear(n * h, d, build, rngs=rngs, result=_O, spec=_ROWS)
+        self.o_proj = Linear(n * h, d, build, rngs=rngs, result=O_PROJ, spec=_ROWS)
         if cfg.qk_norm:
             self.q_norm = RMSNorm(h, eps=cfg.rms_norm_eps, precision=build.precision)
             self.k_norm = RMSNorm(h, eps=cfg.rms_norm_eps, precision=build.precision)
@@ -136,9 +111,9 @@ class SwiGLU(nnx.Module):
 
     def __init__(self, cfg: TextConfig, build: Build, *, rngs: nnx.Rngs) -> None:
         d, f = cfg.hidden_size, cfg.intermediate_size
-        self.gate_proj = Linear(d, f, build, rngs=rngs, result=_MLP, spec=_COLUMNS)
-        self.up_proj = Linear(d, f, build, rngs=rngs, result=_MLP, spec=_COLUMNS)
-        self.down_proj = Linear(f, d, build, rngs=rngs, result=_MLP, spec=_ROWS)
+        self.gate_proj = Linear(d, f, build, rngs=rngs, result=MLP, spec=_COLUMNS)
+        self.up_proj = Linear(d, f, build, rngs=rngs, result=MLP, spec=_COLUMNS)
+        self.down_proj = Linear(f, d, build, rngs=rngs, result=MLP, spec=_ROWS)
 
     def __call__(
         self, x: jax.Array, keys: list[jax.Array | None], *, exact: bool = False
@@ -233,24 +208,11 @@ class Decoder(nnx.Module):
         ) -> tuple[jax.Array, None]:
             layer, key, number = xs
             split = self.runtime.split_batch
-            h = checkpoint_name(split(h), _INPUT)
+            h = checkpoint_name(split(h), INPUT)
             return split(add(layer(h, angles, key, segment), number)), None
 
-        if remat == "full":
-            body = jax.checkpoint(body, prevent_cse=False)
-        elif remat in KEPT:
-            keep = jax.checkpoint_policies.save_only_these_names(*KEPT[remat])
-            body = jax.checkpoint(body, prevent_cse=False, policy=keep)
-        elif remat in OFFLOADED:
-            move = jax.checkpoint_policies.save_and_offload_only_these_names(
-                names_which_can_be_saved=[],
-                names_which_can_be_offloaded=list(OFFLOADED[remat]),
-                offload_src="device",
-                offload_dst="pinned_host",
-            )
-            body = jax.checkpoint(body, prevent_cse=False, policy=move)
         numbers = None if deepstack is None else jnp.arange(self.cfg.num_hidden_layers)
-        x, _ = jax.lax.scan(body, x, (self.layers, keys, numbers))
+        x, _ = jax.lax.scan(rematerialise(body, remat), x, (self.layers, keys, numbers))
         return x
 
     def at(

@@ -17,10 +17,8 @@ from jax.typing import DTypeLike
 from qwix import QArray
 
 from e5v_jax.nn.quantized import Quantization, quantize_kernel, quantized_matmul, rotate
+from e5v_jax.nn.remat import LOW_RANK
 from e5v_jax.runtime import Runtime
-
-LOW_RANK = "low_rank"
-"""Name of LoRA's inner vectors, for what a backward pass keeps."""
 
 
 class LoRAParam(nnx.Param):

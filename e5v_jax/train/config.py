@@ -9,9 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal
 import tyro
 
 from e5v_jax.cli import BucketPath
-from e5v_jax.nn.decoder import OFFLOADED, Remat
 from e5v_jax.nn.layers import LoRAConfig
 from e5v_jax.nn.quantized import Quantization
+from e5v_jax.nn.remat import OFFLOADED, Remat
 from e5v_jax.presets import HELP
 
 

@@ -10,8 +10,8 @@ import optax
 from flax import nnx
 
 from e5v_jax.families.base import Array, Batch, Model, Together
-from e5v_jax.nn.decoder import Remat
 from e5v_jax.nn.layers import LoRAParam
+from e5v_jax.nn.remat import Remat
 from e5v_jax.train.config import LossConfig
 from e5v_jax.train.loss import contrastive_loss
 

@@ -14,8 +14,9 @@ from e5v_jax.families.qwen_vl.vision import FRAMES, Patches, QwenVision
 from e5v_jax.families.text.model import TextModel
 from e5v_jax.families.text.model import example_batch as example_texts
 from e5v_jax.nn.attention import QUERY_BLOCK
-from e5v_jax.nn.decoder import Deepstack, Remat
+from e5v_jax.nn.decoder import Deepstack
 from e5v_jax.nn.layers import Build
+from e5v_jax.nn.remat import Remat
 
 
 class ImageBatch(NamedTuple):

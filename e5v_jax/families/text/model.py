@@ -8,8 +8,9 @@ import numpy as np
 from flax import nnx
 
 from e5v_jax.families.base import Array, BatchShape, ModelConfig, Together
-from e5v_jax.nn.decoder import Decoder, Packing, Remat, take
+from e5v_jax.nn.decoder import Decoder, Packing, take
 from e5v_jax.nn.layers import Build
+from e5v_jax.nn.remat import Remat
 
 
 class TextBatch(NamedTuple):
