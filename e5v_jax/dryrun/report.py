@@ -144,23 +144,32 @@ class Report:
             return f"fits: {room}"
         return f"does not fit: {room}; try {self.remedies[0]}"
 
+    def host_rate(self) -> str:
+        """What the time of :attr:`seconds` rests on, or that there is none."""
+        chip = self.topology.chip
+        if chip is None or chip.host_bandwidth is None:
+            return "at a rate that is not known"
+        return f"at {chip.host_bandwidth / 1e9:.0f} GB/s at best"
+
     def print(self) -> None:
         """Show it as a table."""
         cost, moved = self.cost, self.cost.collective_bytes
         kinds = [f"{kind} {size / 1e9:.2f}" for kind, size in moved.items() if size >= 1e6]
+        host = []
+        if cost.host_memory:
+            host = [
+                ("on the host", gib(cost.host_memory), self.host_verdict()),
+                ("host traffic", f"{cost.host_bytes / 1e9:.1f} GB", self.host_rate()),
+            ]
         rows = [
             ("parameters", gib(cost.parameters), ""),
             ("optimizer", gib(cost.optimizer), ""),
             ("activations", gib(cost.activations), "with gradients and gathered weights"),
             ("peak", gib(cost.peak), self.verdict()),
-            *(
-                [("on the host", gib(cost.host_memory), self.host_verdict())]
-                * bool(cost.host_memory)
-            ),
             ("FLOPs", f"{cost.flops / 1e12:.1f} T", f"useful: {self.useful_flops / 1e12:.1f} T"),
             ("memory traffic", f"{cost.hbm_bytes / 1e9:.1f} GB", ""),
             ("collectives", f"{sum(moved.values()) / 1e9:.1f} GB", ", ".join(kinds)),
-            *([("host traffic", f"{cost.host_bytes / 1e9:.1f} GB", "")] * bool(cost.host_bytes)),
+            *host,
             *((f"{name} time", f"{1e3 * s:.1f} ms", "") for name, s in self.seconds.items()),
         ]
         if self.step_seconds:
