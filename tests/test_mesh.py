@@ -35,7 +35,7 @@ RECIPE = Recipe(
 
 
 @pytest.mark.parametrize(
-    ("meshes", "count"), [("some", 4), pytest.param("all", 11, marks=pytest.mark.slow)]
+    ("meshes", "count"), [("some", 5), pytest.param("all", 12, marks=pytest.mark.slow)]
 )
 def test_every_mesh_of_eight_devices_gives_the_step_of_one(
     meshes: str, count: int, tmp_path: Path
