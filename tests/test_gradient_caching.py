@@ -1,6 +1,7 @@
 """Gradient caching: the gradient of the whole batch in the memory of a part; and accumulation."""
 
 from dataclasses import replace
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +80,12 @@ def run(
     return float(value), flat(gradients)
 
 
+@pytest.fixture(scope="module")
+def everything(adapted: Model) -> tuple[float, dict[str, np.ndarray]]:
+    """Loss and gradients where everything is kept."""
+    return run(adapted, batch_of(3, 1), None, "none", dropout=True)
+
+
 def relative(ours: dict[str, np.ndarray], theirs: dict[str, np.ndarray]) -> float:
     """Length of the difference of two gradients, over the length of the second."""
     assert set(ours) == set(theirs)
@@ -96,6 +103,14 @@ def test_chunks_change_nothing(adapted: Model, chunk_size: int, groups: int, rem
     chunked_loss, chunked = run(adapted, batch, chunk_size, remat)
     assert chunked_loss == pytest.approx(loss, rel=1e-6)
     assert relative(chunked, gradients) <= 1e-6
+
+
+@pytest.mark.parametrize("remat", sorted(set(get_args(Remat)) - {"none"}))
+def test_what_is_kept_changes_nothing(adapted: Model, everything: Any, remat: Remat) -> None:
+    """Of each layer, here or in the host's memory; dropout is drawn again as it was."""
+    loss, gradients = run(adapted, batch_of(3, 1), None, remat, dropout=True)
+    assert loss == pytest.approx(everything[0], rel=1e-6)
+    assert relative(gradients, everything[1]) <= 1e-6
 
 
 @pytest.mark.slow
