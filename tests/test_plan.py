@@ -190,6 +190,16 @@ def test_the_topology_of_devices() -> None:
             here.topology_of(devices(kind, platform, (0, 0, 0)))
 
 
+def test_no_more_of_the_host_than_there_is() -> None:
+    chips = parse_topology("gpu:h100:8")
+    found = here.with_host(chips).chip
+    assert chips.chip is not None and found is not None
+    total = 1024 * int(Path("/proc/meminfo").read_text().split()[1])  # MemTotal, in kB
+    assert 0.7 * total < found.host_memory * jax.local_device_count() < 0.8 * total
+    assert found.host_memory < chips.chip.host_memory
+    assert dataclasses.replace(found, host_memory=chips.chip.host_memory) == chips.chip
+
+
 def test_a_run_follows_its_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run has what the plan says; another start goes on with it, whatever its flags say."""
     folder = make_folder(tmp_path)

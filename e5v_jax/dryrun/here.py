@@ -3,10 +3,13 @@
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 from e5v_jax.checkpoints.adapters import read_run_info
 from e5v_jax.checkpoints.converted import ConvertedFolder
@@ -47,7 +50,7 @@ def plan_here(cfg: TrainConfig) -> TrainConfig:
         _logger.info("plan: the run's own, %s", json.dumps(words))
         mesh, data = MeshConfig(**saved["mesh"]), dataclasses.replace(cfg.data, **groups)
         return dataclasses.replace(cfg, mesh=mesh, data=data, **kept)
-    topology, base = topology_of(jax.devices()), ConvertedFolder(cfg.model)
+    topology, base = with_host(topology_of(jax.devices())), ConvertedFolder(cfg.model)
     place = Place(
         topology,
         str(cfg.model),
@@ -69,6 +72,19 @@ def plan_here(cfg: TrainConfig) -> TrainConfig:
         )
     _logger.info("plan: %s", plans.best.flags)
     return plans.best.run
+
+
+def with_host(topology: Topology) -> Topology:
+    """The same chips with no more of a host's memory than three quarters of what is here for each.
+
+    Of several processes the least counts, so that all have one plan.
+    """
+    assert topology.chip is not None  # as those of topology_of have
+    bytes_here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    own = np.float32(0.75 * bytes_here / jax.local_device_count())
+    least = float(np.min(multihost_utils.process_allgather(own)))
+    chip = dataclasses.replace(topology.chip, host_memory=min(least, topology.chip.host_memory))
+    return dataclasses.replace(topology, chip=chip)
 
 
 def topology_of(devices: Sequence[Any]) -> Topology:
