@@ -110,6 +110,7 @@ def test_what_is_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (found.method, formula.method) == ("compiled", "estimated")
     assert found.host_memory == formula.host_memory > 0
     assert found.host_bytes == formula.host_bytes == 2 * found.host_memory
+    assert found.parameters + found.optimizer < found.live <= found.peak
 
 
 @pytest.mark.slow

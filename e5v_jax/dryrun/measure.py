@@ -44,7 +44,8 @@ def measure(program: Program, topology: Topology, estimate: Cost) -> Cost:
     return dataclasses.replace(
         cost,
         peak=reserved_memory(stats) * per_chip,
-        live=stats.peak_memory_in_bytes * per_chip,
+        # XLA's peak has the host's memory in it, too
+        live=(stats.peak_memory_in_bytes - stats.host_temp_size_in_bytes) * per_chip,
         host_memory=stats.host_temp_size_in_bytes * per_chip,
         host_bytes=traffic.host_bytes * per_chip,
         hbm_bytes=traffic.hbm_bytes * per_chip,
