@@ -226,10 +226,10 @@ def write_again(
     folder: Path,
     base: ConvertedFolder,
     groups: Iterable[dict[str, np.ndarray]],
-) -> str:
+) -> None:
     """Write ``base`` to an empty ``folder`` with other values, as :func:`write_params` takes them.
 
-    Its other files are copied; its folders, as of an adapter, are not. Returns the content hash.
+    Its other files are copied; its folders, as of an adapter, are not.
     """
     digest, shapes = write_params(folder, groups)
     for file in base.folder.iterdir():
@@ -237,7 +237,6 @@ def write_again(
             copy_file(file, folder / file.name)
     write_info(folder, dataclasses.replace(base.info, content_hash=digest, parameters=shapes))
     write_checksums(folder)
-    return digest
 
 
 def _verify(folder: Path) -> None:

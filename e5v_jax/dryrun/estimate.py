@@ -10,6 +10,7 @@ from e5v_jax.dryrun.flops import lora_parameters, matmul_parameters
 from e5v_jax.dryrun.program import COLUMNS, Program, Target, per_device_bytes
 from e5v_jax.dryrun.report import Cost
 from e5v_jax.families.base import BatchShape
+from e5v_jax.nn.remat import INPUT, LOW_RANK, MLP, O_PROJ, OFFLOADED, QKV_PROJ
 from e5v_jax.nn.text_config import TextConfig
 from e5v_jax.train.config import TrainConfig
 
@@ -26,14 +27,15 @@ def _layer_activations(text: TextConfig, tokens: int, length: int, size: int) ->
 def _offloaded(cfg: TrainConfig, text: TextConfig, size: int) -> int:
     """Bytes that go to the host for each token and layer."""
     d, rank = text.hidden_size, cfg.lora.rank if cfg.lora else 0
-    heads, kv = text.num_attention_heads, 2 * text.num_key_value_heads
-    attention = (heads + kv) * text.head_dim + d  # what q, k, v and o give
-    values = {  # what the layer's last linear map gives, no gradient needs
-        "offload_full": d,
-        "offload_dots_except_mlp": d + attention + 7 * rank,
-        "offload_dots": d + attention + 2 * text.intermediate_size + 7 * rank,
+    heads = text.num_attention_heads + 2 * text.num_key_value_heads
+    values = {
+        INPUT: d,
+        QKV_PROJ: heads * text.head_dim,
+        O_PROJ: d,
+        MLP: 2 * text.intermediate_size,  # no gradient needs what the layer's last linear map gives
+        LOW_RANK: 7 * rank,
     }
-    return values.get(cfg.remat, 0) * size
+    return size * sum(values[name] for name in OFFLOADED.get(cfg.remat, ()))
 
 
 def estimate_train(
@@ -92,8 +94,9 @@ def estimate_train(
     if devices > 1:
         changed = lora_parameters(target.table, cfg.lora) if cfg.lora else weights
         collectives["all-reduce"] = 2 * 4 * changed * (devices - 1) / devices
-    host = layers * kept_tokens * sent
-    traffic += 2.0 * host
+    host_memory = layers * kept_tokens * sent
+    host_bytes = 2.0 * host_memory  # there and back
+    traffic += host_bytes
     return Cost(
         parameters,
         optimizer,
@@ -102,8 +105,8 @@ def estimate_train(
         flops,
         traffic,
         collectives,
-        host_memory=host,
-        host_bytes=2.0 * host,
+        host_memory=host_memory,
+        host_bytes=host_bytes,
     )
 
 

@@ -55,10 +55,13 @@ class Report:
     @property
     def fits(self) -> bool:
         """Whether the peak is within the capacity, and the host's memory is enough."""
-        chip, cost = self.topology.chip, self.cost
-        if chip is None:
-            return True
-        return cost.peak <= chip.usable_hbm and cost.host_memory <= chip.host_memory
+        return (self.capacity is None or self.cost.peak <= self.capacity) and self.host_fits
+
+    @property
+    def host_fits(self) -> bool:
+        """Whether the host's memory is enough."""
+        chip = self.topology.chip
+        return chip is None or self.cost.host_memory <= chip.host_memory
 
     @property
     def seconds(self) -> dict[Bound, float]:
@@ -135,14 +138,14 @@ class Report:
         return f"does not fit: {gib(-spare)} more than the {capacity} of a chip; try {remedy}"
 
     def host_verdict(self) -> str:
-        """Whether the host's memory is enough."""
+        """Fits or not, and what to try."""
         chip = self.topology.chip
         if chip is None:
             return ""
         room = f"a host has {gib(chip.host_memory)} for each chip"
-        if self.cost.host_memory <= chip.host_memory:
-            return f"fits: {room}"
-        return f"does not fit: {room}; try {self.remedies[0]}"
+        return (
+            f"fits: {room}" if self.host_fits else f"does not fit: {room}; try {self.remedies[0]}"
+        )
 
     def host_rate(self) -> str:
         """What the time of :attr:`seconds` rests on, or that there is none."""
