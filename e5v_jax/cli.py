@@ -15,7 +15,7 @@ from typing import Annotated, Generic, NoReturn, TypeVar
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
-from e5v_jax.exits import UsageError, exit_on_error
+from e5v_jax.exits import UsageError
 from e5v_jax.storage import as_path, check_reachable
 
 Args = TypeVar("Args")
@@ -49,7 +49,8 @@ def run(
     ``args_type`` is a dataclass: its docstring is the help text, the docstring of each field the
     help of its flag. ``--traceback`` is added. ``default`` has the values of the flags that are not
     given; ``argv``, the words of the command line, are by default those of this process. Raises
-    SystemExit: always; see e5v_jax/exits.py for the codes.
+    SystemExit: after the work, and by a wrong command line; what ``main`` raises is for
+    :func:`e5v_jax.exits.guarded`, which stands around a command and its imports.
     """
     command: _Command[Args] = tyro.cli(
         _Command[args_type],  # type: ignore[valid-type]  # a type known only at run time
@@ -60,11 +61,10 @@ def run(
     )
     if isinstance(sys.stdout, io.TextIOWrapper):  # a path that is not UTF-8, after the work
         sys.stdout.reconfigure(errors="backslashreplace")
-    with exit_on_error(show_traceback=command.traceback):
-        refuse_remote_paths(command.args)
-        if not command.traceback:
-            _quiet_libraries()
-        main(command.args)
+    refuse_remote_paths(command.args)
+    if not command.traceback:
+        _quiet_libraries()
+    main(command.args)
     sys.exit(0)
 
 
@@ -84,16 +84,15 @@ def read_config(file: Path, config_type: type[Args]) -> Args:
 def split_config(argv: Sequence[str], config_type: type[Args]) -> tuple[Args | None, Sequence[str]]:
     """(what the file after --config gives, the other words); None without that flag.
 
-    Raises SystemExit: the file cannot be used (:func:`exit_on_error`).
+    Raises UsageError: the file cannot be used.
     """
     for i, word in enumerate(argv):
         name, equals, value = word.partition("=")
         if name == "--config":
             file, end = (value, i + 1) if equals else (" ".join(argv[i + 1 : i + 2]), i + 2)
-            with exit_on_error(show_traceback="--traceback" in argv):
-                if not file:
-                    raise UsageError("--config: expected a file")
-                return read_config(Path(file), config_type), [*argv[:i], *argv[end:]]
+            if not file:
+                raise UsageError("--config: expected a file")
+            return read_config(Path(file), config_type), [*argv[:i], *argv[end:]]
     return None, argv
 
 

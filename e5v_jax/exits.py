@@ -90,12 +90,20 @@ def _obeying_interrupts() -> Iterator[None]:
         yield
         return
     noted = threading.Event()
+    last_word = threading.Lock()  # never given back: whoever has it speaks and ends the process
+
+    def end_now() -> NoReturn:
+        last_word.acquire()
+        print("interrupted", file=sys.stderr)
+        _leave(INTERRUPTED)
 
     def handle(number: int, frame: FrameType | None) -> None:
+        if noted.is_set():
+            return  # the second one is for the thread below
         noted.set()
         while frame is not None:
             if frame.f_code.co_filename.startswith("<frozen importlib"):
-                _interrupted_now()  # C code that is being imported may print pages, or crash
+                end_now()  # C code that is being imported may print pages, or crash
             frame = frame.f_back
         raise KeyboardInterrupt
 
@@ -109,7 +117,7 @@ def _obeying_interrupts() -> Iterator[None]:
         if number != END:
             ready, _, _ = select.select([reading], [], [], GRACE)
             if not ready or os.read(reading, 1) != END:
-                _interrupted_now()
+                end_now()
 
     before = signal.signal(signal.SIGINT, handle)
     before_fd = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
@@ -119,19 +127,14 @@ def _obeying_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.set_wakeup_fd(before_fd)
-        signal.signal(signal.SIGINT, before)
+        # what is left of an interrupted process is one line
+        signal.signal(signal.SIGINT, signal.SIG_IGN if noted.is_set() else before)
         os.write(writing, END)
         watcher.join()  # if it has run out of patience just now, it speaks and ends the process
         os.close(reading)
         os.close(writing)
-        told = getattr(sys.exc_info()[1], "code", None) == INTERRUPTED
-        if noted.is_set() and not told:  # it was swallowed, or another error came of it
+        if noted.is_set():  # even where it was swallowed, or another error came of it
             raise KeyboardInterrupt
-
-
-def _interrupted_now() -> NoReturn:
-    print("interrupted", file=sys.stderr)
-    _leave(INTERRUPTED)
 
 
 def _leave(code: int) -> NoReturn:

@@ -29,11 +29,10 @@ from training_runs import (
     words,
 )
 
-from e5v_jax import E5V, cli, storage
-from e5v_jax.checkpoints import from_hf
+from e5v_jax import E5V, storage
+from e5v_jax.checkpoints import commands, from_hf
+from e5v_jax.encode.__main__ import main as encode
 from e5v_jax.encode.bulk import read_embeddings
-from e5v_jax.encode.command import encode
-from e5v_jax.encode.options import Args
 from e5v_jax.storage import as_path, walk_files
 from e5v_jax.train.__main__ import main
 from e5v_jax.train.config import DataConfig
@@ -67,7 +66,7 @@ def put_rows(name: str, rows: list[dict[str, str]]) -> str:
 def run_encode(capsys: pytest.CaptureFixture[str], *argv: str | Path) -> tuple[int, str]:
     """(exit code, last line of stderr) of the encode command in this process."""
     with pytest.raises(SystemExit) as exit_:
-        cli.run(encode, Args, argv=["--dtype", "float32", *map(str, argv)])
+        encode(["--dtype", "float32", *map(str, argv)])
     assert isinstance(exit_.value.code, int)
     return exit_.value.code, (capsys.readouterr().err.splitlines() or [""])[-1]
 
@@ -280,7 +279,7 @@ def test_no_network_for_the_other_commands(
     start = time.monotonic()
     with pytest.raises(SystemExit) as exit_:
         if flag == "convert":
-            cli.run(from_hf.convert, from_hf.Args, argv=["hf", path])
+            commands.convert(["hf", path])
         main([word for pair in given.items() for word in pair])
     storage.check_reachable.cache_clear()
     assert exit_.value.code == 1

@@ -21,14 +21,13 @@ from faults import file_size_limit
 from hf_models import EMBED, NORM, RECIPES, build_llava, changed, picture
 from PIL import Image
 
-from e5v_jax import E5V, cli, lock
+from e5v_jax import E5V, lock
 from e5v_jax.checkpoints import from_hf
+from e5v_jax.encode.__main__ import main as encode
 from e5v_jax.encode.bulk import read_embeddings
-from e5v_jax.encode.command import encode
 from e5v_jax.encode.encoder import Statistics
 from e5v_jax.encode.files import iterate_items, scan_items
 from e5v_jax.encode.ids import repeated_ids
-from e5v_jax.encode.options import Args
 from e5v_jax.encode.progress import BulkProgress
 
 Command = Callable[..., tuple[int, str, str]]
@@ -63,7 +62,7 @@ def command(
     def run(*argv: str | Path) -> tuple[int, str, str]:
         words = ["--model", str(model_folder), "--output", "out", *map(str, argv)]
         with pytest.raises(SystemExit) as exit_:
-            cli.run(encode, Args, argv=words)
+            encode(words)
         assert isinstance(exit_.value.code, int)
         return exit_.value.code, *capsys.readouterr()
 

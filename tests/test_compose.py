@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from e5v_jax import E5V, cli
-from e5v_jax.checkpoints import from_hf, to_hf
+from e5v_jax.checkpoints import commands, from_hf, to_hf
 from e5v_jax.checkpoints.compose import PROJECTOR_STD, Args, compose
 from e5v_jax.checkpoints.converted import ConvertedFolder
 from e5v_jax.checkpoints.hf_source import open_source
@@ -349,7 +349,7 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str | Path, code: int = 1
     """The one line of a composition that must fail and leave nothing."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as exit_:
-        cli.run(compose, Args, argv=[str(word) for word in argv])
+        commands.compose([str(word) for word in argv])
     captured = capsys.readouterr()
     lines = captured.err.splitlines()
     assert exit_.value.code == code and len(lines) == 1, captured.err

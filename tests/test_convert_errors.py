@@ -19,9 +19,10 @@ from orbax.checkpoint import v1 as ocp
 from test_convert import save
 from test_to_hf import random_adapter
 
-from e5v_jax import E5V, cli
+from e5v_jax import E5V
 from e5v_jax.atomic import new_folder
 from e5v_jax.checkpoints import from_hf, to_hf
+from e5v_jax.checkpoints.commands import convert, export
 from e5v_jax.checkpoints.converted import ConvertedFolder, write_params
 from e5v_jax.checkpoints.hf_source import open_source
 from e5v_jax.checkpoints.peft import write_adapter
@@ -37,7 +38,7 @@ INDEX = "model.safetensors.index.json"
 def run(command: Any, capsys: pytest.CaptureFixture[str], *argv: str | Path, code: int = 1) -> str:
     """The one line that a command which must fail prints."""
     with pytest.raises(SystemExit) as exit_:
-        cli.run(command.convert, command.Args, argv=[str(word) for word in argv])
+        command([str(word) for word in argv])
     captured = capsys.readouterr()
     assert exit_.value.code == code, captured.err
     assert captured.out == ""
@@ -52,7 +53,7 @@ def refuse(
 ) -> str:
     """:func:`run` for ``convert.from_hf SRC OUT/ours``."""
     out.mkdir()
-    line = run(from_hf, capsys, src, out / "ours", *flags)
+    line = run(convert, capsys, src, out / "ours", *flags)
     assert list(out.iterdir()) == []
     return line
 
@@ -316,16 +317,16 @@ def test_output_that_exists(
     source = llava("llama-gqa").folder
     (tmp_path / "dst").mkdir()
     (tmp_path / "dst" / "mine").write_text("precious")
-    line = run(from_hf, capsys, source, tmp_path / "dst")
+    line = run(convert, capsys, source, tmp_path / "dst")
     assert f"{tmp_path / 'dst'}: already exists" in line
-    line = run(from_hf, capsys, source, tmp_path / "dst" / "mine")  # a file
+    line = run(convert, capsys, source, tmp_path / "dst" / "mine")  # a file
     assert f"{tmp_path / 'dst' / 'mine'}: already exists" in line
     assert [f.read_text() for f in (tmp_path / "dst").iterdir()] == ["precious"]
     assert sorted(f.name for f in tmp_path.iterdir()) == ["dst"]
     (tmp_path / "empty").mkdir()  # is as good as none
     from_hf.convert(from_hf.Args(str(source), tmp_path / "empty"))
     capsys.readouterr()
-    line = run(to_hf, capsys, tmp_path / "empty", tmp_path / "dst")
+    line = run(export, capsys, tmp_path / "empty", tmp_path / "dst")
     assert f"{tmp_path / 'dst'}: already exists" in line
 
 
@@ -335,7 +336,7 @@ def test_a_full_disk_is_one_line(
     """A limit of the size of files stands for it; no file of the arrays fits in."""
     (tmp_path / "out").mkdir()
     with file_size_limit(16_000):
-        line = run(from_hf, capsys, text / "hf", tmp_path / "out" / "ours")
+        line = run(convert, capsys, text / "hf", tmp_path / "out" / "ours")
     assert line.startswith(f"error: {tmp_path / 'out' / 'ours'}: File too large: free some space")
     assert not list((tmp_path / "out").iterdir())
 
@@ -388,7 +389,7 @@ def test_values_that_are_no_numbers(
         from_hf.convert(from_hf.Args(str(tmp_path / "src"), tmp_path / "ours"))
         capsys.readouterr()
         if key == DOWN:
-            line = run(to_hf, capsys, tmp_path / "src", tmp_path / "x")
+            line = run(export, capsys, tmp_path / "src", tmp_path / "x")
             with pytest.raises(
                 ValueError, match=r"down_proj.kernel: 7e\+04 is too large for float16"
             ):
@@ -486,14 +487,14 @@ def test_a_token_without_a_row(text: Path, tmp_path: Path) -> None:
 def test_pipes_and_brackets(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A pipe is never opened, which would wait for ever; brackets are no pattern."""
     os.mkfifo(tmp_path / "pipe")
-    for command in (from_hf, to_hf):
+    for command in (convert, export):
         line = run(command, capsys, tmp_path / "pipe", tmp_path / "x")
         assert f"{tmp_path / 'pipe'}: expected a folder" in line
     shutil.copytree(text / "hf", tmp_path / "src")
     for name in ("config.json", "tokenizer_config.json", "model.safetensors"):
         (tmp_path / "src" / name).rename(tmp_path / "kept")
         os.mkfifo(tmp_path / "src" / name)
-        line = run(from_hf, capsys, tmp_path / "src", tmp_path / "x")
+        line = run(convert, capsys, tmp_path / "src", tmp_path / "x")
         assert str(tmp_path / "src") in line
         (tmp_path / "kept").rename(tmp_path / "src" / name)
     odd = tmp_path / "a[0-9]*?b"
@@ -674,7 +675,7 @@ def test_adapter_keys(
     tensors = safetensors.numpy.load_file(file)
     change(tensors, key)
     safetensors.numpy.save_file(tensors, file)
-    for command, src in ((from_hf, "hf"), (to_hf, "ours")):
+    for command, src in ((convert, "hf"), (export, "ours")):
         line = run(command, capsys, text / src, tmp_path / "x", "--adapter", tmp_path / "adapter")
         assert f"{file}: " in line and expected in line
         assert name in ("no partner", "of a LLaVA model") or key in line
@@ -698,7 +699,7 @@ def test_adapter_files(text: Path, tmp_path: Path, capsys: pytest.CaptureFixture
     (adapter / "adapter_config.json").write_text("{")
     line = refuse(src, tmp_path / "d", capsys, *flags)
     assert f"{adapter}/adapter_config.json: damaged, not JSON" in line
-    line = run(from_hf, capsys, src, tmp_path / "e", "--merge", code=2)
+    line = run(convert, capsys, src, tmp_path / "e", "--merge", code=2)
     assert "--merge" in line and "--adapter" in line
 
 
@@ -709,26 +710,26 @@ def test_export_errors(
     llava: Llava, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
-    line = run(to_hf, capsys, text / "hf", out)
+    line = run(export, capsys, text / "hf", out)
     assert f"{text / 'hf'}: not a converted folder" in line
-    assert "already a converted folder" in run(from_hf, capsys, text / "ours", out)
-    assert "nothere" in run(to_hf, capsys, tmp_path / "nothere", out)
-    assert "carries no adapter" in run(to_hf, capsys, text / "ours", out, "--merge", code=2)
-    assert "carries no adapter" in run(to_hf, capsys, text / "ours", out, "--peft", code=2)
-    line = run(to_hf, capsys, text / "ours", out, "--merge", "--peft", code=2)
+    assert "already a converted folder" in run(convert, capsys, text / "ours", out)
+    assert "nothere" in run(export, capsys, tmp_path / "nothere", out)
+    assert "carries no adapter" in run(export, capsys, text / "ours", out, "--merge", code=2)
+    assert "carries no adapter" in run(export, capsys, text / "ours", out, "--peft", code=2)
+    line = run(export, capsys, text / "ours", out, "--merge", "--peft", code=2)
     assert "--merge, --peft" in line
-    line = run(to_hf, capsys, text / "ours", out, "--adapter", tmp_path)
+    line = run(export, capsys, text / "ours", out, "--adapter", tmp_path)
     assert f"{tmp_path}: neither a PEFT adapter" in line
     shutil.copytree(text / "ours", tmp_path / "ours")
     (tmp_path / "ours" / "unused.safetensors").write_bytes(b"12345678")
-    line = run(to_hf, capsys, tmp_path / "ours", out)
+    line = run(export, capsys, tmp_path / "ours", out)
     assert f"{tmp_path}/ours/unused.safetensors: damaged" in line
     shutil.copy(text / "ours" / "unused.safetensors", tmp_path / "ours")
     (tmp_path / "ours" / "hf_config.json").unlink()
-    assert f"{tmp_path}/ours/hf_config.json: " in run(to_hf, capsys, tmp_path / "ours", out)
+    assert f"{tmp_path}/ours/hf_config.json: " in run(export, capsys, tmp_path / "ours", out)
     shutil.copy(text / "ours" / "hf_config.json", tmp_path / "ours")
     shutil.rmtree(tmp_path / "ours" / "params")
-    line = run(to_hf, capsys, tmp_path / "ours", out)
+    line = run(export, capsys, tmp_path / "ours", out)
     assert f"{tmp_path}/ours/params: missing" in line
     assert [f.name for f in tmp_path.iterdir()] == ["ours"]
 
@@ -744,8 +745,7 @@ def test_interrupt_leaves_nothing(
 
     monkeypatch.setattr(from_hf, "write_unused", interrupted)
     with pytest.raises(SystemExit) as exit_:
-        argv = [str(text / "hf"), str(tmp_path / "out")]
-        cli.run(from_hf.convert, from_hf.Args, argv=argv)
+        convert([str(text / "hf"), str(tmp_path / "out")])
     assert exit_.value.code == 130
     assert list(tmp_path.iterdir()) == []
 

@@ -16,14 +16,14 @@ import pytest
 from hf_models import RECIPES, build_llava, picture
 from PIL import Image
 
-from e5v_jax import E5V, cli
+from e5v_jax import E5V
 from e5v_jax.checkpoints import from_hf
 from e5v_jax.data.images import FORMATS
 from e5v_jax.data.inputs import InputError
 from e5v_jax.data.rows import shortened
-from e5v_jax.encode.command import encode, label
+from e5v_jax.encode.__main__ import main as encode
+from e5v_jax.encode.command import label
 from e5v_jax.encode.files import IMAGE_SUFFIXES, make_item, read_items
-from e5v_jax.encode.options import Args
 
 NO_IMAGE = f"not an image in a format that is read: {', '.join(FORMATS)}"
 Command = Callable[..., tuple[int, str, str]]
@@ -49,7 +49,7 @@ def command(capsys: pytest.CaptureFixture[str]) -> Command:
 
     def run(*argv: str | Path) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as exit_:
-            cli.run(encode, Args, argv=[str(word) for word in argv])
+            encode([str(word) for word in argv])
         assert isinstance(exit_.value.code, int)
         return exit_.value.code, *capsys.readouterr()
 
@@ -692,9 +692,7 @@ def test_wrong_usage_needs_no_jax(tmp_path: Path) -> None:
     """Nor does a bad input: JAX takes seconds to import."""
     code = """
 import sys
-from e5v_jax import cli
-from e5v_jax.encode.command import encode
-from e5v_jax.encode.options import Args
+from e5v_jax.encode.__main__ import main
 
 for words in (
     "--text a", "--text a --input b", "--text a b --prompt x", "--text a b --template x",
@@ -702,7 +700,7 @@ for words in (
     "--input b --output c --shard-size 0", "--text a b --model ",
 ):
     try:
-        cli.run(encode, Args, argv=["--model", "m", *words.split(" ")])
+        main(["--model", "m", *words.split(" ")])
     except SystemExit as end:
         print(end.code, "jax" in sys.modules)
 """

@@ -21,7 +21,7 @@ def run(body: str, *signals: float) -> tuple[int, list[str], float]:
     Returns the exit code, the lines on stderr, and the seconds from the first Ctrl-C to the end.
     """
     process = subprocess.Popen(
-        [sys.executable, "-c", START + READY + body],
+        [sys.executable, "-c", START + (body if "ready" in body else READY + body)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -52,6 +52,21 @@ AT_ONCE = """import builtins, time
     exits.print = slowly
     try: time.sleep(9)
     finally: time.sleep(0.6)"""
+# a second Ctrl-C while the command tidies up or tells of the first
+COMMAND = """import builtins, dataclasses, time
+    from e5v_jax import cli
+    def slowly(*words, **options):
+        builtins.print(*words, **options, flush=True)
+        time.sleep(0.5)
+    exits.print = slowly
+    @dataclasses.dataclass
+    class Args:
+        pass
+    def main(args):
+        builtins.print('ready', flush=True)
+        try: time.sleep(9)
+        finally: time.sleep(0.1)
+    cli.run(main, Args, argv=[])"""
 
 
 @pytest.mark.parametrize(
@@ -67,6 +82,9 @@ AT_ONCE = """import builtins, time
         (TIDYING, [0.1]),
         (AT_ONCE, [0.1]),
         (AT_ONCE, [0.1, 0.1]),  # the second is heard by both threads
+        (COMMAND, [0.1, 0.05]),
+        (COMMAND, [0.1, 0.3]),
+        (COMMAND, [0.1, 0.3, 0.1]),
     ],
     ids=[
         "sleep",
@@ -79,6 +97,9 @@ AT_ONCE = """import builtins, time
         "tidying",
         "at-once",
         "both",
+        "command-tidying",
+        "command-telling",
+        "command-thrice",
     ],
 )
 def test_an_interrupt_is_obeyed(body: str, signals: list[float]) -> None:

@@ -27,10 +27,9 @@ from fuzz_outputs import (
 )
 from hf_models import TEXT_RECIPES, build_text
 
-from e5v_jax import E5V, cli, lock
+from e5v_jax import E5V, lock
+from e5v_jax.encode.__main__ import main as encode
 from e5v_jax.encode.bulk import read_embeddings
-from e5v_jax.encode.command import encode
-from e5v_jax.encode.options import Args
 
 if TYPE_CHECKING:
     from hf_models import Case
@@ -59,7 +58,7 @@ def run(
 
     def run(*words: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as end:
-            cli.run(encode, Args, argv=["--model", str(llava("llama-gqa").folder), *words])
+            encode(["--model", str(llava("llama-gqa").folder), *words])
         assert isinstance(end.value.code, int), end.value.code
         return end.value.code, *capsys.readouterr()
 

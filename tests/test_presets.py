@@ -17,9 +17,8 @@ from e5v_jax import E5V, cli
 from e5v_jax.checkpoints import from_hf
 from e5v_jax.data.images import load_image
 from e5v_jax.data.inputs import InputError
-from e5v_jax.encode.command import encode
+from e5v_jax.encode.__main__ import main as encode
 from e5v_jax.encode.model_args import ModelArgs
-from e5v_jax.encode.options import Args
 from e5v_jax.evaluate.cached_encoder import CachedEncoder
 from e5v_jax.evaluate.composed import score_cirr
 from e5v_jax.evaluate.composed_sets import ComposedSet
@@ -440,7 +439,7 @@ def test_an_unknown_name_is_one_line_with_the_names(tmp_path: Path) -> None:
 
 def test_help_and_docs_list_every_preset(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        cli.run(encode, Args, argv=["--help"])
+        encode(["--help"])
     shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
     table = (Path(__file__).parents[1] / "docs" / "models.md").read_text()
     for name, preset in PRESETS.items():
@@ -562,7 +561,7 @@ def test_command(
     words = ["--model", str(folder), "--dtype", "float32", "--text", DOG, "--output", str(output)]
     words += ["--prompt-name", "query", "--instruction", "Find it."]
     with pytest.raises(SystemExit) as exit_:
-        cli.run(encode, Args, argv=[*words, *flags])
+        encode([*words, *flags])
     out, err = capsys.readouterr()
     assert exit_.value.code == code and message in (err if code else out)
     assert output.exists() == (code == 0)

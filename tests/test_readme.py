@@ -24,12 +24,16 @@ from test_retrieval import write_set
 from training_runs import write_csv
 from transformers import AutoModel
 
-from e5v_jax import cli
-from e5v_jax.checkpoints import from_hf
+from e5v_jax.checkpoints import commands, from_hf
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "tpu/README.md"]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
+CONVERTERS = {
+    "convert.from_hf": commands.convert,
+    "convert.to_hf": commands.export,
+    "convert.compose": commands.compose,
+}
 NAMES = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
 COMMAND = re.compile(
     r"(?:python3?|make|pip|e5v-[a-z]+|sbatch|nohup|gcloud|curl|source|mkdir) |tpu/\S+\.sh"
@@ -257,11 +261,8 @@ def run(command: str, one: Here = Here("")) -> None:
         return
     _, name, *argv = words
     with pytest.raises(SystemExit) as end:
-        if name.startswith("convert."):
-            module = importlib.import_module(name.replace("convert", "e5v_jax.checkpoints", 1))
-            last = name.removeprefix("convert.")
-            main = getattr(module, "compose" if last == "compose" else "convert")
-            cli.run(main, module.Args, argv=argv)
+        if name in CONVERTERS:
+            CONVERTERS[name](argv)
         else:
             importlib.import_module(f"{name}.__main__").main(argv)
     assert end.value.code in (0, None)

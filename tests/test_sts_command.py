@@ -23,6 +23,7 @@ from e5v_jax.evaluate.sts import (
     load_task,
 )
 from e5v_jax.evaluate.tasks import choose_tasks
+from e5v_jax.exits import guarded
 from e5v_jax.presets import E5_V
 from e5v_jax.prompts import PROMPTS
 
@@ -227,7 +228,7 @@ class Flags:
 
 
 def outcome(main: Any, *words: str, default: Flags | None = None) -> Any:
-    with pytest.raises(SystemExit) as exit_:
+    with pytest.raises(SystemExit) as exit_, guarded(words):
         cli.run(main, Flags, argv=words, default=default)
     return exit_.value.code
 

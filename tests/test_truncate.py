@@ -9,10 +9,8 @@ import pytest
 from PIL import Image
 from tokenizer_kinds import KINDS, make_processor, make_tokenizer, odd_strings, special_ids
 
-from e5v_jax import cli
-from e5v_jax.encode.command import encode
+from e5v_jax.encode.__main__ import main as encode
 from e5v_jax.encode.e5v import E5V
-from e5v_jax.encode.options import Args
 from e5v_jax.presets import E5_V
 from e5v_jax.prompts import TEMPLATES, TEXT, PromptChoice, fill, special_strings
 
@@ -155,7 +153,7 @@ def test_command(
 
     def run(*argv: str) -> tuple[int, str, str]:
         with pytest.raises(SystemExit) as exit_:
-            cli.run(encode, Args, argv=["--model", str(case.folder), *argv])
+            encode(["--model", str(case.folder), *argv])
         return int(exit_.value.code or 0), *capsys.readouterr()
 
     rows = ["a", "long " * 30, "b </s>", "", "c", "longer " * 30, "d"]

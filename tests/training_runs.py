@@ -91,9 +91,11 @@ import os, runpy, signal, sys
 
 module, event, end, number = sys.argv[1:5]
 
+left = [int(number)]  # once: Orbax may make a folder in two steps
+
 def hook(name, args):
-    if name == event and str(args[0]).endswith(end):
-        os.kill(os.getpid(), int(number))
+    if left and name == event and str(args[0]).endswith(end):
+        os.kill(os.getpid(), left.pop())
 
 sys.addaudithook(hook)
 sys.argv = ["train", *sys.argv[5:]]
