@@ -12,27 +12,21 @@ ready made. Losses are compared step by step. Tables: docs/benchmarks.md.
 """
 
 import dataclasses
-import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import tyro
-from encode_side_by_side import SIDES, Side, print_table, serve, summarize, take_turns
+from encode_side_by_side import SIDES, Side, serve
+from train_side_by_side import Notes, Step, print_steps, take_steps
 
 if TYPE_CHECKING:
     from e5v_jax.align.config import AlignConfig
     from e5v_jax.train.setup import Training
-
-Step = Callable[[], np.ndarray]
-Notes = Callable[[], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -70,11 +64,12 @@ def align_config(args: Args, features: Path | None) -> "AlignConfig":
     from e5v_jax.cli import read_config
 
     cfg = read_config(Path(__file__).parents[1] / "configs" / "nano_align.py", AlignConfig)
-    data = {"path": args.data, "captions": args.captions, "features": features}
     return dataclasses.replace(
         cfg,
         model=args.model,
-        data=dataclasses.replace(cfg.data, **data),
+        data=dataclasses.replace(
+            cfg.data, path=args.data, captions=args.captions, features=features
+        ),
         batch_size=args.batch_size,
         num_epochs=1,
         max_steps=args.needed,
@@ -118,7 +113,8 @@ def prepare(args: Args, folder: Path) -> None:
     write_adapter(folder / "adapter", Adapter(lora, factors), ConvertedFolder(args.model).table)
     for number in range(args.needed):
         batch = next(training.feed.batches).arrays
-        np.savez(folder / f"{number}.npz", **_rows_of_their_own(batch, training.processor.config))
+        rows: dict[str, Any] = _rows_of_their_own(batch, training.processor.config)
+        np.savez(folder / f"{number}.npz", **rows)
 
 
 def _rows_of_their_own(batch: Any, config: Any) -> dict[str, np.ndarray]:
@@ -147,7 +143,7 @@ def _rows_of_their_own(batch: Any, config: Any) -> dict[str, np.ndarray]:
         "input_ids": ids,
         "attention_mask": mask,
         "labels": target,
-        "pixel_values": np.float32(pixels.transpose(0, 1, 4, 2, 3))[owners],
+        "pixel_values": pixels.transpose(0, 1, 4, 2, 3).astype(np.float32)[owners],
         "image_sizes": np.full((len(rows), 2), vision.image_size),
     }
 
@@ -167,7 +163,7 @@ def open_ours(args: Args) -> tuple[Step, Notes]:
         loss = float(training.step(batch, key).loss)  # waits for the step
         packing = batch.arrays.packing
         captions += args.batch_size if packing is None else int(packing.segment.max(axis=1).sum())
-        return np.float32([loss])
+        return np.array([loss], np.float32)
 
     return step, lambda: {"loss": loss, "captions": captions}
 
@@ -188,7 +184,7 @@ def open_reference(args: Args) -> tuple[Step, Notes]:
     for p in connector:
         p.requires_grad = True
     recipe = cfg.optimizer
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": connector},
         {"params": factors, "lr": recipe.decoder_learning_rate or recipe.learning_rate},
     ]
@@ -213,7 +209,7 @@ def open_reference(args: Args) -> tuple[Step, Notes]:
         optimizer.step()
         schedule.step()
         number, loss, captions = number + 1, value.item(), captions + len(batch["labels"])
-        return np.float32([loss])
+        return np.array([loss], np.float32)
 
     return step, lambda: {"loss": loss, "captions": captions, "peft": version("peft")}
 
@@ -223,31 +219,13 @@ def main(args: Args) -> None:
     if args.side is not None:
         serve(lambda: open_ours(args) if args.side == "e5v-jax" else open_reference(args))
         return
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])  # XLA's threads too
-    with tempfile.TemporaryDirectory() as folder:
-        # in a process of its own: the sides' peak memory would begin at that of their parent
-        preparing = get_context("spawn").Process(target=prepare, args=(args, Path(folder)))
-        preparing.start()
-        preparing.join()
-        if preparing.exitcode:
-            raise SystemExit("preparing failed")
-        turn = 1 + args.steps
-        answers = take_turns(args.needed, "--folder", folder, turn=turn)
-    losses = {side: [answer["loss"] for answer in answers[side]] for side in SIDES}
-    for side in SIDES:
-        print(f"losses, {side}: " + " ".join(f"{loss:.5f}" for loss in losses[side]))
-    difference = np.abs(np.subtract(*losses.values())).max()
-    print(f"largest difference of a step's losses: {difference:.1e}")
-    counts = {answers[side][-1]["captions"] for side in SIDES}
-    if len(counts) > 1:
-        raise SystemExit(f"the sides did not see the same captions: {counts}")
-    results = {side: summarize(answers[side], turn) for side in SIDES}
-    for result in results.values():
-        del result.notes["loss"], result.notes["captions"]
-        result.notes["median step"] = f"{np.median(result.seconds):.2f} s"
-    print_table("captions", counts.pop() // args.needed, results)
-    if not difference <= 1e-3:
-        raise SystemExit(f"losses differ by {difference:.1e}: the sides did not do the same work")
+    turn = 1 + args.steps
+    answers = take_steps(prepare, args, steps=args.needed, turn=turn, threads=args.threads)
+    # of each side after its last step
+    ours, theirs = [[answer.pop("captions") for answer in answers[side]][-1] for side in SIDES]
+    if ours != theirs:
+        raise SystemExit(f"the sides did not see the same captions: {ours}, {theirs}")
+    print_steps("captions", ours // args.needed, answers, turn=turn)
 
 
 if __name__ == "__main__":

@@ -51,12 +51,18 @@ class Args:
 
 def architecture(args: Args) -> LlavaNextConfig:
     """llava-next-llama3-8b, or small with the same parts."""
-    cfg: LlavaNextConfig = LLAVA_NEXT.architectures["llava-next-llama3-8b"]
+    cfg = LLAVA_NEXT.architectures["llava-next-llama3-8b"]
+    assert isinstance(cfg, LlavaNextConfig)
     if not args.tiny:
         return cfg
-    text = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    text: dict[str, Any] = {
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+    }
     text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
-    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    vision: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     vision |= {"num_attention_heads": 2}
     return dataclasses.replace(
         cfg,
@@ -168,7 +174,7 @@ def theirs(args: Args, cfg: LlavaNextConfig) -> dict[Kind, float]:
         text_config=LlamaConfig(**text, rope_parameters=rope),
         image_token_index=cfg.image_token_id,
         image_grid_pinpoints=[list(size) for size in cfg.image_grid_pinpoints],
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # type: ignore[call-arg]  # one of every configuration
     )
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):

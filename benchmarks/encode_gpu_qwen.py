@@ -51,10 +51,11 @@ class Args:
 
 def find_architecture(args: Args) -> QwenVLConfig:
     """The architecture, or small with the same parts."""
-    cfg: QwenVLConfig = QWEN_VL.architectures[args.architecture]
+    cfg = QWEN_VL.architectures[args.architecture]
+    assert isinstance(cfg, QwenVLConfig)
     if not args.tiny:
         return cfg
-    text = {"vocab_size": 151936, "hidden_size": 32, "intermediate_size": 64}
+    text: dict[str, Any] = {"vocab_size": 151936, "hidden_size": 32, "intermediate_size": 64}
     text |= {"num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2}
     vision: dict[str, Any] = {"hidden_size": 32, "intermediate_size": 64, "depth": 4}
     vision |= {"num_heads": 2, "out_hidden_size": 32, "deepstack_visual_indexes": (0, 1, 2)}
@@ -153,9 +154,9 @@ def theirs(args: Args, cfg: QwenVLConfig) -> dict[Kind, float]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     text = dataclasses.asdict(cfg.text)
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim")
-    names += ("num_attention_heads", "num_key_value_heads", "rms_norm_eps")
-    names += ("max_position_embeddings",)
+    names = ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "head_dim"]
+    names += ["num_attention_heads", "num_key_value_heads", "rms_norm_eps"]
+    names += ["max_position_embeddings"]
     rope = {"rope_type": "default", "rope_theta": cfg.text.rope_theta}
     rope |= {"mrope_section": list(cfg.text.mrope_section), "mrope_interleaved": True}
     vision = dataclasses.asdict(cfg.vision)
@@ -168,7 +169,7 @@ def theirs(args: Args, cfg: QwenVLConfig) -> dict[Kind, float]:
         image_token_id=cfg.image_token_id,
         vision_start_token_id=cfg.vision_start_token_id,
         vision_end_token_id=cfg.vision_end_token_id,
-        attn_implementation="sdpa",
+        attn_implementation="sdpa",  # type: ignore[call-arg]  # one of every configuration
     )
     torch.set_default_dtype(torch.bfloat16)
     with torch.device(device):

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # random models
 
 Encode = Callable[[], np.ndarray]
 Notes = Callable[[], dict[str, Any]]
+Family = Literal["llava_next", "qwen3_vl"]
 Inputs = Callable[[list[Path]], dict[str, Any]]
 
 
@@ -37,7 +38,7 @@ class Args:
 
     images: Path
     """Folder that is searched for .jpg files."""
-    family: Literal["llava_next", "qwen3_vl"] = "llava_next"
+    family: Family = "llava_next"
     """Of the random model."""
     limit: int = 24
     """Only so many images, spread over all."""
@@ -61,18 +62,18 @@ def find_images(args: Args) -> list[Path]:
     return [paths[i * len(paths) // args.limit] for i in range(min(args.limit, len(paths)))]
 
 
-def make_model(folder: Path, args: Args) -> None:
+def make_model(folder: Path, *, family: Family = "llava_next", tiny: bool = False) -> None:
     """A random model as a Hugging Face folder; the tokenizer's tokens are bytes."""
     from hf_models import Recipe, build_llava
     from qwen_models import QwenRecipe, build_qwen3_vl
 
     text = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
     text |= {"num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192}
-    if args.family == "llava_next":
+    if family == "llava_next":
         vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12}
         vision |= {"num_attention_heads": 12, "image_size": 336, "patch_size": 16}
         large = Recipe(template="chatml", text=text, vision=vision)
-        build_llava(Recipe(template="chatml") if args.tiny else large, folder)
+        build_llava(Recipe(template="chatml") if tiny else large, folder)
         return
     rope: dict[str, Any] = {"rope_type": "default", "rope_theta": 5e6}
     rope |= {"mrope_section": [12, 10, 10], "mrope_interleaved": True}
@@ -80,7 +81,7 @@ def make_model(folder: Path, args: Args) -> None:
     tower |= {"num_heads": 6, "patch_size": 16, "num_position_embeddings": 2304}
     tower |= {"deepstack_visual_indexes": [2, 5, 8]}
     recipe = QwenRecipe(text={**text, "head_dim": 64, "rope_parameters": rope}, vision=tower)
-    build_qwen3_vl(QwenRecipe() if args.tiny else recipe, folder)
+    build_qwen3_vl(QwenRecipe() if tiny else recipe, folder)
 
 
 def open_ours(model_folder: Path, images: list[Path]) -> tuple[Encode, Notes]:
@@ -115,7 +116,7 @@ def open_llava(args: Args, model_folder: Path) -> tuple[Any, Inputs]:
     model = LlavaNextForConditionalGeneration.from_pretrained(
         model_folder, dtype=torch.float32, attn_implementation="sdpa"
     )
-    config = model.config
+    config: Any = model.config
     side = config.vision_config.image_size
     processor = LlavaNextProcessor(
         image_processor=LlavaNextImageProcessorPil(
@@ -208,14 +209,15 @@ def main(args: Args) -> None:
     images = find_images(args)
     if args.side is not None:
         assert args.model is not None
+        hf, converted = args.model / "hf", args.model / "converted"
         if args.side == "e5v-jax":
-            serve(lambda: open_ours(args.model / "converted", images))
+            serve(lambda: open_ours(converted, images))
         else:
-            serve(lambda: open_reference(args, args.model / "hf", images))
+            serve(lambda: open_reference(args, hf, images))
         return
     with tempfile.TemporaryDirectory() if args.model is None else nullcontext(args.model) as folder:
         hf, converted = Path(folder) / "hf", Path(folder) / "converted"
-        make_model(hf, args)
+        make_model(hf, family=args.family, tiny=args.tiny)
         command = [sys.executable, "-m", "convert.from_hf", str(hf), str(converted)]
         subprocess.run(command, check=True, cwd=Path(__file__).parents[1])
         results = compare(args.repetitions, Path(folder), "--model", str(folder))

@@ -23,7 +23,7 @@ from e5v_jax import cli
 from e5v_jax.dryrun.program import Target, train_program
 from e5v_jax.dryrun.run import TrainDryRun, report_train
 from e5v_jax.families import architectures
-from e5v_jax.families.base import ModelConfig
+from e5v_jax.families.llava_next.config import LlavaNextConfig
 from e5v_jax.families.llava_next.presets import ARCHITECTURES
 from e5v_jax.nn.remat import Remat
 from e5v_jax.runtime import Runtime
@@ -55,10 +55,19 @@ class Args:
     """Timed steps, after two that are not."""
 
 
-def shrink(model: ModelConfig) -> ModelConfig:
+def shrink(model: LlavaNextConfig) -> LlavaNextConfig:
     """The same with 2 layers of width 128."""
-    small = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "head_dim": 32}
-    heads = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    small: dict[str, Any] = {
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "head_dim": 32,
+    }
+    heads: dict[str, Any] = {
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     return dataclasses.replace(model, text=dataclasses.replace(model.text, **small, **heads))
 
 
@@ -86,6 +95,7 @@ def measure(args: Args) -> dict[str, Any]:
     name = args.architecture
     family, model = architectures()[name]
     if args.tiny:
+        assert isinstance(model, LlavaNextConfig)
         name, model = "tiny", shrink(model)
         ARCHITECTURES[name] = model
     cfg = TrainConfig(

@@ -24,6 +24,7 @@ from e5v_jax.checkpoints.converted import ConvertedFolder
 from e5v_jax.checkpoints.from_hf import Args as ConvertArgs
 from e5v_jax.checkpoints.from_hf import convert
 from e5v_jax.dryrun.flops import count_forward
+from e5v_jax.families.llava_next.config import LlavaNextConfig
 
 PARTS = ("attention of the decoder", "attention of the tower", "linear maps and all else")
 
@@ -70,6 +71,9 @@ def floating_point_operations(folder: Path, images: list[Path]) -> dict[str, flo
     """What each part computes for the images by hand, padding left out."""
     model = E5V.from_pretrained(folder, dtype="float32")
     base = ConvertedFolder(folder)
+    config = base.config
+    assert isinstance(config, LlavaNextConfig)
+    tower = config.vision
     measured = model.processor.measure(list(images), model.preset.choose())
     total = dict.fromkeys(PARTS, 0.0)
     for item in measured:
@@ -82,8 +86,7 @@ def floating_point_operations(folder: Path, images: list[Path]) -> dict[str, flo
             causal_half=True,
             pooled_only=True,
         )
-        tower = base.config.vision
-        scores = 4.0 * base.config.num_vision_layers * tower.hidden_size * tower.num_positions**2
+        scores = 4.0 * config.num_vision_layers * tower.hidden_size * tower.num_positions**2
         total["attention of the decoder"] += count.attention
         total["attention of the tower"] += item.shape_key * scores
         total["linear maps and all else"] += count.decoder + count.vision
@@ -96,7 +99,7 @@ def main(args: Args) -> None:
     images = encode_images.find_images(encode_images.Args(args.images, limit=args.limit))
     with tempfile.TemporaryDirectory() as temporary:
         hf, folder = Path(temporary) / "hf", Path(temporary) / "converted"
-        encode_images.make_model(hf, encode_images.Args(args.images, tiny=args.tiny))
+        encode_images.make_model(hf, tiny=args.tiny)
         convert(ConvertArgs(str(hf), folder))
         run = partial(seconds, folder, images, repetitions=args.repetitions)
         whole, no_scores, linear = (

@@ -9,7 +9,7 @@ It embeds the last token, as E5-V does. Texts must come with the prompt around t
 import argparse
 import threading
 
-import xllamacpp
+import xllamacpp  # type: ignore[import-not-found]  # of the peer's own environment
 
 LAST = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_LAST
 

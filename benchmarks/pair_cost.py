@@ -83,13 +83,14 @@ def open_kind(args: Args) -> tuple[Any, Any]:
     batch = next(training.feed.batches)
     key = jax.random.key(cfg.seed)
     arrays = (training.trainable, training.opt_state, training.frozen)
-    traced = training.step_fn.trace(*arrays, place(batch.arrays, training.runtime.mesh), key)
+    step_fn: Any = training.step_fn  # jitted
+    traced = step_fn.trace(*arrays, place(batch.arrays, training.runtime.mesh), key)
     flops = traced_flops(traced.jaxpr.jaxpr)
     compiled = traced.lower().compile()
     training.step_fn = compiled
 
     def step() -> np.ndarray:
-        return np.float32([float(training.step(batch, key).loss)])  # waits for the step
+        return np.array([float(training.step(batch, key).loss)], np.float32)  # waits for the step
 
     def notes() -> dict[str, Any]:
         return {

@@ -26,7 +26,6 @@ from typing import Any, Literal
 
 import numpy as np
 import tyro
-from encode_images import Args as ImageArgs
 from encode_images import make_model
 from encode_text import find_gguf, read_sentences
 
@@ -228,7 +227,7 @@ async def overload(args: Args, server: Server, payloads: Sequence[bytes], rate: 
     """Requests at a fixed rate, whatever the server does; memory is sampled."""
     idle: list[Client] = []
     replies: list[Reply] = []
-    late = broken = 0
+    late, broken = 0.0, 0
     memory = [server.resident]
 
     async def one(position: int) -> None:
@@ -312,8 +311,8 @@ def main(args: Args) -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         if set(args.parts) - {"mixed"}:
             model = args.model or convert(folder / "model")
-            flags = ("--dtype", "float32", "--cache-size", "0", "--max-waiting-items", "256")
-            flags += ("--max-request-items", "256", "--warm-up-text", "96")
+            flags = ["--dtype", "float32", "--cache-size", "0", "--max-waiting-items", "256"]
+            flags += ["--max-request-items", "256", "--warm-up-text", "96"]
             server = stack.enter_context(serving(model, args.log, *flags))
             before = server.metrics()["e5v_compilations"]
             sides: dict[str, Any] = {"server": (server.port, bodies(texts))}
@@ -339,7 +338,7 @@ def main(args: Args) -> None:
         if "mixed" in args.parts:
             mixed = args.mixed_model or folder / "mixed"
             if args.mixed_model is None:
-                make_model(mixed, ImageArgs(args.sentences, tiny=True))
+                make_model(mixed, tiny=True)
             if measure_mixed(args, mixed, texts[:200]).wrong:
                 raise SystemExit("wrong vectors")
 

@@ -91,8 +91,8 @@ def main(args: Args) -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model = args.model or convert(folder / "model")
-        flags = ("--dtype", "float32", "--cache-size", "0")
-        flags += ("--warm-up-text", str(args.warm_up_text))
+        flags = ["--dtype", "float32", "--cache-size", "0"]
+        flags += ["--warm-up-text", str(args.warm_up_text)]
         with serving(model, args.log, *flags) as server:
             sides = {"server": (server.port, write_bodies(texts, folder / "texts"))}
             if args.peer is not None:

@@ -14,26 +14,20 @@ the authors' training script does. Losses are compared step by step. Tables: doc
 
 import dataclasses
 import json
-import os
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import tyro
-from encode_side_by_side import SIDES, Side, print_table, serve, summarize, take_turns
+from encode_side_by_side import Side, serve
+from train_side_by_side import Notes, Step, print_steps, take_steps
 
 if TYPE_CHECKING:
     from e5v_jax.train.config import TrainConfig
-
-Step = Callable[[], np.ndarray]
-Notes = Callable[[], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -158,7 +152,7 @@ def open_ours(args: Args) -> tuple[Step, Notes]:
         loss = float(training.step(batch, key).loss)  # waits for the step
         tokens += batch.tokens
         positions += sum(group.input_ids.size for group in batch.arrays.groups)
-        return np.float32([loss])
+        return np.array([loss], np.float32)
 
     def notes() -> dict[str, Any]:
         return {
@@ -228,7 +222,7 @@ def open_reference(args: Args) -> tuple[Step, Notes]:
         loss = value.item()
         tokens += int(mask.sum())
         positions += ids.numel()
-        return np.float32([loss])
+        return np.array([loss], np.float32)
 
     def notes() -> dict[str, Any]:
         return {
@@ -247,28 +241,9 @@ def main(args: Args) -> None:
     if args.side is not None:
         serve(lambda: open_ours(args) if args.side == "e5v-jax" else open_reference(args))
         return
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: args.threads])  # XLA's threads too
-    with tempfile.TemporaryDirectory() as folder:
-        # in a process of its own: the sides' peak memory would begin at that of their parent
-        preparing = get_context("spawn").Process(target=prepare, args=(args, Path(folder)))
-        preparing.start()
-        preparing.join()
-        if preparing.exitcode:
-            raise SystemExit("preparing failed")
-        turn = 1 + args.steps
-        answers = take_turns(args.turns * turn, "--folder", folder, turn=turn)
-    losses = {side: [answer["loss"] for answer in answers[side]] for side in SIDES}
-    for side in SIDES:
-        print(f"losses, {side}: " + " ".join(f"{loss:.5f}" for loss in losses[side]))
-    difference = np.abs(np.subtract(*losses.values())).max()
-    print(f"largest difference of a step's losses: {difference:.1e}")
-    results = {side: summarize(answers[side], turn) for side in SIDES}
-    for result in results.values():
-        del result.notes["loss"]
-        result.notes["median step"] = f"{np.median(result.seconds):.2f} s"
-    print_table("triplets", args.batch_size, results)
-    if not difference <= 1e-3:
-        raise SystemExit(f"losses differ by {difference:.1e}: the sides did not do the same work")
+    turn = 1 + args.steps
+    answers = take_steps(prepare, args, steps=args.turns * turn, turn=turn, threads=args.threads)
+    print_steps("triplets", args.batch_size, answers, turn=turn)
 
 
 if __name__ == "__main__":

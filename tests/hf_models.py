@@ -156,19 +156,20 @@ class Recipe:
             options["intermediate_size"] = 80
         if self.tower is CLIPVisionConfig:
             options["hidden_act"] = "quick_gelu"
-        vision = self.tower(**{**options, **self.vision})
+        vision: Any = self.tower(**{**options, **self.vision})
+        image_token: Any = build_tokenizer(self.template).convert_tokens_to_ids("<image>")
         side = vision.image_size
         return LlavaNextConfig(
             vision_config=vision,
             text_config=self.text_config(),
-            image_token_index=build_tokenizer(self.template).convert_tokens_to_ids("<image>"),
+            image_token_index=image_token,
             image_grid_pinpoints=[[side * h, side * w] for h, w in self.pinpoints],
             vision_feature_layer=self.feature_layer,
             vision_feature_select_strategy=(
                 "full" if self.tower is SiglipVisionConfig else "default"
             ),
             tie_word_embeddings=self.tied,
-            attn_implementation="eager",
+            attn_implementation="eager",  # type: ignore[call-arg]  # one of every configuration
         )
 
 

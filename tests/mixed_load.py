@@ -154,9 +154,9 @@ class MixedLoad:
             await self._wait(reply)
             return
         if kind in ("leave", "half"):
-            body = json.dumps({"input": rng.sample(list(given.texts), 3)}).encode()
-            claim = len(body) * 2 if kind == "half" else None  # half: a body that never ends
-            await client.send(body, claim=claim)
+            some = json.dumps({"input": rng.sample(list(given.texts), 3)}).encode()
+            claim = len(some) * 2 if kind == "half" else None  # half: a body that never ends
+            await client.send(some, claim=claim)
             await asyncio.sleep(rng.random() * 0.1)
             client.close()
             tally.left += 1

@@ -184,9 +184,10 @@ class QwenCase:
         image = image.convert("RGB")
         limits = (4 * factor**2, self.max_tokens * factor**2)
         height, width = reference_resize(image.height, image.width, factor, *limits)
+        scaling: dict[str, Any] = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
         processor = Qwen2VLImageProcessorPil(
             do_resize=False,
-            **({"image_mean": [0.5] * 3, "image_std": [0.5] * 3} if is_new else {}),
+            **(scaling if is_new else {}),
             patch_size=vision.patch_size,
             temporal_patch_size=2,
             merge_size=vision.spatial_merge_size,

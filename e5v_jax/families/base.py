@@ -125,11 +125,14 @@ class ImageCost(NamedTuple):
 class Processor(Protocol):
     """All that turns inputs into batches: configuration, tokenizer, template, forbidden strings."""
 
-    config: ModelConfig
     tokenizer: "PreTrainedTokenizerFast"
     preset: Preset
     template: str  # its name in prompts.TEMPLATES, or that of the preset whose own it is
     shape_unit: str  # what shape keys count, for messages
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's."""
 
     @property
     def end_of_turn(self) -> str | None:
