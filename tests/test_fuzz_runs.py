@@ -32,6 +32,7 @@ FREE = [
     "wandb_project",
     "remat",
     "chunk_size",
+    "texts_per_row",
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",
