@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import tyro
-from encode_side_by_side import SIDES, Side, serve
-from train_side_by_side import Notes, Step, print_steps, take_steps
+from encode_side_by_side import SIDES, Notes, Run, Side, serve
+from train_side_by_side import print_steps, take_steps
 
 if TYPE_CHECKING:
     from e5v_jax.align.config import AlignConfig
@@ -148,7 +148,7 @@ def _rows_of_their_own(batch: Any, config: Any) -> dict[str, np.ndarray]:
     }
 
 
-def open_ours(args: Args) -> tuple[Step, Notes]:
+def open_ours(args: Args) -> tuple[Run, Notes]:
     """A step as e5v_jax.align runs it, the features of the tower on disk."""
     import jax
 
@@ -168,7 +168,7 @@ def open_ours(args: Args) -> tuple[Step, Notes]:
     return step, lambda: {"loss": loss, "captions": captions}
 
 
-def open_reference(args: Args) -> tuple[Step, Notes]:
+def open_reference(args: Args) -> tuple[Run, Notes]:
     """The same step in PyTorch."""
     import torch
     from peft import PeftModel

@@ -20,14 +20,12 @@ from typing import Any, Literal
 
 import numpy as np
 import tyro
-from encode_side_by_side import Side, compare, print_table, serve
+from encode_side_by_side import Notes, Run, Side, compare, print_table, serve
 
 from e5v_jax.prompts import PROMPTS, TEMPLATES, fill
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # random models
 
-Encode = Callable[[], np.ndarray]
-Notes = Callable[[], dict[str, Any]]
 Family = Literal["llava_next", "qwen3_vl"]
 Inputs = Callable[[list[Path]], dict[str, Any]]
 
@@ -84,7 +82,7 @@ def make_model(folder: Path, *, family: Family = "llava_next", tiny: bool = Fals
     build_qwen3_vl(QwenRecipe() if tiny else recipe, folder)
 
 
-def open_ours(model_folder: Path, images: list[Path]) -> tuple[Encode, Notes]:
+def open_ours(model_folder: Path, images: list[Path]) -> tuple[Run, Notes]:
     """E5V.encode and its figures."""
     from e5v_jax import E5V
 
@@ -175,7 +173,7 @@ def open_qwen(args: Args, model_folder: Path) -> tuple[Any, Inputs]:
     return model.model, inputs
 
 
-def open_reference(args: Args, model_folder: Path, images: list[Path]) -> tuple[Encode, Notes]:
+def open_reference(args: Args, model_folder: Path, images: list[Path]) -> tuple[Run, Notes]:
     """transformers' processor and model, used as the reference is: left padding, last token."""
     import torch
     from PIL import Image

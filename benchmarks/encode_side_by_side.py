@@ -17,6 +17,10 @@ from typing import Any, Literal
 import numpy as np
 
 Side = Literal["e5v-jax", "transformers"]
+Run = Callable[[], np.ndarray]
+"""One run: it returns vectors, or losses."""
+Notes = Callable[[], dict[str, Any]]
+"""What a side says of its runs so far."""
 SIDES: tuple[Side, ...] = ("e5v-jax", "transformers")
 
 
@@ -33,9 +37,7 @@ class Result:
     """Its own figures."""
 
 
-def serve(
-    open_side: Callable[[], tuple[Callable[[], np.ndarray], Callable[[], dict[str, Any]]]],
-) -> None:
+def serve(open_side: Callable[[], tuple[Run, Notes]]) -> None:
     """Be one side: a run for each line on stdin, which names a file for the vectors or is empty."""
     with redirect_stdout(sys.stderr):  # stdout is for answers only
         encode, notes = open_side()

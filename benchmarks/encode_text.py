@@ -10,19 +10,15 @@ import importlib.util
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tyro
-from encode_side_by_side import Side, compare, print_table, serve
+from encode_side_by_side import Notes, Run, Side, compare, print_table, serve
 
 from e5v_jax.prompts import PROMPTS, TEMPLATES, fill
-
-Encode = Callable[[], np.ndarray]
-Notes = Callable[[], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -63,7 +59,7 @@ def find_gguf() -> Path:
     return path
 
 
-def open_ours(args: Args, sentences: list[str]) -> tuple[Encode, Notes]:
+def open_ours(args: Args, sentences: list[str]) -> tuple[Run, Notes]:
     """E5V.encode and its figures."""
     from e5v_jax import E5V
 
@@ -80,7 +76,7 @@ def open_ours(args: Args, sentences: list[str]) -> tuple[Encode, Notes]:
     return lambda: model.encode(sentences, show_progress_bar=False), notes
 
 
-def open_reference(args: Args, sentences: list[str]) -> tuple[Encode, Notes]:
+def open_reference(args: Args, sentences: list[str]) -> tuple[Run, Notes]:
     """transformers' model and tokenizer, used as the reference is: left padding, last token."""
     import torch
     from transformers import AutoModelForCausalLM

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import tyro
 from encode_images import make_model
-from encode_side_by_side import Side, serve, summarize, take_turns
+from encode_side_by_side import Notes, Run, Side, serve, summarize, take_turns
 
 Kind = Literal["text-text", "image-text"]
 KINDS: tuple[Kind, ...] = ("text-text", "image-text")
@@ -59,7 +59,7 @@ def write_pairs(args: Args, kind: Kind, file: Path) -> None:
     file.write_text("\n".join(map(json.dumps, rows)) + "\n")
 
 
-def open_kind(args: Args) -> tuple[Any, Any]:
+def open_kind(args: Args) -> tuple[Run, Notes]:
     """A function that runs one step, and its figures."""
     import jax
 

@@ -11,8 +11,6 @@ import numpy as np
 from encode_side_by_side import SIDES, Side, print_table, summarize, take_turns
 
 Args = TypeVar("Args")
-Step = Callable[[], np.ndarray]
-Notes = Callable[[], dict[str, Any]]
 
 
 def take_steps(

@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import tyro
-from encode_side_by_side import Side, serve
-from train_side_by_side import Notes, Step, print_steps, take_steps
+from encode_side_by_side import Notes, Run, Side, serve
+from train_side_by_side import print_steps, take_steps
 
 if TYPE_CHECKING:
     from e5v_jax.train.config import TrainConfig
@@ -133,7 +133,7 @@ def prepare(args: Args, folder: Path) -> None:
     (folder / "batches.json").write_text(json.dumps(contents))
 
 
-def open_ours(args: Args) -> tuple[Step, Notes]:
+def open_ours(args: Args) -> tuple[Run, Notes]:
     """A step as e5v_jax.train.loop runs it; padded lengths are those of the whole run."""
     import jax
 
@@ -166,7 +166,7 @@ def open_ours(args: Args) -> tuple[Step, Notes]:
     return step, notes
 
 
-def open_reference(args: Args) -> tuple[Step, Notes]:
+def open_reference(args: Args) -> tuple[Run, Notes]:
     """The same step in PyTorch: left padding and the last position, as the authors do."""
     import torch
     from peft import PeftModel

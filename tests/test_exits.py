@@ -21,7 +21,7 @@ def run(body: str, *signals: float) -> tuple[int, list[str], float]:
     Returns the exit code, the lines on stderr, and the seconds from the first Ctrl-C to the end.
     """
     process = subprocess.Popen(
-        [sys.executable, "-c", START + (body if "ready" in body else READY + body)],
+        [sys.executable, "-c", START + (body if "'ready'" in body else READY + body)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
